@@ -1,0 +1,44 @@
+"""Skip most backward passes of a policy-gradient step, for real, with one line.
+
+import kondo_hooks as kondo
+
+with kondo.gated(model, rate=0.03):
+    ...  # the training loop, unchanged
+"""
+
+from kondo_hooks.context import Gated, KondoWarning, Stats, gated
+from kondo_hooks.delight import DelightError
+from kondo_hooks.gate import (
+    KondoGate,
+    KondoGateConfig,
+    KondoGateOutput,
+    KondoTrainer,
+    dg_loss,
+    expected_confidence_baseline,
+    pg_loss,
+)
+from kondo_hooks.replay import ReplayMismatchError
+from kondo_hooks.selection import Decision, SelectionConfig, Selector, Signal, additive
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Decision",
+    "DelightError",
+    "Gated",
+    "KondoGate",
+    "KondoGateConfig",
+    "KondoGateOutput",
+    "KondoTrainer",
+    "KondoWarning",
+    "ReplayMismatchError",
+    "SelectionConfig",
+    "Selector",
+    "Signal",
+    "Stats",
+    "additive",
+    "dg_loss",
+    "expected_confidence_baseline",
+    "gated",
+    "pg_loss",
+]

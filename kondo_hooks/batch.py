@@ -1,0 +1,189 @@
+"""The batch axis: nested inputs and outputs, which axis holds the rows, taking and packing rows.
+
+Knows tensors in containers and nothing of gates.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = Any
+
+
+def map_tensors(
+    fn: Callable[[str, Tensor], Any], tree: Tree, path: str = "", other: Callable[[Any], None] | None = None
+) -> Tree:
+    """Rebuild ``tree`` with every tensor replaced by ``fn(path, tensor)``.
+
+    Goes through tuples, named tuples, lists, dicts and other mutable mappings (so ``ModelOutput``)
+    and dataclasses. Anything else is shown to ``other`` and returned as it is, and so is a container in
+    which nothing changed.
+    """
+    if isinstance(tree, Tensor):
+        return fn(path, tree)
+    if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
+        items = [map_tensors(fn, item, f"{path}[{i}]", other) for i, item in enumerate(tree)]
+        if all(new is old for new, old in zip(items, tree, strict=True)):
+            return tree
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, MutableMapping):
+        items = {key: map_tensors(fn, value, f"{path}[{key!r}]", other) for key, value in tree.items()}
+        changed = {key: value for key, value in items.items() if value is not tree[key]}
+        if not changed:
+            return tree
+        tree = copy.copy(tree)
+        for key, value in changed.items():
+            tree[key] = value
+        return tree
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
+        items = {name: map_tensors(fn, getattr(tree, name), f"{path}.{name}", other) for name in names}
+        changed = {name: value for name, value in items.items() if value is not getattr(tree, name)}
+        if not changed:
+            return tree
+        tree = copy.copy(tree)
+        for name, value in changed.items():
+            object.__setattr__(tree, name, value)
+        return tree
+    if other is not None:
+        other(tree)
+    return tree
+
+
+def flatten(tree: Tree, path: str = "") -> tuple[list[str], list[Tensor]]:
+    """The paths and tensors of ``tree``, in the order in which ``map_tensors`` meets them."""
+    paths: list[str] = []
+    leaves: list[Tensor] = []
+
+    def collect(path: str, leaf: Tensor) -> Tensor:
+        paths.append(path)
+        leaves.append(leaf)
+        return leaf
+
+    map_tensors(collect, tree, path)
+    return paths, leaves
+
+
+def unflatten(tree: Tree, leaves: Sequence[Any]) -> Tree:
+    """``tree`` with its tensors replaced, in order, by ``leaves``."""
+    remaining = iter(leaves)
+    return map_tensors(lambda _path, _leaf: next(remaining), tree)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a tensor keeps its rows: ``size[axis] == batch * repeat``, each row's block contiguous."""
+
+    axis: int
+    repeat: int = 1
+
+    def take(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """The rows, a copy; ``rows`` are indices on the tensor's device."""
+        if self.repeat == 1:
+            return tensor.index_select(self.axis, rows)
+        blocks = tensor.unflatten(self.axis, (-1, self.repeat))
+        return blocks.index_select(self.axis, rows).flatten(self.axis, self.axis + 1)
+
+    def put(self, full: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        """Write ``values`` into the rows of ``full``, in place."""
+        if self.repeat == 1:
+            return full.index_copy_(self.axis, rows, values)
+        split = (-1, self.repeat)
+        full.unflatten(self.axis, split).index_copy_(self.axis, rows, values.unflatten(self.axis, split))
+        return full
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """A view with the rows on axis 0 and, where a row is a block, the block on axis 1."""
+        tensor = tensor.movedim(self.axis, 0)
+        return tensor if self.repeat == 1 else tensor.unflatten(0, (-1, self.repeat))
+
+    def weighted(self, tensor: Tensor, factors: Tensor, offset: int = 0) -> Tensor:
+        """``tensor`` with each row times a factor, or each position of a row.
+
+        Args:
+            tensor: n rows, as this layout keeps them.
+            factors: (n,), or (n, P) for the positions from ``offset`` on; other positions get 0. A tensor
+                without such positions takes each row's largest.
+            offset: first position.
+        """
+        rows = self.first(tensor)
+        if factors.dim() == 2:
+            end = offset + factors.shape[1]
+            if factors.shape[1] > 1 and rows.dim() > 1 and rows.shape[1] >= end:
+                spread = factors.new_zeros(rows.shape[:2])
+                spread[:, offset:end] = factors
+                factors = spread
+            else:
+                factors = factors.amax(1)
+        rows = rows * factors.to(rows.dtype).view(*factors.shape, *[1] * (rows.dim() - factors.dim()))
+        return (rows if self.repeat == 1 else rows.flatten(0, 1)).movedim(0, self.axis)
+
+
+Layout = list[Rows | None]
+
+
+def infer_batch_size(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int, named: int | None = None
+) -> int:
+    """How many rows a call has.
+
+    The size along ``batch_dim`` that most tensors of the call share; the first input settles a tie.
+
+    Raises:
+        ValueError: if no tensor has an axis ``batch_dim``.
+    """
+    sizes = [leaf.shape[batch_dim] for leaf in inputs if leaf.dim() > batch_dim]
+    if not sizes:
+        sizes = [leaf.shape[batch_dim] for leaf in outputs if leaf.dim() > batch_dim]
+    if not sizes:
+        raise ValueError(
+            f"gated: no tensor of this call has an axis {batch_dim} to choose rows on; "
+            "name the batch axis with batch_dim=, or gate a module whose inputs are batched"
+        )
+    seen = sizes + [leaf.shape[batch_dim] for leaf in outputs if leaf.dim() > batch_dim]
+
+    def agreeing(size: int) -> int:
+        return sum(other == size or (other > size > 1 and other % size == 0 and batch_dim == 0) for other in seen)
+
+    exact = [size for size in sizes if size > 0]
+    if not exact:
+        raise ValueError("gated: the model was called on an empty batch: there is no row to choose from")
+    return max(exact, key=lambda size: (sum(other == size for other in seen), agreeing(size), -sizes.index(size)))
+
+
+def input_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
+    """Where an input keeps its rows; None if it is shared by all rows (a mask of (T, T), a scale)."""
+    if tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch:
+        return Rows(batch_dim)
+    matching = [axis for axis, size in enumerate(tensor.shape) if size == batch]
+    return Rows(matching[0]) if len(matching) == 1 and tensor.dim() > 1 else None
+
+
+def output_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
+    """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none."""
+    if (rows := input_rows(tensor, batch, batch_dim)) is not None:
+        return rows
+    if tensor.dim() and tensor.shape[0] and tensor.shape[0] % batch == 0:
+        return Rows(0, tensor.shape[0] // batch)
+    return None
+
+
+def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int) -> Iterator[Layout]:
+    """Readings of which inputs hold rows, the likeliest first.
+
+    A shared tensor whose size happens to equal the batch size looks like rows. A reading that is wrong
+    does not reproduce the screen's outputs, so the caller tries the next.
+    """
+    first: Layout = [input_rows(leaf, batch, batch_dim) for leaf in inputs]
+    yield first
+    batched = [i for i, rows in enumerate(first) if rows is not None]
+    if len(batched) > 1:
+        for i in batched:
+            yield [None if j == i else rows for j, rows in enumerate(first)]
+        for i in batched:
+            yield [rows if j == i else None for j, rows in enumerate(first)]

@@ -1,0 +1,145 @@
+"""Random operations of a screen, repeated in the replay for the rows that it runs.
+
+A replay that drew masks for its few rows would draw other masks. So the screen notes the shape of each random
+operation, and the replay draws it again at that shape and takes its rows' share: dropout, and whatever else
+draws through a seeded torch operation.
+"""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kondo_hooks.batch import Rows
+from kondo_hooks.state import rng_state
+
+
+@dataclass
+class Draws:
+    """The random operations of one screen, by the generator's state before each.
+
+    Keyed by state, a replay finds them again in any order: activation checkpointing repeats some.
+    """
+
+    shapes: dict[bytes, list[Any]] = field(default_factory=dict)
+    indivisible: str | None = None
+
+
+# Their backward repeats the draw inside the kernel, for the rows that it is given.
+_OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor")
+
+
+def _key(func: Any, device: torch.device) -> bytes:
+    ((_, state), *rest) = rng_state([device])
+    state = rest[0][1] if rest else state
+    return str(func).encode() + ctypes.string_at(state.data_ptr(), state.numel())
+
+
+def _draws_numbers(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _device(args: Iterable[Any], kwargs: dict[str, Any]) -> torch.device:
+    for value in args:
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device(kwargs.get("device") or "cpu")
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride()
+    if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+        return torch.Size(value), None
+    return None
+
+
+class RecordDraws(TorchDispatchMode):
+    """Notes the shapes of every random operation of a screen. Costs microseconds an operation."""
+
+    def __init__(self, draws: Draws):
+        super().__init__()
+        self._draws = draws
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; note it if it moved the generator."""
+        kwargs = kwargs or {}
+        if not _draws_numbers(func):
+            return func(*args, **kwargs)
+        device = _device(args, kwargs)
+        key = _key(func, device)
+        result = func(*args, **kwargs)
+        if _key(func, device) != key:
+            self._draws.shapes[key] = [_shape(value) for value in args]
+            if any(word in str(func) for word in _OPAQUE):
+                self._draws.indivisible = str(func)
+        return result
+
+
+class TakeDraws(TorchDispatchMode):
+    """Repeats the random operations of a screen for the whole batch and hands out the kept rows' share.
+
+    Args:
+        calls: the draws of each call in the replay, its batch size and the rows that are replayed.
+    """
+
+    def __init__(self, calls: Sequence[tuple[Draws, int, Tensor]]):
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` at the screen's shapes if the screen drew from the same state."""
+        kwargs = kwargs or {}
+        if not _draws_numbers(func):
+            return func(*args, **kwargs)
+        key = _key(func, _device(args, kwargs))
+        for draws, batch, rows in self._calls:
+            if (full := draws.shapes.get(key)) is not None:
+                return _draw_rows(func, args, kwargs, full, batch, rows)
+        return func(*args, **kwargs)
+
+
+def _draw_rows(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], full: list[Any], batch: int, rows: Tensor
+) -> Any:
+    whole = list(args)
+    where = None
+    for i, (value, shape) in enumerate(zip(args, full, strict=True)):
+        if shape is None or _shape(value)[0] == shape[0]:
+            continue
+        if (rows_at := _differing_axis(shape[0], _shape(value)[0], batch, len(rows))) is None:
+            return func(*args, **kwargs)
+        where = rows_at
+        if isinstance(value, Tensor):
+            whole[i] = torch.empty_strided(*shape, dtype=value.dtype, device=value.device).zero_()
+            where.put(whole[i], rows.to(value.device), value)
+        else:
+            whole[i] = list(shape[0])
+    if where is None:
+        return func(*args, **kwargs)
+    result = func(*whole, **kwargs)
+
+    def take(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.dim():
+            return tensor
+        return Rows(where.axis, tensor.shape[where.axis] // batch).take(tensor, rows.to(tensor.device))
+
+    for i, argument in enumerate(func._schema.arguments[: len(args)]):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            args[i].copy_(take(whole[i]))
+            if result is whole[i]:
+                return args[i]
+    return tuple(map(take, result)) if isinstance(result, (tuple, list)) else take(result)
+
+
+def _differing_axis(full: torch.Size, part: torch.Size, batch: int, rows: int) -> Rows | None:
+    if len(full) != len(part):
+        return None
+    axes = [axis for axis, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
+    if len(axes) != 1 or full[axes[0]] % batch or part[axes[0]] * batch != full[axes[0]] * rows:
+        return None
+    return Rows(axes[0], full[axes[0]] // batch)

@@ -1,0 +1,201 @@
+"""The autograd node: a call that was screened without a graph.
+
+A ``Call`` is what the screen leaves behind, for the replay of its kept rows. Its node hands the outputs to the
+user's loss and receives ``g = dL/d(outputs)``.
+"""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kondo_hooks.batch import Layout, Tree, flatten, infer_batch_size, output_rows, unflatten
+from kondo_hooks.draws import Draws, RecordDraws
+from kondo_hooks.state import (
+    Autocast,
+    BufferRecord,
+    ModuleState,
+    RngState,
+    forked_rng,
+    rng_state,
+    same_rng_state,
+)
+
+_serial = itertools.count()
+
+
+@dataclass(eq=False)
+class Call:
+    """One screened call: what is needed to run its rows again, and the gradient that came back.
+
+    Attributes:
+        run: the function that was called.
+        args: positional and keyword arguments, tensors in nested containers.
+        outputs: the differentiable output tensors, as the screen returned them.
+        rows: where each output keeps its rows; None for an output without a batch axis.
+        batch: number of rows.
+        whole: why only a replay of the whole batch can be exact, if so.
+        observations: what was seen of this call in the loss.
+        grads: the loss gradient at each output, once a backward has come through.
+    """
+
+    run: Callable[..., Any]
+    args: Tree
+    state: ModuleState
+    receive: Callable[["Call", Any, Sequence[Tensor | None]], tuple[Tensor | None, ...]]
+    flags: tuple[list[bool], list[bool]] = field(init=False)
+    autocast: Autocast = field(init=False)
+    rng: RngState = field(init=False)
+    buffers: BufferRecord = field(init=False)
+    draws: Draws = field(default_factory=Draws)
+    whole: str | None = None
+    paths: list[str] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    rows: Layout = field(default_factory=list)
+    batch: int = 0
+    named: Any = None
+    grads: list[Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.serial = next(_serial)
+        self.input_paths, self.inputs = flatten(self.args)
+        devices = {leaf.device for leaf in self.inputs}
+        self.flags = self.state.flags()
+        self.autocast = Autocast.current(devices)
+        self.rng = rng_state(devices)
+        self._input_versions = [leaf._version for leaf in self.inputs]
+        self._parameter_versions = self.state.versions()
+        self._observations: list[weakref.ref[Any]] = []
+        self._output_versions: list[int] = []
+        self.random = False
+        self.returned: list[Tensor] = []
+
+    @property
+    def observations(self) -> list[Any]:
+        """What was seen of this call in the loss; each lives as long as the loss's graph."""
+        return [seen for ref in self._observations if (seen := ref()) is not None]
+
+    def observe(self, observation: Any) -> None:
+        """Note a log-prob seen in the loss; it refers to this call, so only weakly."""
+        self._observations.append(weakref.ref(observation))
+
+    @property
+    def decides_at_once(self) -> bool:
+        """Whether an input wants its gradient back from the node's own backward."""
+        return any(leaf.requires_grad for leaf in self.inputs)
+
+    def screen(self, batch_dim: int, record: bool, copy: bool) -> Tree:
+        """Run the whole batch without a graph; returns what the model returned.
+
+        Args:
+            batch_dim: axis that holds the rows.
+            record: note random operations, so that a replay of some rows can repeat them.
+            copy: keep a copy of the outputs, for a loss that writes into them.
+        """
+        self.buffers = self.state.buffers_before()
+        with torch.no_grad(), RecordDraws(self.draws) if record else contextlib.nullcontext():
+            result = self.run(*self.args[0], **self.args[1])
+        self.state.note_changes(self.buffers)
+        drew = not same_rng_state(self.rng, rng_state(device for device, _ in self.rng))
+        self.random = drew
+        if drew and not record:
+            self.whole = "a random operation in it was not recorded"
+        elif self.draws.indivisible:
+            self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
+        elif (norm := self.state.mixes_batch()) is not None:
+            self.whole = f"{norm} in training mode computes statistics over the batch"
+        self._take_outputs(result, batch_dim, copy)
+        return result
+
+    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool) -> None:
+        every = list(zip(*flatten(result), strict=True))
+        self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim)
+        self.batch_dim = batch_dim
+        kept = [(path, leaf) for path, leaf in every if differentiable(leaf)]
+        self.paths = [path for path, _ in kept]
+        # Aliases that are no views: the user may write into what is returned, and `detach` shares the
+        # version counter, which tells that it was done.
+        self.returned = [leaf.data for _, leaf in kept]
+        self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
+        self.rows = [output_rows(leaf, self.batch, batch_dim) for leaf in self.outputs]
+        self._output_versions = [leaf._version for leaf in self.outputs]
+
+    def attach_node(self, result: Tree, anchor: Tensor) -> Tree:
+        """``result`` with its differentiable tensors as outputs of this call's autograd node."""
+        inputs = [leaf for leaf in self.inputs if leaf.requires_grad]
+        returned = iter(_Node.apply(self, anchor.view_as(anchor), *inputs))
+        self.returned = []
+        return unflatten(result, [next(returned) if differentiable(leaf) else leaf for leaf in flatten(result)[1]])
+
+    def overwritten(self) -> bool:
+        """Whether the user's code has written into the outputs since the screen."""
+        return any(leaf._version != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
+
+    def screen_again(self) -> None:
+        """Get back outputs that were written over, by one more run without a graph."""
+        with torch.no_grad(), self.as_screened():
+            result = self.run(*self.args[0], **self.args[1])
+        self.outputs = [leaf for leaf in flatten(result)[1] if differentiable(leaf)]
+        self._output_versions = [leaf._version for leaf in self.outputs]
+
+    @contextlib.contextmanager
+    def as_screened(self) -> Iterator[None]:
+        """Flags, autocast, buffers and random numbers as the screen saw them; undone on exit."""
+        with (
+            self.state.restored_flags(self.flags),
+            self.autocast.restored(),
+            self.buffers.restored() if self.buffers.entries else contextlib.nullcontext(),
+            forked_rng(self.rng) if self.random else contextlib.nullcontext(),
+        ):
+            yield
+
+    def changed_since(self) -> str | None:
+        """What the replay would see otherwise than the screen, if it can be told."""
+        for path, leaf, version in zip(self.input_paths, self.inputs, self._input_versions, strict=True):
+            if leaf._version != version:
+                return f"the input {_argument(path)} was modified in place after the call"
+        if self.state.versions() != self._parameter_versions:
+            return "the parameters were changed between the call and its backward (an optimizer step?)"
+        return None
+
+    def release(self) -> None:
+        """Let go of inputs and outputs after the last backward."""
+        self.args, self.inputs, self.outputs, self.grads = ((), {}), [], [], []
+
+
+def differentiable(leaf: Tensor) -> bool:
+    """Whether a loss could send a gradient into this output."""
+    return leaf.dtype.is_floating_point or leaf.dtype.is_complex
+
+
+def _argument(path: str) -> str:
+    """A path in (args, kwargs) as the caller wrote it."""
+    return "args" + path[3:] if path.startswith("[0]") else path[3:].strip("[]'")
+
+
+class _Node(torch.autograd.Function):
+    """Outputs of a screened call. Its inputs are an anchor, so that it is reached, and what needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.kondo_call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(anchor)
+        return tuple(call.returned)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises autograd's own error if the graph was freed
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "gated: create_graph=True (double backward) needs the graph of every row. "
+                "Compute this loss outside the context, or with the gate disabled."
+            )
+        call = ctx.kondo_call
+        inputs = call.receive(call, ctx, grads)
+        return (None, None, *inputs)

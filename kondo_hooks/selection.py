@@ -1,0 +1,330 @@
+"""Which samples are worth a backward: pure tensor maths, no model.
+
+Delight is ``chi = U * ell``: advantage times surprisal, ``ell = -log pi(a)``. The gate pays for a
+sample's backward only when its delight beats a price (Osband 2026, arXiv 2603.20526).
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Unit = Literal["sample", "token"]
+Reduction = Literal["sum", "mean", "max"]
+Weight = Literal["pg", "dg"]
+Normalize = Literal["batch", "kept"]
+
+_PRIORITIES = ("delight", "advantage", "abs_advantage", "surprisal", "additive", "uniform")
+
+
+@dataclass(frozen=True)
+class additive:  # noqa: N801 - reads as a value: priority=additive(0.3)
+    """The priority ``alpha * advantage + (1 - alpha) * surprisal``, a control that the paper rejects."""
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How samples are chosen and weighted. Validated when it is made.
+
+    Args:
+        rate: fraction of samples to keep, in (0, 1], or a function of the step that returns one.
+            Exactly one of ``rate`` and ``price`` is set.
+        price: keep samples whose score is above this, in advantage x nats; 0 is the adaptive gate.
+        priority: what samples are ranked by: "delight", "advantage", "abs_advantage", "surprisal",
+            "additive" (or ``additive(alpha)``), "uniform" (random rows, the control to beat).
+        temperature: softness ``eta`` of the Bernoulli and soft gates, in units of the score.
+        hard: False weights every sample by ``sigmoid((score - price) / temperature)``: nothing is skipped.
+        deterministic: False draws ``G ~ Bernoulli(sigmoid((score - price) / temperature))``.
+        unit: "sample" keeps or drops whole rows, "token" single positions.
+        reduction: how a row's score comes from its positions: "sum", "mean" or "max".
+        history: with ``rate``, take the price from the last ``history`` decisions, so that the long-run
+            kept fraction is ``rate`` even where ``rate * batch`` is less than one row. 0: this batch alone.
+        weight: "pg" keeps the user's gradient; "dg" multiplies kept samples by ``sigmoid(delight)``.
+        unbiased: divide kept samples by their keep-probability (Bernoulli gate only).
+        normalize: "batch" keeps the user's denominators; "kept" rescales by samples / kept samples.
+        seed: of the gate's own generator.
+    """
+
+    rate: float | Callable[[int], float] | None = None
+    price: float | None = None
+    priority: str | additive = "delight"
+    temperature: float = 0.1
+    hard: bool = True
+    deterministic: bool = True
+    unit: Unit = "sample"
+    reduction: Reduction = "sum"
+    history: int = 0
+    weight: Weight = "pg"
+    unbiased: bool = False
+    normalize: Normalize = "batch"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.rate is None) == (self.price is None):
+            raise ValueError("give exactly one of rate and price")
+        if self.rate is not None and not callable(self.rate):
+            check_rate(self.rate)
+        if self.price is not None and not math.isfinite(self.price):
+            raise ValueError(f"price must be finite, got {self.price}")
+        if not (isinstance(self.priority, additive) or self.priority in _PRIORITIES):
+            raise ValueError(f"priority must be one of {', '.join(_PRIORITIES)}, got {self.priority!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        for name, allowed in (
+            ("unit", ("sample", "token")),
+            ("reduction", ("sum", "mean", "max")),
+            ("weight", ("pg", "dg")),
+            ("normalize", ("batch", "kept")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
+            raise ValueError(f"history must be a number of decisions >= 0, got {self.history!r}")
+        if self.history and self.rate is None:
+            raise ValueError("history sets the price from a rate: give rate, not price")
+        if self.unbiased and (self.deterministic or not self.hard):
+            raise ValueError("unbiased=True divides by a keep-probability: it needs deterministic=False")
+
+
+def check_rate(rate: float) -> float:
+    """Return ``rate`` if it is in (0, 1], else raise ValueError."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        raise ValueError(f"rate must be in (0, 1], got {rate!r}")
+    return float(rate)
+
+
+@dataclass
+class Signal:
+    """What is known of each sample: advantage, surprisal, and where they mean something.
+
+    All three have the same shape, (B,) or (B, T). ``valid`` is False on padding and masked positions.
+    """
+
+    advantages: Tensor
+    surprisal: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> "Signal":
+        """Check and align log-probs (B,) or (B, T), advantages (B,) or (B, T), mask (B,) or (B, T)."""
+        if not isinstance(logp, Tensor) or logp.dim() not in (1, 2):
+            raise ValueError(f"logp must be a tensor of shape (B,) or (B, T), got {_shape(logp)}")
+        logp = logp.detach()
+        advantages = _like("advantages", advantages, logp)
+        valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else _like("mask", mask, logp) != 0
+        return cls(advantages, -logp, valid)
+
+    @property
+    def delight(self) -> Tensor:
+        """Advantage times surprisal, zero where not valid; same shape as the fields."""
+        return torch.where(self.valid, self.advantages * self.surprisal, 0)
+
+    def score(self, priority: str | additive) -> Tensor:
+        """What ``priority`` ranks by, at each position; zero where not valid."""
+        if priority == "delight":
+            return self.delight
+        if priority == "additive":
+            priority = additive()
+        if isinstance(priority, additive):
+            score = priority.alpha * self.advantages + (1 - priority.alpha) * self.surprisal
+        elif priority == "surprisal":
+            score = self.surprisal
+        else:
+            score = self.advantages if priority == "advantage" else self.advantages.abs()
+        return torch.where(self.valid, score, 0)
+
+    def reduce(self, score: Tensor, reduction: Reduction) -> Tensor:
+        """Reduce a (B, T) score over its valid positions to (B,); a row without any gets 0."""
+        if score.dim() == 1:
+            return score
+        if reduction == "max":
+            top = score.masked_fill(~self.valid, -torch.inf).amax(1)
+            return torch.where(self.valid.any(1), top, 0)
+        total = score.sum(1)
+        return total / self.valid.sum(1).clamp(min=1) if reduction == "mean" else total
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _like(name: str, value: Any, logp: Tensor) -> Tensor:
+    """``value`` in logp's shape: the same, or one value a row spread over the row's positions."""
+    value = torch.as_tensor(value, device=logp.device).detach()
+    if value.shape == logp.shape:
+        return value
+    rows = logp.shape[0]
+    if logp.dim() == 2 and value.shape in ((rows,), (rows, 1)):
+        return value.reshape(rows, 1).expand_as(logp)
+    raise ValueError(
+        f"{name} has shape {tuple(value.shape)}, logp has {tuple(logp.shape)}: give {name} the shape of logp"
+        + (f", or one value a row, ({rows},)" if logp.dim() == 2 else "")
+    )
+
+
+@dataclass
+class Decision:
+    """What the gate decided for one population of N samples (rows, or tokens when ``unit="token"``).
+
+    Attributes:
+        delight: (N,) advantage x nats.
+        kept: (K,) indices into the population, ascending.
+        weights: (K,) factors on the kept samples' gradients, or None for all ones.
+        price: the score that a sample had to beat.
+        rate: K / N.
+        scale: the loss's own scale ``s`` that was divided out of the delight (1/N for a mean).
+    """
+
+    delight: Tensor
+    kept: Tensor
+    weights: Tensor | None
+    price: float
+    rate: float
+    scale: float = 1.0
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` largest of (N,) scores, ascending; ties go to the lower index."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:k].sort().values
+
+
+def gate_probability(scores: Tensor, price: float | Tensor, temperature: float) -> Tensor:
+    """``sigmoid((score - price) / temperature)``, the keep-probability of the paper's Algorithm 1."""
+    return torch.sigmoid((scores - price) / temperature)
+
+
+def quantile_price(scores: Tensor, rate: float) -> Tensor:
+    """The (1 - rate)-quantile of the scores, linear between neighbours, for any number of them."""
+    ordered = scores.reshape(-1).sort().values
+    position = (1 - rate) * (len(ordered) - 1)
+    low = int(position)
+    return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], position - low)
+
+
+class Selector:
+    """Applies a SelectionConfig, and holds the state that lasts: step, history, generator."""
+
+    def __init__(self, config: SelectionConfig):
+        self.config = config
+        self.step = 0
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._history: deque[Tensor] = deque(maxlen=config.history)
+        self._credit = 0.0
+
+    def rate(self) -> float | None:
+        """The rate of the coming decision; None when a price is set instead."""
+        rate = self.config.rate
+        return check_rate(rate(self.step)) if callable(rate) else rate
+
+    def uniform(self, n: int) -> Tensor:
+        """(n,) random scores from the gate's own generator."""
+        return torch.rand(n, generator=self._generator)
+
+    def __call__(self, delight: Tensor, scores: Tensor, forced: Tensor | None = None) -> Decision:
+        """Decide on N samples and count the step.
+
+        Args:
+            delight: (N,) advantage x nats; for the record and for ``weight="dg"``.
+            scores: (N,) what the samples are ranked by.
+            forced: (N,) bool, samples that are kept whatever their score; they count towards ``rate``.
+
+        Raises:
+            ValueError: if N is 0 or a score is not finite.
+        """
+        if scores.numel() == 0:
+            raise ValueError("the gate was given an empty batch: there is no row to choose from")
+        finite = scores.isfinite() & delight.isfinite()
+        if forced is not None:
+            finite = finite | forced
+        if not finite.all():
+            bad = (~finite).nonzero().flatten()
+            raise ValueError(
+                f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
+                "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
+            )
+        ranked = scores if forced is None else scores.masked_fill(forced, torch.inf)
+        kept, probability, price = self._choose(ranked, scores)
+        weights = self._weights(delight, kept, probability)
+        self.step += 1
+        return Decision(delight, kept, weights, float(price), len(kept) / len(scores))
+
+    def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
+        config, rate, n = self.config, self.rate(), len(scores)
+        if not (config.hard and config.deterministic):
+            price = config.price if rate is None else self._quantile(scores, rate)
+            probability = gate_probability(ranked, price, config.temperature)
+            if not config.hard:
+                return torch.arange(n, device=scores.device), probability, price
+            draws = self.uniform(n).to(scores.device)
+            kept = (draws < probability).nonzero().flatten()
+            self._count(rate, n, len(kept))
+            return kept, probability, price
+        if rate is None:
+            return (ranked > config.price).nonzero().flatten(), None, config.price
+        if config.history:
+            price = self._quantile(scores, rate)
+            kept = (ranked > price).nonzero().flatten()
+            self._count(rate, n, len(kept))
+            return kept, None, price
+        forced = int((ranked == torch.inf).sum()) if ranked is not scores else 0
+        kept = top_k(ranked, max(1, round(rate * n), forced))
+        return kept, None, scores[kept].min()
+
+    def _quantile(self, scores: Tensor, rate: float) -> Tensor:
+        """The price that keeps ``rate`` of this batch and of the last decisions, less what is owed."""
+        if not self.config.history:
+            return quantile_price(scores, rate)
+        self._history.append(scores.detach().to("cpu", copy=True))
+        pool = torch.cat(list(self._history))
+        # Ties and drift make a quantile keep more or fewer than asked; what is owed is paid back
+        # over the length of the history, so that the long-run fraction is the rate.
+        target = min(1.0, max(0.0, rate + self._credit / len(pool)))
+        if target == 0:
+            return pool.max().to(scores.device)
+        return quantile_price(pool, target).to(scores.device) if target < 1 else scores.new_tensor(-torch.inf)
+
+    def _count(self, rate: float | None, n: int, kept: int) -> None:
+        if self.config.history and rate is not None:
+            self._credit += rate * n - kept
+
+    def _weights(self, delight: Tensor, kept: Tensor, probability: Tensor | None) -> Tensor | None:
+        config = self.config
+        factors = []
+        if probability is not None and not config.hard:
+            factors.append(probability)
+        if config.weight == "dg":
+            factors.append(torch.sigmoid(delight[kept]))
+        if config.unbiased and probability is not None:
+            factors.append(1 / probability[kept])
+        if config.normalize == "kept" and len(kept):
+            factors.append(torch.full_like(delight[kept], len(delight) / len(kept)))
+        if not factors:
+            return None
+        return torch.stack(factors).prod(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next decision depends on."""
+        return {
+            "step": self.step,
+            "credit": self._credit,
+            "history": [scores.clone() for scores in self._history],
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken."""
+        self.step = state["step"]
+        self._credit = state["credit"]
+        self._history = deque((s.clone() for s in state["history"]), maxlen=self.config.history)
+        self._generator.set_state(state["generator"])

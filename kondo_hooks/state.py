@@ -1,0 +1,178 @@
+"""What a replay must find as the screen did: training flags, buffers, random numbers, autocast."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModuleState:
+    """The parts of a module that a replay must find as the screen did; lists are made once."""
+
+    def __init__(self, module: nn.Module):
+        self._modules = list(module.modules())
+        self._parameters = list(module.parameters())
+        self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
+        self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._mutable: list[tuple[nn.Module, str]] | None = None
+
+    def flags(self) -> tuple[list[bool], list[bool]]:
+        """Training flags of the modules, requires-grad flags of the parameters."""
+        return [m.training for m in self._modules], [p.requires_grad for p in self._parameters]
+
+    def trainable(self) -> bool:
+        """Whether any parameter requires grad."""
+        return any(p.requires_grad for p in self._parameters)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters, each once."""
+        return self._parameters
+
+    def versions(self) -> list[int]:
+        """In-place version of each parameter."""
+        return [p._version for p in self._parameters]
+
+    def mixes_batch(self) -> str | None:
+        """Name of the type of a batch norm that uses the statistics of its batch, if there is one."""
+        for m in self._batch_norms:
+            if m.training or m.running_mean is None:
+                return type(m).__name__
+        return None
+
+    @contextlib.contextmanager
+    def restored_flags(self, flags: tuple[list[bool], list[bool]]) -> Iterator[None]:
+        """Training and requires-grad flags as ``flags``, and back."""
+        now = self.flags()
+        try:
+            if now != flags:
+                self._set_flags(flags)
+            yield
+        finally:
+            if now != flags:
+                self._set_flags(now)
+
+    def _set_flags(self, flags: tuple[list[bool], list[bool]]) -> None:
+        for m, training in zip(self._modules, flags[0], strict=True):
+            m.training = training
+        for p, requires_grad in zip(self._parameters, flags[1], strict=True):
+            p.requires_grad_(requires_grad)
+
+    def buffers_before(self) -> "BufferRecord":
+        """Take the values of the buffers that a forward may change: all at first, then those that did."""
+        names = self._buffers if self._mutable is None else self._mutable
+        return BufferRecord([(m, n, m._buffers[n], _version(m._buffers[n]), _clone(m._buffers[n])) for m, n in names])
+
+    def note_changes(self, record: "BufferRecord") -> None:
+        """After a screen: keep only the buffers that it changed."""
+        changed = record.changed()
+        if self._mutable is None or changed:
+            known = {(id(m), n) for m, n in self._mutable or []}
+            self._mutable = (self._mutable or []) + [(m, n) for m, n, *_ in changed if (id(m), n) not in known]
+        record.entries = changed
+
+
+@dataclass
+class BufferRecord:
+    """Buffers as they were before a screen: (module, name, tensor, version, copy of the values)."""
+
+    entries: list[tuple[nn.Module, str, Any, int, Any]]
+
+    def changed(self) -> list[tuple[nn.Module, str, Any, int, Any]]:
+        """The entries whose buffer was replaced or written to since."""
+        return [e for e in self.entries if e[0]._buffers[e[1]] is not e[2] or _version(e[2]) != e[3]]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run with the values from before the screen; then put back today's, untouched by the replay."""
+        now = [(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n, *_ in self.entries]
+        try:
+            with torch.no_grad():
+                for m, n, tensor, _, values in self.entries:
+                    m._buffers[n] = _write(tensor, values)
+            yield
+        finally:
+            with torch.no_grad():
+                for m, n, tensor, values in now:
+                    m._buffers[n] = _write(tensor, values)
+
+
+def _version(buffer: Tensor | None) -> int:
+    return -1 if buffer is None else buffer._version
+
+
+def _clone(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
+
+
+def _write(buffer: Tensor | None, values: Tensor | None) -> Tensor | None:
+    return buffer if buffer is None or values is None else buffer.copy_(values)
+
+
+RngState = list[tuple[torch.device, Tensor]]
+
+
+def rng_state(devices: Iterable[torch.device]) -> RngState:
+    """The state of the CPU's generator and of each accelerator among ``devices``."""
+    state = [(torch.device("cpu"), torch.get_rng_state())]
+    for device in sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str):
+        state.append((device, torch.get_device_module(device.type).get_rng_state(device)))
+    return state
+
+
+def set_rng_state(state: RngState) -> None:
+    """Put back what ``rng_state`` took."""
+    for device, values in state:
+        if device.type == "cpu":
+            torch.set_rng_state(values)
+        else:
+            torch.get_device_module(device.type).set_rng_state(values, device)
+
+
+def same_rng_state(a: RngState, b: RngState) -> bool:
+    """Whether no random number was drawn between the two."""
+    return all(torch.equal(x, y) for (_, x), (_, y) in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def forked_rng(state: RngState) -> Iterator[None]:
+    """Run from ``state``; the user's stream goes on as if nothing had been drawn."""
+    now = rng_state(device for device, _ in state)
+    try:
+        set_rng_state(state)
+        yield
+    finally:
+        set_rng_state(now)
+
+
+@dataclass
+class Autocast:
+    """Autocast state of the CPU and of one accelerator."""
+
+    states: list[tuple[str, bool, torch.dtype]]
+    cache: bool
+
+    @classmethod
+    def current(cls, devices: Iterable[torch.device]) -> "Autocast":
+        """As it is now."""
+        kinds = sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})
+        return cls(
+            [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds],
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def eps(self, dtype: torch.dtype) -> float:
+        """Machine epsilon of what was computed in: the output's dtype, or autocast's if that is coarser."""
+        used = [dtype] + [d for _, enabled, d in self.states if enabled]
+        return max(torch.finfo(d).eps for d in used)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Autocast as it was."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.states:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=self.cache))
+            yield

@@ -1,0 +1,573 @@
+"""Log-probs seen in the user's loss code.
+
+While the context is open a ``TorchFunctionMode`` watches the few functions that pick an action's log-prob
+(``gather``, indexing, ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits``; so also
+``Categorical`` and ``Bernoulli``) on tensors that descend from a gated call. A hook on what they return
+gives ``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
+"""
+
+import contextlib
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from kondo_hooks.selection import Signal
+
+Node = Any  # torch.autograd.graph.Node, without a public constructor to check against
+Kind = Literal["logp", "nll", "prob", "logit", "unknown"]
+
+# Operations between a model's output and the tensor that the action is picked from which keep row i in
+# row i. Anything else (a permutation, a boolean mask) is not trusted to.
+_ROWWISE = {
+    f"{name}Backward{i}"
+    for i in (0, 1)
+    for name in [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Neg",
+        "Exp",
+        "Log",
+        "Log1P",
+        "Pow",
+        "Clamp",
+        "ClampMin",
+        "ClampMax",
+        "Where",
+        "MaskedFill",
+        "Tanh",
+        "Sigmoid",
+        "LogSigmoid",
+        "LogSoftmax",
+        "Softmax",
+        "ToCopy",
+        "Clone",
+        "Alias",
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Unsqueeze",
+        "Squeeze",
+        "Expand",
+        "Slice",
+        "Select",
+        "Transpose",
+        "Permute",
+        "Split",
+        "Copy",
+        "Softplus",
+        "Abs",
+        "Relu",
+        "Maximum",
+        "Minimum",
+    ]
+}
+_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """A gated call that a tensor descends from, and how.
+
+    Attributes:
+        call: the call record.
+        kind: what the tensor holds by the operations that made it.
+        offset: first position of the call's second axis that the tensor's positions stand for.
+    """
+
+    call: Any
+    kind: Kind
+    offset: int = 0
+
+
+def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
+    """The gated calls that ``tensor``'s rows come from, in row order; None if that cannot be followed.
+
+    ``trust`` accepts operations that are not known to keep the rows in order.
+    """
+    return _follow(tensor.grad_fn, "unknown", 0, trust, _DEPTH) if tensor.grad_fn is not None else None
+
+
+def _follow(node: Node, kind: Kind, offset: int, trust: bool, depth: int) -> list[Source] | None:
+    while depth:
+        depth -= 1
+        if (call := getattr(node, "kondo_call", None)) is not None:
+            return [Source(call, kind, offset)]
+        name = node.name()
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if name in ("CatBackward0", "StackBackward0"):
+            if _axis(node, node._saved_dim) != 0:
+                return None
+            found = [_follow(parent, kind, offset, trust, depth) for parent in parents]
+            return None if any(f is None for f in found) else [source for f in found for source in f or []]
+        if not parents or not (trust or name in _ROWWISE):
+            return None
+        if not trust and not _keeps_rows(node, name):
+            return None
+        if kind == "unknown":
+            kind = _kind(name, parents)
+        if name in ("SliceBackward0", "SelectBackward0"):
+            sizes = node._saved_self_sym_sizes
+            if _signed(node._saved_dim) % len(sizes) == 1:
+                start = node._saved_start if name == "SliceBackward0" else node._saved_index
+                offset += _signed(start) % max(sizes[1], 1)
+        if len(parents) == 1:
+            node = parents[0]
+            continue
+        for parent in parents:
+            if (found := _follow(parent, kind, offset, trust, depth)) is not None:
+                return found
+        return None
+    return None
+
+
+def _signed(value: int) -> int:
+    """Autograd nodes hand out negative numbers as unsigned 64-bit ones."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _axis(node: Node, dim: int) -> int:
+    return _signed(dim) % max(len(node._input_metadata[0].shape), 1)
+
+
+def _keeps_rows(node: Node, name: str) -> bool:
+    """False if an operation on axes moves or removes the first one."""
+    if name == "SelectBackward0":
+        return _signed(node._saved_dim) % len(node._saved_self_sym_sizes) != 0
+    if name in ("SliceBackward0", "SplitBackward0", "UnsqueezeBackward0"):
+        return _axis(node, node._saved_dim) != 0
+    if name == "TransposeBackward0":
+        return 0 not in (_axis(node, node._saved_dim0), _axis(node, node._saved_dim1))
+    if name == "PermuteBackward0":
+        return _axis(node, node._saved_dims[0]) == 0
+    return True
+
+
+def _kind(name: str, parents: list[Node]) -> Kind:
+    if name in ("LogSoftmaxBackward0", "LogBackward0", "LogSigmoidBackward0"):
+        return "logp"
+    if name == "SubBackward0" and any(parent.name() == "LogsumexpBackward0" for parent in parents):
+        return "logp"
+    return "prob" if name in ("SoftmaxBackward0", "ExpBackward0") else "unknown"
+
+
+@dataclass(eq=False)
+class Observation:
+    """A log-prob seen in the loss: its values now, the loss's gradient there once a backward reaches it.
+
+    Attributes:
+        read: gives (advantage times s, surprisal) in the shape of the picked values, from the gradient.
+        sources: the calls whose rows it holds, in order.
+        grad_fn: the node whose gradient is taken; the loss's own scale is found above it.
+        own_scale: 1/N if what was seen is itself a mean over N samples, 1 if a sum, None if not reduced.
+        told: marked by the user with ``gate.logp``.
+        raw: picked from raw logits, which a value loss does too: believed only if the boundary agrees.
+    """
+
+    read: Callable[[Tensor], tuple[Tensor, Tensor]]
+    sources: list[Source]
+    grad_fn: Node
+    own_scale: float | None = None
+    told: bool = False
+    raw: bool = False
+    grad: Tensor | None = None
+    signals: dict[int, Signal] = field(default_factory=dict)
+
+    def attach(self, tensor: Tensor) -> None:
+        """Take the gradient at ``tensor`` when a backward reaches it."""
+
+        def hook(grad: Tensor) -> None:
+            self.grad = grad.detach()
+            self.signals.clear()
+
+        tensor.register_hook(hook)
+        for source in {id(s.call): s for s in self.sources}.values():
+            source.call.observe(self)
+
+    def signal(self, call: Any) -> Signal | None:
+        """This observation's share of ``call``, (B, P); None if the loss did not use it."""
+        if self.grad is None:
+            return None
+        if not self.signals:
+            self._split()
+        return self.signals.get(id(call))
+
+    def offset(self, call: Any) -> int:
+        """Where on the call's second axis the positions of ``signal`` start."""
+        return next(source.offset for source in self.sources if source.call is call)
+
+    def _split(self) -> None:
+        assert self.grad is not None
+        advantages, surprisal = self.read(self.grad)
+        total = sum(source.call.batch for source in self.sources)
+        each = advantages.reshape(total, -1), surprisal.reshape(total, -1)
+        start = 0
+        for source in self.sources:
+            u, ell = (t[start : start + source.call.batch] for t in each)
+            start += source.call.batch
+            signal = Signal(u, ell, u != 0)
+            if (other := self.signals.get(id(source.call))) is not None:
+                signal = join([other, signal])
+            self.signals[id(source.call)] = signal
+
+    def release(self) -> None:
+        """Forget the gradient after a decision; a second backward brings its own."""
+        self.grad = None
+        self.signals.clear()
+
+
+def join(signals: list[Signal]) -> Signal:
+    """Several signals of the same rows as one, positions side by side."""
+    if len(signals) == 1:
+        return signals[0]
+    dtype = torch.promote_types(signals[0].advantages.dtype, signals[-1].advantages.dtype)
+    return Signal(
+        torch.cat([s.advantages.to(dtype) for s in signals], 1),
+        torch.cat([s.surprisal.to(dtype) for s in signals], 1),
+        torch.cat([s.valid for s in signals], 1),
+    )
+
+
+def observe_logp(logp: Tensor) -> Observation | None:
+    """Watch a tensor of log-probs that the user marked; None if it does not come from a gated call."""
+    sources = find_sources(logp) or find_sources(logp, trust=True)
+    if not sources or logp.numel() % sum(s.call.batch for s in sources):
+        return None
+    values = logp.detach().clone()
+    observation = Observation(lambda g: (-g, -values), sources, logp.grad_fn, told=True)
+    observation.attach(logp)
+    return observation
+
+
+class LossWatcher(TorchFunctionMode):
+    """Watches the loss code for log-probs of gated calls, and tells the gate of each backward."""
+
+    def __init__(self, on_backward: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
+        super().__init__()
+        self._on_backward = on_backward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` as it is; look at what it returned if it can pick a log-prob."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func in _BACKWARD:
+            return self._on_backward(func, args, kwargs)
+        result = func(*args, **kwargs)
+        watcher = _WATCHED.get(func)
+        if watcher is not None and isinstance(result, Tensor) and result.requires_grad:
+            with torch._C.DisableTorchFunction():
+                watcher(result, *args, **kwargs)
+        return result
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Take this mode, and it alone, off the stack of modes while the model itself runs."""
+        above = []
+        while torch._C._len_torch_function_stack():
+            above.append(_pop_mode())
+            if above[-1] is self:
+                break
+        else:
+            for mode in reversed(above):
+                _push_mode(mode)
+            yield
+            return
+        del above[-1]
+        for mode in reversed(above):
+            _push_mode(mode)
+        try:
+            yield
+        finally:
+            for _ in above:
+                _pop_mode()
+            _push_mode(self)
+            for mode in reversed(above):
+                _push_mode(mode)
+
+
+_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+
+
+def _sources(tensor: Any) -> list[Source] | None:
+    if not isinstance(tensor, Tensor) or tensor.grad_fn is None or not tensor.dim():
+        return None
+    sources = find_sources(tensor)
+    if not sources or tensor.shape[0] % sum(source.call.batch for source in sources):
+        return None
+    return sources
+
+
+def _gather(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> None:
+    if result.dim() and dim % max(result.dim(), 1) != 0:
+        _pick(result, input, dim)
+
+
+def _take_along_dim(result: Tensor, input: Tensor, indices: Tensor, dim: int | None = None) -> None:
+    if dim is not None:
+        _gather(result, input, dim, indices)
+
+
+def _getitem(result: Tensor, input: Tensor, index: Any) -> None:
+    """``logp[arange(B), actions]`` and ``logp[arange(B)[:, None], arange(T), actions]``."""
+    if not isinstance(index, tuple) or len(index) != input.dim() or len(index) < 2:
+        return
+    *leading, action = index
+    if isinstance(action, (list, tuple)):
+        action = torch.as_tensor(action, device=input.device)
+    if not (isinstance(action, Tensor) and action.dtype in (torch.int64, torch.int32)):
+        return
+    for axis, rows in enumerate(leading):
+        rows = torch.as_tensor(rows, device=action.device) if isinstance(rows, (list, range)) else rows
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+            return
+        shape = [1] * result.dim()
+        if result.dim() != len(leading) or result.shape[axis] != input.shape[axis]:
+            return
+        shape[axis] = -1
+        expected = torch.arange(input.shape[axis], device=rows.device).view(shape)
+        if not torch.equal(torch.broadcast_to(rows, result.shape), expected.expand(result.shape)):
+            return
+    _pick(result, input, -1)
+
+
+def _pick(result: Tensor, input: Tensor, dim: int) -> None:
+    """``result`` picks one entry of ``input``, (..., K) along ``dim``, at each position."""
+    if (sources := _sources(input)) is None or result.shape[:1] != input.shape[:1]:
+        return
+    kind = sources[0].kind
+    values = result.detach().clone()
+    if kind == "unknown":
+        observation = _pick_unknown(values, input.detach(), dim, sources, result.grad_fn)
+    elif kind == "prob":
+        observation = Observation(lambda g: (-g * values, -values.log()), sources, result.grad_fn)
+    else:
+        observation = Observation(lambda g: (-g, -values), sources, result.grad_fn)
+    observation.attach(result)
+
+
+def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source], grad_fn: Node) -> Observation:
+    """The model returned what was picked from: its values tell whether logits, log-probs or probabilities."""
+    tolerance = 1e-6 if table.dtype == torch.float64 else 1e-3
+    few = table.narrow(0, 0, min(len(table), 8))
+    if bool((few >= 0).all()) and bool(((few.sum(dim) - 1).abs() < tolerance).all()):
+        return Observation(lambda g: (-g * values, -values.log()), sources, grad_fn)
+    if bool((few.logsumexp(dim).abs() < tolerance).all()):
+        return Observation(lambda g: (-g, -values), sources, grad_fn)
+    version = table._version
+
+    def read(grad: Tensor) -> tuple[Tensor, Tensor]:
+        if table._version != version:
+            raise RuntimeError("gated: logits were modified in place after the action's logit was picked")
+        normaliser = table.logsumexp(dim, keepdim=True)
+        return -grad, normaliser.view(values.shape) - values
+
+    return Observation(read, sources, grad_fn, raw=True)
+
+
+def _cross_entropy(
+    result: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> None:
+    if target.dtype.is_floating_point or label_smoothing:
+        return
+    _indexed_loss(result, input, target, weight, ignore_index, reduction, logits=True)
+
+
+def _nll_loss(
+    result: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> None:
+    _indexed_loss(result, input, target, weight, ignore_index, reduction, logits=False)
+
+
+def _indexed_loss(
+    result: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    logits: bool,
+) -> None:
+    if input.dim() < 2 or (sources := _sources(input)) is None:
+        return
+    table, version, nll = input.detach(), input._version, None
+    counted = target != ignore_index
+    index = target.where(counted, 0)
+    factor = counted.to(table.dtype) if weight is None else weight[index] * counted
+    if reduction == "none" and weight is None:
+        nll = result.detach().clone()
+
+    def read(grad: Tensor) -> tuple[Tensor, Tensor]:
+        surprisal = nll
+        if surprisal is None:
+            if table._version != version:
+                raise RuntimeError("gated: the input of the loss was modified in place before its backward")
+            surprisal = -table.gather(1, index.unsqueeze(1)).squeeze(1)
+            if logits:
+                surprisal = surprisal + table.logsumexp(1)
+        return grad * own * factor, surprisal
+
+    own = 1 / float(factor.sum().clamp_min(1e-30)) if reduction == "mean" else 1.0
+    own_scale = None if reduction == "none" else own
+    Observation(read, sources, result.grad_fn, own_scale).attach(result)
+
+
+def _bce_with_logits(
+    result: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> None:
+    if weight is not None or pos_weight is not None:
+        return
+    _binary_loss(result, input, target, reduction, F.binary_cross_entropy_with_logits)
+
+
+def _bce(
+    result: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> None:
+    if weight is None:
+        _binary_loss(result, input, target, reduction, F.binary_cross_entropy)
+
+
+def _binary_loss(result: Tensor, input: Tensor, target: Tensor, reduction: str, loss: Callable[..., Tensor]) -> None:
+    if (sources := _sources(input)) is None:
+        return
+    nll = result.detach().clone() if reduction == "none" else loss(input.detach(), target, reduction="none")
+
+    def read(grad: Tensor) -> tuple[Tensor, Tensor]:
+        return (grad * own).expand_as(nll), nll
+
+    own = 1 / nll.numel() if reduction == "mean" else 1.0
+    own_scale = None if reduction == "none" else own
+    Observation(read, sources, result.grad_fn, own_scale).attach(result)
+
+
+_WATCHED: dict[Any, Callable[..., None]] = {
+    torch.gather: _gather,
+    torch.Tensor.gather: _gather,
+    torch.take_along_dim: _take_along_dim,
+    torch.Tensor.take_along_dim: _take_along_dim,
+    torch.Tensor.__getitem__: _getitem,
+    F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
+    F.binary_cross_entropy_with_logits: _bce_with_logits,
+    F.binary_cross_entropy: _bce,
+}
+
+
+def loss_scales(root: Node, targets: dict[Node, float | None]) -> dict[Node, float]:
+    """The loss's own scale ``s`` at each target: the scalar factors from the loss down to its first sum or
+    mean over samples. So ``1/N`` for a mean, times a GradScaler's scale, over the accumulation steps.
+
+    Where samples are added up one by one (``loss = loss + ...``), the factors above the first addition.
+
+    Args:
+        root: the loss's ``grad_fn``.
+        targets: nodes that stand for samples, each with the scale of the reduction that it is itself.
+
+    Returns:
+        The scale of every target that known operations lead to.
+    """
+    found: dict[Node, float] = {}
+    seen: set[Node] = set()
+    # (node, scalar factors so far, factors above the first addition)
+    stack: list[tuple[Node, float, float | None]] = [(root, 1.0, None)]
+    while stack and len(found) < len(targets) and len(seen) < _NODES:
+        node, factor, above = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in targets:
+            own = targets[node]
+            if own is not None:
+                found[node] = abs(factor) * own
+            else:
+                found[node] = 1.0 if above is None else abs(above)
+            continue
+        name = node.name()
+        shape = _reduced_shape(node, name)
+        parents = [parent for parent, _ in node.next_functions]
+        if shape is not None and shape.numel() > 1:
+            scale = abs(factor) / (shape.numel() if name.startswith("Mean") else 1)
+            for target in _below(parents, targets, seen):
+                found[target] = scale
+            continue
+        if name == "AddBackward0" and above is None:
+            above = factor
+        factors = _scalar_factors(node, name, factor, len(parents))
+        stack.extend((p, f, above) for p, f in zip(parents, factors, strict=True) if p is not None)
+    return found
+
+
+_NODES = 8192
+
+
+def _below(nodes: list[Node | None], targets: Container[Node], seen: set[Node]) -> list[Node]:
+    """The targets that can be reached from ``nodes``."""
+    found, stack = [], [node for node in nodes if node is not None]
+    while stack and len(seen) < _NODES:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in targets:
+            found.append(node)
+        else:
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
+def _reduced_shape(node: Node, name: str) -> torch.Size | None:
+    if name not in ("MeanBackward0", "SumBackward0", "MeanBackward1", "SumBackward1"):
+        return None
+    return torch.Size(node._saved_self_sym_sizes)
+
+
+def _scalar_factors(node: Node, name: str, factor: float, parents: int) -> list[float]:
+    """The factor that reaches each parent of an operation on scalars."""
+    if name == "MulBackward0":
+        return [factor * _scalar(node, "_saved_other"), factor * _scalar(node, "_saved_self")]
+    if name == "DivBackward0":
+        return [factor / _scalar(node, "_saved_other"), factor]
+    if name in ("SubBackward0", "AddBackward0"):
+        return [factor, factor * float(getattr(node, "_saved_alpha", 1))]
+    return [factor] * parents
+
+
+def _scalar(node: Node, name: str) -> float:
+    value = getattr(node, name, None)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return 1.0
+    return float(value) or 1.0
