@@ -127,15 +127,13 @@ class Rows:
 Layout = list[Rows | None]
 
 
-def infer_batch_size(
-    inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int, named: int | None = None
-) -> int:
+def infer_batch_size(inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int) -> int:
     """How many rows a call has.
 
     The size along ``batch_dim`` that most tensors of the call share; the first input settles a tie.
 
     Raises:
-        ValueError: if no tensor has an axis ``batch_dim``.
+        ValueError: if no tensor has an axis ``batch_dim``, or there are no rows.
     """
     sizes = [leaf.shape[batch_dim] for leaf in inputs if leaf.dim() > batch_dim]
     if not sizes:
@@ -145,28 +143,24 @@ def infer_batch_size(
             f"gated: no tensor of this call has an axis {batch_dim} to choose rows on; "
             "name the batch axis with batch_dim=, or gate a module whose inputs are batched"
         )
-    seen = sizes + [leaf.shape[batch_dim] for leaf in outputs if leaf.dim() > batch_dim]
-
-    def agreeing(size: int) -> int:
-        return sum(other == size or (other > size > 1 and other % size == 0 and batch_dim == 0) for other in seen)
-
-    exact = [size for size in sizes if size > 0]
-    if not exact:
+    if not any(sizes):
         raise ValueError("gated: the model was called on an empty batch: there is no row to choose from")
-    return max(exact, key=lambda size: (sum(other == size for other in seen), agreeing(size), -sizes.index(size)))
+    seen = sizes + [leaf.shape[batch_dim] for leaf in outputs if leaf.dim() > batch_dim]
+    return max((size for size in sizes if size), key=lambda size: (seen.count(size), -sizes.index(size)))
 
 
-def input_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
-    """Where an input keeps its rows; None if it is shared by all rows (a mask of (T, T), a scale)."""
-    if tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch:
-        return Rows(batch_dim)
-    matching = [axis for axis, size in enumerate(tensor.shape) if size == batch]
-    return Rows(matching[0]) if len(matching) == 1 and tensor.dim() > 1 else None
+def candidate_rows(tensor: Tensor, batch: int, batch_dim: int) -> Layout:
+    """Where an input may keep its rows, the likeliest first; None: it is shared by all rows."""
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == batch]
+    axes.sort(key=lambda axis: axis != batch_dim)
+    if tensor.dim() == 1:
+        axes = [axis for axis in axes if axis == batch_dim]
+    return [*map(Rows, axes), None]
 
 
 def output_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
     """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none."""
-    if (rows := input_rows(tensor, batch, batch_dim)) is not None:
+    if (rows := candidate_rows(tensor, batch, batch_dim)[0]) is not None:
         return rows
     if tensor.dim() and tensor.shape[0] and tensor.shape[0] % batch == 0:
         return Rows(0, tensor.shape[0] // batch)
@@ -179,11 +173,12 @@ def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int) -> Iterator[La
     A shared tensor whose size happens to equal the batch size looks like rows. A reading that is wrong
     does not reproduce the screen's outputs, so the caller tries the next.
     """
-    first: Layout = [input_rows(leaf, batch, batch_dim) for leaf in inputs]
+    candidates = [candidate_rows(leaf, batch, batch_dim) for leaf in inputs]
+    first = [options[0] for options in candidates]
     yield first
-    batched = [i for i, rows in enumerate(first) if rows is not None]
-    if len(batched) > 1:
-        for i in batched:
-            yield [None if j == i else rows for j, rows in enumerate(first)]
-        for i in batched:
+    for i, options in enumerate(candidates):
+        for other in options[1:]:
+            yield [other if j == i else rows for j, rows in enumerate(first)]
+    for i, options in enumerate(candidates):
+        if options[0] is not None:
             yield [rows if j == i else None for j, rows in enumerate(first)]

@@ -38,7 +38,7 @@ from kondo_hooks.selection import (
     additive,
 )
 from kondo_hooks.state import ModuleState
-from kondo_hooks.watch import LossWatcher, observe_logp
+from kondo_hooks.watch import LossWatcher, loss_scales, observe_logp
 
 Name = str | int | Callable[[Any], Tensor]
 
@@ -139,7 +139,8 @@ class Gated:
         self._anchor = torch.zeros((), requires_grad=True)
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
         self._detach: Callable[[], bool] | None = None
-        self._root: tuple[Any, float] | None = None
+        self._live: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._scales: dict[Any, float] = {}
         self._forced: Tensor | None = None
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
@@ -336,6 +337,7 @@ class Gated:
         self._record = call.random
         self._check_outputs(call, result)
         live = call.attach_node(result, self._anchor)
+        self._live.add(call)
         if self._named is not None:
             call.named = self._resolve(call, live)
         return live
@@ -417,7 +419,9 @@ class Gated:
         if len(roots) == 1 and roots[0].grad_fn is not None:
             gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
             factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
-            self._root = roots[0].grad_fn, factor
+            targets = {seen.grad_fn: seen.own_scale for call in self._live for seen in call.observations}
+            found = loss_scales(roots[0].grad_fn, targets)
+            self._scales = {node: scale * factor for node, scale in found.items()}
         try:
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
@@ -431,7 +435,8 @@ class Gated:
                 return func(*args, **kwargs)
             return func(*args, **{**kwargs, "inputs": [*wanted, self._anchor]})
         finally:
-            self._root = self._only = None
+            self._only = None
+            self._scales = {}
 
     def _autograd_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``torch.autograd.grad``, where the model's parameters hang on the node and not on the graph."""
@@ -501,7 +506,7 @@ class Gated:
                     self._copy = True
                     with self._model_running():
                         a.call.screen_again()
-            scales = find_scales(arrivals, self._root)
+            scales = find_scales(arrivals, self._scales)
             tokens = self._selector.config.unit == "token"
             signals = [
                 find_signal(a, scale, tokens, self._warn_residual) for a, scale in zip(arrivals, scales, strict=True)

@@ -118,12 +118,15 @@ def _recognise(out: Boundary) -> Kind | None:
         return kind
     if out.values.dim() < 2 or out.values.shape[-1] < 2:
         return None
+    # Normalised log-probs are logits too: a loss that takes their softmax again sends a logits' gradient.
+    if out.sums_to_zero():
+        return "logits"
     if _is_normalised(out):
         return "log_probs"
     y = _sample(out.values)
     if bool((y >= 0).all()) and bool(((y.sum(-1) - 1).abs() < _tolerance(out.values)).all()):
         return "probs"
-    return "logits" if out.sums_to_zero() else None
+    return None
 
 
 def _recognise_selected(out: Boundary) -> Kind | None:

@@ -12,7 +12,7 @@ from kondo_hooks.node import Call
 from kondo_hooks.replay import Part
 from kondo_hooks.screened import no_batch_axis
 from kondo_hooks.selection import Signal
-from kondo_hooks.watch import join, loss_scales
+from kondo_hooks.watch import join
 
 
 @dataclass
@@ -83,19 +83,14 @@ class Arrival:
         return Part(self.call, row, grads)
 
 
-def find_scales(arrivals: Sequence[Arrival], root: tuple[Any, float] | None) -> list[float]:
-    """The loss's own scale at each call; 1 / rows is assumed where the loss's graph does not tell."""
+def find_scales(arrivals: Sequence[Arrival], known: dict[Any, float]) -> list[float]:
+    """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell."""
     assumed = 1 / sum(a.call.batch for a in arrivals)
-    if root is None:
-        return [assumed] * len(arrivals)
-    nodes = []
-    targets: dict[Any, float | None] = {}
+    scales = []
     for a in arrivals:
-        used = {o.grad_fn: o.own_scale for o in a.call.observations if o.grad is not None} or {a.node: None}
-        targets.update(used)
-        nodes.append(list(used))
-    found = loss_scales(root[0], targets)
-    return [next((found[n] for n in mine if n in found), assumed) * (root[1] or 1.0) for mine in nodes]
+        nodes = [o.grad_fn for o in a.call.observations if o.grad is not None]
+        scales.append(next((known[node] for node in [*nodes, a.node] if node in known), assumed))
+    return scales
 
 
 def find_signal(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Rows, Tree, flatten, input_rows, output_rows, unflatten
+from kondo_hooks.batch import Rows, Tree, candidate_rows, flatten, output_rows, unflatten
 
 
 class _Spread(torch.autograd.Function):
@@ -39,8 +39,8 @@ class Screened:
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int) -> Tree:
         """Call the model on the kept rows, with a graph; returns its outputs in full size."""
         batch = len(self.factors)
-        paths, inputs = flatten((args, kwargs))
-        layout = [input_rows(leaf, batch, batch_dim) for leaf in inputs]
+        inputs = flatten((args, kwargs))[1]
+        layout = [candidate_rows(leaf, batch, batch_dim)[0] for leaf in inputs]
         if not any(layout):
             shapes = [tuple(leaf.shape) for leaf in inputs]
             raise ValueError(

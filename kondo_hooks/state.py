@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ class ModuleState:
         self._parameters = list(module.parameters())
         self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._mutable: list[tuple[nn.Module, str]] | None = None
+        self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
     def flags(self) -> tuple[list[bool], list[bool]]:
         """Training flags of the modules, requires-grad flags of the parameters."""
@@ -62,53 +61,50 @@ class ModuleState:
 
     def buffers_before(self) -> "BufferRecord":
         """Take the values of the buffers that a forward may change: all at first, then those that did."""
-        names = self._buffers if self._mutable is None else self._mutable
-        return BufferRecord([(m, n, m._buffers[n], _version(m._buffers[n]), _clone(m._buffers[n])) for m, n in names])
+        names = self._mutable.get(self._mode(), self._buffers)
+        return BufferRecord([(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n in names])
 
     def note_changes(self, record: "BufferRecord") -> None:
-        """After a screen: keep only the buffers that it changed."""
-        changed = record.changed()
-        if self._mutable is None or changed:
-            known = {(id(m), n) for m, n in self._mutable or []}
-            self._mutable = (self._mutable or []) + [(m, n) for m, n, *_ in changed if (id(m), n) not in known]
-        record.entries = changed
+        """After a screen: keep only the buffers that it changed, and look at no others in this mode again."""
+        if (mode := self._mode()) not in self._mutable:
+            record.entries = [e for e in record.entries if _changed(*e)]
+            self._mutable[mode] = [(m, n) for m, n, *_ in record.entries]
+
+    def _mode(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self._modules)
+
+
+Buffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
 
 
 @dataclass
 class BufferRecord:
-    """Buffers as they were before a screen: (module, name, tensor, version, copy of the values)."""
+    """Buffers as they were before a screen: (module, name, tensor, copy of its values)."""
 
-    entries: list[tuple[nn.Module, str, Any, int, Any]]
-
-    def changed(self) -> list[tuple[nn.Module, str, Any, int, Any]]:
-        """The entries whose buffer was replaced or written to since."""
-        return [e for e in self.entries if e[0]._buffers[e[1]] is not e[2] or _version(e[2]) != e[3]]
+    entries: list[Buffer]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Run with the values from before the screen; then put back today's, untouched by the replay."""
-        now = [(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n, *_ in self.entries]
+        """Run with copies that hold the values from before the screen; the module's own stay untouched."""
+        now = [(module, name, module._buffers[name]) for module, name, *_ in self.entries]
         try:
-            with torch.no_grad():
-                for m, n, tensor, _, values in self.entries:
-                    m._buffers[n] = _write(tensor, values)
+            for module, name, _, values in self.entries:
+                module._buffers[name] = _clone(values)
             yield
         finally:
-            with torch.no_grad():
-                for m, n, tensor, values in now:
-                    m._buffers[n] = _write(tensor, values)
+            for module, name, buffer in now:
+                module._buffers[name] = buffer
 
 
-def _version(buffer: Tensor | None) -> int:
-    return -1 if buffer is None else buffer._version
+def _changed(module: nn.Module, name: str, tensor: Tensor | None, values: Tensor | None) -> bool:
+    """By value: batch norm's kernels write their statistics without counting up the tensor's version."""
+    if module._buffers[name] is not tensor:
+        return True
+    return tensor is not None and values is not None and not torch.equal(tensor, values)
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:
     return None if buffer is None else buffer.detach().clone()
-
-
-def _write(buffer: Tensor | None, values: Tensor | None) -> Tensor | None:
-    return buffer if buffer is None or values is None else buffer.copy_(values)
 
 
 RngState = list[tuple[torch.device, Tensor]]

@@ -495,22 +495,24 @@ def loss_scales(root: Node, targets: dict[Node, float | None]) -> dict[Node, flo
 
     Args:
         root: the loss's ``grad_fn``.
-        targets: nodes that stand for samples, each with the scale of the reduction that it is itself.
+        targets: nodes that stand for samples, each with the scale of the reduction that it is itself; besides
+            these, the nodes of gated calls.
 
     Returns:
-        The scale of every target that known operations lead to.
+        The scale of every target that known operations lead to. To be called before the backward, which
+        frees the factors.
     """
     found: dict[Node, float] = {}
     seen: set[Node] = set()
     # (node, scalar factors so far, factors above the first addition)
     stack: list[tuple[Node, float, float | None]] = [(root, 1.0, None)]
-    while stack and len(found) < len(targets) and len(seen) < _NODES:
+    while stack and len(seen) < _NODES:
         node, factor, above = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if node in targets:
-            own = targets[node]
+        if _is_target(node, targets):
+            own = targets.get(node)
             if own is not None:
                 found[node] = abs(factor) * own
             else:
@@ -519,7 +521,7 @@ def loss_scales(root: Node, targets: dict[Node, float | None]) -> dict[Node, flo
         name = node.name()
         shape = _reduced_shape(node, name)
         parents = [parent for parent, _ in node.next_functions]
-        if shape is not None and shape.numel() > 1:
+        if shape:
             scale = abs(factor) / (shape.numel() if name.startswith("Mean") else 1)
             for target in _below(parents, targets, seen):
                 found[target] = scale
@@ -534,6 +536,10 @@ def loss_scales(root: Node, targets: dict[Node, float | None]) -> dict[Node, flo
 _NODES = 8192
 
 
+def _is_target(node: Node, targets: Container[Node]) -> bool:
+    return node in targets or hasattr(node, "kondo_call")
+
+
 def _below(nodes: list[Node | None], targets: Container[Node], seen: set[Node]) -> list[Node]:
     """The targets that can be reached from ``nodes``."""
     found, stack = [], [node for node in nodes if node is not None]
@@ -542,8 +548,10 @@ def _below(nodes: list[Node | None], targets: Container[Node], seen: set[Node]) 
         if node in seen:
             continue
         seen.add(node)
-        if node in targets:
+        if _is_target(node, targets):
             found.append(node)
+            parents = [parent for parent, _ in node.next_functions] if node in targets else []
+            stack.extend(parent for parent in parents if parent is not None)
         else:
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
     return found
