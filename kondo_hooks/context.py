@@ -11,7 +11,7 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from kondo_hooks.selection import (
     additive,
 )
 from kondo_hooks.state import ModuleState
-from kondo_hooks.watch import LossWatcher, loss_scales, observe_logp
+from kondo_hooks.watch import LossWatcher, find_loss_scales, observe_logp
 
 Name = str | int | Callable[[Any], Tensor]
 
@@ -139,8 +139,6 @@ class Gated:
         self._anchor = torch.zeros((), requires_grad=True)
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
         self._detach: Callable[[], bool] | None = None
-        self._live: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._scales: dict[Any, float] = {}
         self._forced: Tensor | None = None
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
@@ -306,9 +304,9 @@ class Gated:
         with self._watcher.off():
             if not torch.is_grad_enabled() or self._replaying:
                 return original(*args, **kwargs)
+            self._calls += 1
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
-            self._calls += 1
             inputs = flatten((args, kwargs))[1]
             if not (self._state.trainable() or any(leaf.requires_grad for leaf in inputs)):
                 return original(*args, **kwargs)
@@ -337,7 +335,6 @@ class Gated:
         self._record = call.random
         self._check_outputs(call, result)
         live = call.attach_node(result, self._anchor)
-        self._live.add(call)
         if self._named is not None:
             call.named = self._resolve(call, live)
         return live
@@ -400,8 +397,10 @@ class Gated:
                 found = name(live)
             elif isinstance(name, int):
                 found = live if isinstance(live, Tensor) and name == 0 else live[name]
+            elif isinstance(live, Mapping):
+                found = live[name]
             else:
-                found = getattr(live, name) if hasattr(live, name) else live[name]
+                found = getattr(live, name)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{kind}={name!r} names no output of {type(self.model).__name__}") from error
         leaves = [leaf for leaf in flatten(live)[1] if differentiable(leaf)]
@@ -419,9 +418,7 @@ class Gated:
         if len(roots) == 1 and roots[0].grad_fn is not None:
             gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
             factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
-            targets = {seen.grad_fn: seen.own_scale for call in self._live for seen in call.observations}
-            found = loss_scales(roots[0].grad_fn, targets)
-            self._scales = {node: scale * factor for node, scale in found.items()}
+            find_loss_scales(roots[0].grad_fn, factor)
         try:
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
@@ -436,7 +433,6 @@ class Gated:
             return func(*args, **{**kwargs, "inputs": [*wanted, self._anchor]})
         finally:
             self._only = None
-            self._scales = {}
 
     def _autograd_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``torch.autograd.grad``, where the model's parameters hang on the node and not on the graph."""
@@ -506,12 +502,12 @@ class Gated:
                     self._copy = True
                     with self._model_running():
                         a.call.screen_again()
-            scales = find_scales(arrivals, self._scales)
+            scales = find_scales(arrivals)
             tokens = self._selector.config.unit == "token"
             signals = [
                 find_signal(a, scale, tokens, self._warn_residual) for a, scale in zip(arrivals, scales, strict=True)
             ]
-            decision, factors = self._decide([signal for signal, _ in signals], scales[0])
+            decision, factors = self._decide([s for s, _ in signals], scales[0], [a.overflowed() for a in arrivals])
             parts = [a.part(f, offset) for a, f, (_, offset) in zip(arrivals, factors, signals, strict=True)]
             chosen = [part for part in parts if part is not None] or [arrivals[0].silent_part()]
             inputs = self._replay(arrivals[0], [part.whole() if part.call.whole else part for part in chosen])
@@ -527,7 +523,9 @@ class Gated:
                 a.call.release()
         return inputs
 
-    def _decide(self, signals: list[Signal], scale: float) -> tuple[Decision, list[Tensor]]:
+    def _decide(
+        self, signals: list[Signal], scale: float, overflowed: list[Tensor] | None = None
+    ) -> tuple[Decision, list[Tensor]]:
         """Choose among all rows, or tokens, of a population; returns each call's factors, 0 where dropped."""
         config, selector = self._selector.config, self._selector
         tokens = config.unit == "token"
@@ -541,6 +539,16 @@ class Gated:
         else:
             score = torch.cat([samples(s, _wide(s.score(config.priority))) for s in signals])
         forced = self._forced_mask(len(delight), delight.device)
+        if overflowed is not None and any(bool(rows.any()) for rows in overflowed):
+            spread = (
+                [
+                    rows.repeat_interleave(len(samples(s, s.valid)) // len(rows))
+                    for s, rows in zip(signals, overflowed, strict=True)
+                ]
+                if tokens
+                else overflowed
+            )
+            forced = torch.cat(spread) if forced is None else forced | torch.cat(spread)
         valid = torch.cat([s.valid.reshape(-1) for s in signals]) if tokens else None
         if valid is None or valid.all():
             decision = selector(delight, score, forced)

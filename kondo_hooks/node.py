@@ -73,6 +73,7 @@ class Call:
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
         self.random = False
+        self.scale: float | None = None
         self.returned: list[Tensor] = []
 
     @property

@@ -39,6 +39,15 @@ class Arrival:
             if rows is None and grad is not None:
                 raise RuntimeError(no_batch_axis(path, self.call.batch))
 
+    def overflowed(self) -> Tensor:
+        """(B,) rows whose gradient left the range of float16: a GradScaler has to see them."""
+        call = self.call
+        rows = torch.zeros(call.batch, dtype=torch.bool, device=call.outputs[0].device)
+        for where, grad in zip(call.rows, self.grads, strict=True):
+            if where is not None and grad is not None and grad.dtype == torch.float16:
+                rows |= ~where.first(grad).flatten(1).isfinite().all(1) if grad.dim() > 1 else ~grad.isfinite()
+        return rows
+
     def boundaries(self) -> list[Boundary]:
         """The outputs that the loss used, rows first."""
         call = self.call
@@ -83,13 +92,13 @@ class Arrival:
         return Part(self.call, row, grads)
 
 
-def find_scales(arrivals: Sequence[Arrival], known: dict[Any, float]) -> list[float]:
+def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
     """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell."""
     assumed = 1 / sum(a.call.batch for a in arrivals)
     scales = []
     for a in arrivals:
-        nodes = [o.grad_fn for o in a.call.observations if o.grad is not None]
-        scales.append(next((known[node] for node in [*nodes, a.node] if node in known), assumed))
+        noted = [o.scale for o in a.call.observations if o.grad is not None] + [a.call.scale]
+        scales.append(next((scale for scale in noted if scale), assumed))
     return scales
 
 

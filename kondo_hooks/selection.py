@@ -253,7 +253,10 @@ class Selector:
                 f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
                 "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
             )
-        ranked = scores if forced is None else scores.masked_fill(forced, torch.inf)
+        ranked = scores
+        if forced is not None:
+            ranked = scores.masked_fill(forced, torch.inf)
+            scores, delight = (torch.where(t.isfinite(), t, 0) for t in (scores, delight))
         kept, probability, price = self._choose(ranked, scores)
         weights = self._weights(delight, kept, probability)
         self.step += 1

@@ -7,7 +7,7 @@ gives ``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
 """
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,49 +25,13 @@ Kind = Literal["logp", "nll", "prob", "logit", "unknown"]
 # row i. Anything else (a permutation, a boolean mask) is not trusted to.
 _ROWWISE = {
     f"{name}Backward{i}"
-    for i in (0, 1)
-    for name in [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Neg",
-        "Exp",
-        "Log",
-        "Log1P",
-        "Pow",
-        "Clamp",
-        "ClampMin",
-        "ClampMax",
-        "Where",
-        "MaskedFill",
-        "Tanh",
-        "Sigmoid",
-        "LogSigmoid",
-        "LogSoftmax",
-        "Softmax",
-        "ToCopy",
-        "Clone",
-        "Alias",
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Unsqueeze",
-        "Squeeze",
-        "Expand",
-        "Slice",
-        "Select",
-        "Transpose",
-        "Permute",
-        "Split",
-        "Copy",
-        "Softplus",
-        "Abs",
-        "Relu",
-        "Maximum",
-        "Minimum",
-    ]
-}
+    for i in (0, 1, 2)
+    for name in (
+        "Add Sub Mul Div Neg Exp Log Log1P Pow Clamp ClampMin ClampMax Where MaskedFill IndexPut Tanh Sigmoid "
+        "LogSigmoid LogSoftmax Softmax Softplus Abs Relu Maximum Minimum ToCopy Clone Copy Alias View UnsafeView "
+        "ReshapeAlias Unsqueeze Squeeze Expand Slice Select Transpose Permute Split"
+    ).split()
+} | {"torch::autograd::CopySlices"}
 _DEPTH = 64
 
 
@@ -164,19 +128,19 @@ class Observation:
     Attributes:
         read: gives (advantage times s, surprisal) in the shape of the picked values, from the gradient.
         sources: the calls whose rows it holds, in order.
-        grad_fn: the node whose gradient is taken; the loss's own scale is found above it.
         own_scale: 1/N if what was seen is itself a mean over N samples, 1 if a sum, None if not reduced.
         told: marked by the user with ``gate.logp``.
         raw: picked from raw logits, which a value loss does too: believed only if the boundary agrees.
+        scale: the loss's own scale, found as the backward starts.
     """
 
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
     sources: list[Source]
-    grad_fn: Node
     own_scale: float | None = None
     told: bool = False
     raw: bool = False
     grad: Tensor | None = None
+    scale: float | None = None
     signals: dict[int, Signal] = field(default_factory=dict)
 
     def attach(self, tensor: Tensor) -> None:
@@ -186,7 +150,10 @@ class Observation:
             self.grad = grad.detach()
             self.signals.clear()
 
+        # It lives as long as the loss's node, and must not hold it: that would be a cycle.
         tensor.register_hook(hook)
+        assert tensor.grad_fn is not None
+        tensor.grad_fn.metadata[_KEY] = self
         for source in {id(s.call): s for s in self.sources}.values():
             source.call.observe(self)
 
@@ -240,7 +207,7 @@ def observe_logp(logp: Tensor) -> Observation | None:
     if not sources or logp.numel() % sum(s.call.batch for s in sources):
         return None
     values = logp.detach().clone()
-    observation = Observation(lambda g: (-g, -values), sources, logp.grad_fn, told=True)
+    observation = Observation(lambda g: (-g, -values), sources, told=True)
     observation.attach(logp)
     return observation
 
@@ -344,22 +311,22 @@ def _pick(result: Tensor, input: Tensor, dim: int) -> None:
     kind = sources[0].kind
     values = result.detach().clone()
     if kind == "unknown":
-        observation = _pick_unknown(values, input.detach(), dim, sources, result.grad_fn)
+        observation = _pick_unknown(values, input.detach(), dim, sources)
     elif kind == "prob":
-        observation = Observation(lambda g: (-g * values, -values.log()), sources, result.grad_fn)
+        observation = Observation(lambda g: (-g * values, -values.log()), sources)
     else:
-        observation = Observation(lambda g: (-g, -values), sources, result.grad_fn)
+        observation = Observation(lambda g: (-g, -values), sources)
     observation.attach(result)
 
 
-def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source], grad_fn: Node) -> Observation:
+def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source]) -> Observation:
     """The model returned what was picked from: its values tell whether logits, log-probs or probabilities."""
     tolerance = 1e-6 if table.dtype == torch.float64 else 1e-3
     few = table.narrow(0, 0, min(len(table), 8))
     if bool((few >= 0).all()) and bool(((few.sum(dim) - 1).abs() < tolerance).all()):
-        return Observation(lambda g: (-g * values, -values.log()), sources, grad_fn)
+        return Observation(lambda g: (-g * values, -values.log()), sources)
     if bool((few.logsumexp(dim).abs() < tolerance).all()):
-        return Observation(lambda g: (-g, -values), sources, grad_fn)
+        return Observation(lambda g: (-g, -values), sources)
     version = table._version
 
     def read(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +335,7 @@ def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source]
         normaliser = table.logsumexp(dim, keepdim=True)
         return -grad, normaliser.view(values.shape) - values
 
-    return Observation(read, sources, grad_fn, raw=True)
+    return Observation(read, sources, raw=True)
 
 
 def _cross_entropy(
@@ -430,7 +397,7 @@ def _indexed_loss(
 
     own = 1 / float(factor.sum().clamp_min(1e-30)) if reduction == "mean" else 1.0
     own_scale = None if reduction == "none" else own
-    Observation(read, sources, result.grad_fn, own_scale).attach(result)
+    Observation(read, sources, own_scale).attach(result)
 
 
 def _bce_with_logits(
@@ -471,7 +438,7 @@ def _binary_loss(result: Tensor, input: Tensor, target: Tensor, reduction: str, 
 
     own = 1 / nll.numel() if reduction == "mean" else 1.0
     own_scale = None if reduction == "none" else own
-    Observation(read, sources, result.grad_fn, own_scale).attach(result)
+    Observation(read, sources, own_scale).attach(result)
 
 
 _WATCHED: dict[Any, Callable[..., None]] = {
@@ -487,74 +454,58 @@ _WATCHED: dict[Any, Callable[..., None]] = {
 }
 
 
-def loss_scales(root: Node, targets: dict[Node, float | None]) -> dict[Node, float]:
-    """The loss's own scale ``s`` at each target: the scalar factors from the loss down to its first sum or
-    mean over samples. So ``1/N`` for a mean, times a GradScaler's scale, over the accumulation steps.
+def find_loss_scales(root: Node, gradient: float = 1.0) -> None:
+    """Note the loss's own scale ``s`` on every observation and gated call that ``root`` leads to.
 
-    Where samples are added up one by one (``loss = loss + ...``), the factors above the first addition.
+    It is the product of the scalar factors from the loss down to its first sum or mean over samples: ``1/N`` for a
+    mean, times a GradScaler's scale, over the accumulation steps. Where samples are added up one by one
+    (``loss = loss + ...``), the factors above the first addition. To be called before the backward, which frees
+    the factors.
 
     Args:
         root: the loss's ``grad_fn``.
-        targets: nodes that stand for samples, each with the scale of the reduction that it is itself; besides
-            these, the nodes of gated calls.
-
-    Returns:
-        The scale of every target that known operations lead to. To be called before the backward, which
-        frees the factors.
+        gradient: what the backward starts with.
     """
-    found: dict[Node, float] = {}
     seen: set[Node] = set()
     # (node, scalar factors so far, factors above the first addition)
-    stack: list[tuple[Node, float, float | None]] = [(root, 1.0, None)]
+    stack: list[tuple[Node, float, float]] = [(root, gradient, 1.0)]
     while stack and len(seen) < _NODES:
         node, factor, above = stack.pop()
-        if node in seen:
+        if node in seen or hasattr(node, "kondo_call"):
             continue
         seen.add(node)
-        if _is_target(node, targets):
-            own = targets.get(node)
-            if own is not None:
-                found[node] = abs(factor) * own
-            else:
-                found[node] = 1.0 if above is None else abs(above)
-            continue
         name = node.name()
         shape = _reduced_shape(node, name)
-        parents = [parent for parent, _ in node.next_functions]
+        if (observation := node.metadata.get(_KEY)) is not None:
+            own = observation.own_scale
+            observation.scale = abs(above) if own is None else abs(factor) * own
+            if own is not None:
+                continue
         if shape:
-            scale = abs(factor) / (shape.numel() if name.startswith("Mean") else 1)
-            for target in _below(parents, targets, seen):
-                found[target] = scale
+            _note_below(node, abs(factor) / (shape.numel() if name.startswith("Mean") else 1), seen)
             continue
-        if name == "AddBackward0" and above is None:
+        if name == "AddBackward0" and above == 1.0:
             above = factor
+        parents = [parent for parent, _ in node.next_functions]
         factors = _scalar_factors(node, name, factor, len(parents))
         stack.extend((p, f, above) for p, f in zip(parents, factors, strict=True) if p is not None)
-    return found
 
 
 _NODES = 8192
+_KEY = "kondo_observation"
 
 
-def _is_target(node: Node, targets: Container[Node]) -> bool:
-    return node in targets or hasattr(node, "kondo_call")
-
-
-def _below(nodes: list[Node | None], targets: Container[Node], seen: set[Node]) -> list[Node]:
-    """The targets that can be reached from ``nodes``."""
-    found, stack = [], [node for node in nodes if node is not None]
+def _note_below(node: Node, scale: float, seen: set[Node]) -> None:
+    stack = [parent for parent, _ in node.next_functions if parent is not None]
     while stack and len(seen) < _NODES:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if _is_target(node, targets):
-            found.append(node)
-            parents = [parent for parent, _ in node.next_functions] if node in targets else []
-            stack.extend(parent for parent in parents if parent is not None)
-        else:
+        if (call := getattr(node, "kondo_call", None)) is not None:
+            call.scale = scale
+        elif node not in seen:
+            seen.add(node)
+            if (observation := node.metadata.get(_KEY)) is not None:
+                observation.scale = scale
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return found
 
 
 def _reduced_shape(node: Node, name: str) -> torch.Size | None:
