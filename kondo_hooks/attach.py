@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _SLOT = "_compiled_call_impl"
+_MARK: Any = "kondo_hooks"
 
 
 class _Interceptor:
@@ -47,8 +48,13 @@ def attach(module: nn.Module, method: str | None, intercept: Callable[..., Any])
         original = getattr(module, method)
     ours = _Interceptor(intercept, original, name, module)
     module.__dict__[name] = ours
+    if method is None:
+        # Dynamo goes straight to `forward` where a module has no hooks; this entry, which belongs to no hook and
+        # does nothing, sends it through `__call__`, so that a compiled training step meets the gate.
+        module._forward_hooks_with_kwargs[_MARK] = True
 
     def detach() -> bool:
+        module._forward_hooks_with_kwargs.pop(_MARK, None)
         if module.__dict__.get(name) is not ours:
             return False
         if before is missing:

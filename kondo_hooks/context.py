@@ -465,6 +465,7 @@ class Gated:
             result.append(total)
         return tuple(result)
 
+    @_disable_dynamo
     def _receive(self, call: Call, node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The node's backward: wait for the end of the backward, or decide at once for an input's gradient."""
         arrival = Arrival(
@@ -488,6 +489,7 @@ class Gated:
         population.arrivals.append(arrival)
         return ()
 
+    @_disable_dynamo
     def _settle(self, population: _Population) -> list[Tensor | None]:
         """Decide on a population and replay its kept rows; returns gradients for inputs that want one."""
         arrivals = sorted(population.arrivals, key=lambda a: a.call.serial)
@@ -617,12 +619,12 @@ class Gated:
 
     def _count(self, decision: Decision) -> None:
         self.last = decision
-        stats, kept = self.stats, torch.zeros(len(decision.delight), dtype=torch.bool)
-        kept[decision.kept.cpu()] = True
-        delight = decision.delight.cpu().double()
-        for i, chosen in enumerate((kept, ~kept)):
-            self._sums[2 * i] += float(delight[chosen].sum())
-            self._sums[2 * i + 1] += int(chosen.sum())
+        stats, delight = self.stats, decision.delight
+        total, kept = torch.stack([delight.sum(), delight[decision.kept].sum()]).tolist()
+        self._sums[0] += kept
+        self._sums[1] += len(decision.kept)
+        self._sums[2] += total - kept
+        self._sums[3] += len(delight) - len(decision.kept)
         stats.steps += 1
         stats.rows += len(delight)
         stats.kept += len(decision.kept)

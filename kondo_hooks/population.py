@@ -135,6 +135,8 @@ def _find(arrival: Arrival, warn_residual: Callable[[float], None]) -> tuple[lis
     used = [(o, s) for o in call.observations if (s := o.signal(call)) is not None]
     if told := [(o, s) for o, s in used if o.told]:
         return [s for _, s in told], told[0][0].offset(call)
+    if call.named is not None:
+        used = [(o, s) for o, s in used if o.is_of(call, call.named[1])]
     boundaries = arrival.boundaries()
     if fields := read_field(boundaries):
         return fields, 0

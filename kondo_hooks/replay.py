@@ -232,6 +232,9 @@ def largest_difference(screen: Tensor, replay: Tensor) -> tuple[float, float]:
     """Largest absolute difference and largest magnitude, of two tensors of one shape; NaN equals NaN."""
     if not screen.numel():
         return 0.0, 0.0
+    difference, magnitude = torch.stack([(screen - replay).abs().max(), screen.abs().max()]).tolist()
+    if math.isfinite(difference) and math.isfinite(magnitude):
+        return difference, magnitude
     same = (screen == replay) | (screen.isnan() & replay.isnan())
     difference = (screen - replay).abs().masked_fill(same, 0).max()
     magnitude = screen.abs().masked_fill(~screen.isfinite(), 0).max()

@@ -244,19 +244,16 @@ class Selector:
         """
         if scores.numel() == 0:
             raise ValueError("the gate was given an empty batch: there is no row to choose from")
-        finite = scores.isfinite() & delight.isfinite()
+        ranked = scores
         if forced is not None:
-            finite = finite | forced
-        if not finite.all():
-            bad = (~finite).nonzero().flatten()
+            ranked = scores.masked_fill(forced, torch.inf)
+            scores, delight = (torch.where(forced & ~t.isfinite(), 0, t) for t in (scores, delight))
+        if not (scores + delight).isfinite().all():
+            bad = (~(scores + delight).isfinite()).nonzero().flatten()
             raise ValueError(
                 f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
                 "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
             )
-        ranked = scores
-        if forced is not None:
-            ranked = scores.masked_fill(forced, torch.inf)
-            scores, delight = (torch.where(t.isfinite(), t, 0) for t in (scores, delight))
         kept, probability, price = self._choose(ranked, scores)
         weights = self._weights(delight, kept, probability)
         self.step += 1

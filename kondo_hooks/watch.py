@@ -41,13 +41,15 @@ class Source:
 
     Attributes:
         call: the call record.
+        output: which of the call's differentiable outputs.
         kind: what the tensor holds by the operations that made it.
         offset: first position of the call's second axis that the tensor's positions stand for.
     """
 
     call: Any
+    output: int
     kind: Kind
-    offset: int = 0
+    offset: int
 
 
 def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
@@ -55,16 +57,19 @@ def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
 
     ``trust`` accepts operations that are not known to keep the rows in order.
     """
-    return _follow(tensor.grad_fn, "unknown", 0, trust, _DEPTH) if tensor.grad_fn is not None else None
+    if tensor.grad_fn is None:
+        return None
+    return _follow((tensor.grad_fn, tensor.output_nr), "unknown", 0, trust, _DEPTH)
 
 
-def _follow(node: Node, kind: Kind, offset: int, trust: bool, depth: int) -> list[Source] | None:
+def _follow(edge: tuple[Node, int], kind: Kind, offset: int, trust: bool, depth: int) -> list[Source] | None:
     while depth:
         depth -= 1
+        node, output = edge
         if (call := getattr(node, "kondo_call", None)) is not None:
-            return [Source(call, kind, offset)]
+            return [Source(call, output, kind, offset)]
         name = node.name()
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        parents = [(parent, nr) for parent, nr in node.next_functions if parent is not None]
         if name in ("CatBackward0", "StackBackward0"):
             if _axis(node, node._saved_dim) != 0:
                 return None
@@ -75,14 +80,14 @@ def _follow(node: Node, kind: Kind, offset: int, trust: bool, depth: int) -> lis
         if not trust and not _keeps_rows(node, name):
             return None
         if kind == "unknown":
-            kind = _kind(name, parents)
+            kind = _kind(name, [parent for parent, _ in parents])
         if name in ("SliceBackward0", "SelectBackward0"):
             sizes = node._saved_self_sym_sizes
             if _signed(node._saved_dim) % len(sizes) == 1:
                 start = node._saved_start if name == "SliceBackward0" else node._saved_index
                 offset += _signed(start) % max(sizes[1], 1)
         if len(parents) == 1:
-            node = parents[0]
+            edge = parents[0]
             continue
         for parent in parents:
             if (found := _follow(parent, kind, offset, trust, depth)) is not None:
@@ -164,6 +169,10 @@ class Observation:
         if not self.signals:
             self._split()
         return self.signals.get(id(call))
+
+    def is_of(self, call: Any, output: int) -> bool:
+        """Whether it was picked from this output of the call."""
+        return any(source.call is call and source.output == output for source in self.sources)
 
     def offset(self, call: Any) -> int:
         """Where on the call's second axis the positions of ``signal`` start."""

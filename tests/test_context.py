@@ -431,8 +431,11 @@ def test_logp_of_the_policy_term_alone_is_pure_of_a_kl_on_the_same_logp(setup):
     torch.testing.assert_close(gate.last.delight, -(logp * batch.advantages).detach())
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["gather", "one_hot"])
 @pytest.mark.parametrize("name", ["pi", 0, lambda out: out["pi"]], ids=["field", "index", "function"])
-def test_an_output_can_be_named(name):
+def test_an_output_can_be_named(name, seen):
+    """An auxiliary head has log-probs too; the named output alone counts."""
+
     class TwoHeads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -447,9 +450,14 @@ def test_an_output_can_be_named(name):
     with kondo.gated(model, rate=0.25, logits=name) as gate:
         out = model(batch.x)
         pi, other = (out[0], out[1]) if name == 0 else (out["pi"], out["other"])
-        one_hot = F.one_hot(batch.actions, K)
-        logp = (pi.log_softmax(-1) * one_hot).sum(-1)
-        (-(logp * batch.advantages).mean() - (other.log_softmax(-1) * one_hot).sum(-1).mean()).backward()
+
+        def log_prob(logits):
+            if seen:
+                return Categorical(logits=logits).log_prob(batch.actions)
+            return (logits.log_softmax(-1) * F.one_hot(batch.actions, K)).sum(-1)
+
+        logp = log_prob(pi)
+        (-(logp * batch.advantages).mean() - log_prob(other).mean()).backward()
     torch.testing.assert_close(gate.last.delight, -(logp * batch.advantages).detach())
 
 
@@ -620,6 +628,39 @@ def test_compiled_models(setup, mode):
     with kondo.gated(compiled, rate=0.25) as gate:
         for _ in range(2):
             reinforce(compiled(batch.x), batch).backward()
+    assert gate.stats.forwarded == 6
+    check(model, reference, batch, gate, lambda m, w: 2 * reinforce(m(batch.x), batch, w))
+
+
+def test_a_compiled_model_with_dropout():
+    model, reference = copies(Mlp(0.5).double())
+    batch = make_batch(12, False, torch.float64)
+    compiled = torch.compile(model, backend="aot_eager")
+    with kondo.gated(compiled, rate=0.25) as gate:
+        for _ in range(2):
+            model.zero_grad()
+            state = torch.get_rng_state()
+            reinforce(compiled(batch.x), batch).backward()
+    torch.set_rng_state(state)
+    check(model, reference, batch, gate)
+
+
+@pytest.mark.parametrize("part", ["forward_and_loss", "whole_step", "inductor"])
+def test_a_gated_model_called_from_compiled_code_is_gated(setup, part):
+    """Dynamo must not trace past the gate into the model."""
+    model, reference, batch = setup
+
+    def loss():
+        return reinforce(model(batch.x), batch)
+
+    def step():
+        loss().backward()
+
+    backend = "inductor" if part == "inductor" else "aot_eager"
+    compiled = torch.compile(step if part == "whole_step" else loss, backend=backend)
+    with kondo.gated(model, rate=0.25) as gate:
+        for _ in range(2):
+            compiled() if part == "whole_step" else compiled().backward()
     assert gate.stats.forwarded == 6
     check(model, reference, batch, gate, lambda m, w: 2 * reinforce(m(batch.x), batch, w))
 
@@ -837,7 +878,8 @@ def test_nested_contexts(setup):
 
 
 def state_of(model):
-    hooks = [list(m._forward_hooks) + list(m._forward_pre_hooks) + list(m._backward_hooks) for m in model.modules()]
+    names = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_backward_hooks")
+    hooks = [[list(getattr(m, name)) for name in names] for m in model.modules()]
     return [sorted(m.__dict__) for m in model.modules()], hooks, torch._C._len_torch_function_stack()
 
 
