@@ -6,8 +6,8 @@ with kondo.gated(model, rate=0.03):
     ...  # the training loop, unchanged
 """
 
-from kondo_hooks.context import Gated, KondoWarning, Stats, gated
-from kondo_hooks.delight import DelightError
+from kondo_hooks.context import Gated, gated
+from kondo_hooks.errors import DelightError, KondoWarning, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,
     KondoGateConfig,
@@ -17,8 +17,8 @@ from kondo_hooks.gate import (
     expected_confidence_baseline,
     pg_loss,
 )
-from kondo_hooks.replay import ReplayMismatchError
 from kondo_hooks.selection import Decision, SelectionConfig, Selector, Signal, additive
+from kondo_hooks.stats import Stats
 
 __version__ = "0.1.0"
 

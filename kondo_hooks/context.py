@@ -7,12 +7,9 @@ of the backward that reaches it, all calls of that backward form one population:
 chooses, and the kept rows are replayed with a graph and drive the backward.
 """
 
-import contextlib
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +17,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from kondo_hooks.attach import attach
+from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Tree, flatten, infer_batch_size, map_tensors
-from kondo_hooks.delight import DelightError
+from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call, differentiable
-from kondo_hooks.population import Arrival, find_scales, find_signal
-from kondo_hooks.replay import Part, Replayed, input_grads, pack, replay, taking_draws
 from kondo_hooks.screened import Screened
 from kondo_hooks.selection import (
     Decision,
@@ -38,75 +34,21 @@ from kondo_hooks.selection import (
     additive,
 )
 from kondo_hooks.state import ModuleState
-from kondo_hooks.watch import LossWatcher, find_loss_scales, observe_logp
+from kondo_hooks.stats import Stats
+from kondo_hooks.watch import observe_logp
 
 Name = str | int | Callable[[Any], Tensor]
 
 DEFAULT_RATE = 0.03
-_RESIDUAL = 0.1
 _active: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-class KondoWarning(UserWarning):
-    """Something that the gate does, or cannot do, that the user should know of."""
-
-
-@dataclass
-class Stats:
-    """What the gate has done since the context was made.
-
-    Attributes:
-        steps: decisions taken, and backwards that passed straight through.
-        rows: samples seen (rows, or tokens when ``unit="token"``).
-        kept: samples kept.
-        forwarded: rows run with a graph. Above the kept rows where a whole batch had to be replayed.
-        rows_screened: rows that ``forwarded`` is to be compared with.
-        price: of the last decision, in advantage x nats.
-        delight_kept: mean delight of all kept samples.
-        delight_dropped: mean delight of all dropped samples.
-    """
-
-    steps: int = 0
-    rows: int = 0
-    kept: int = 0
-    forwarded: int = 0
-    rows_screened: int = 0
-    price: float = float("nan")
-    delight_kept: float = float("nan")
-    delight_dropped: float = float("nan")
-
-    @property
-    def rate(self) -> float:
-        """Effective rate: kept / seen."""
-        return self.kept / self.rows if self.rows else float("nan")
-
-    @property
-    def skipped(self) -> float:
-        """Fraction of rows that never built a graph."""
-        return 1 - self.forwarded / self.rows_screened if self.rows_screened else float("nan")
-
-    def __repr__(self) -> str:
-        return (
-            f"Stats(steps={self.steps}, rows={self.rows}, kept={self.kept} ({self.rate:.1%}), "
-            f"forwarded={self.forwarded}, skipped={self.skipped:.1%}, price={self.price:.4g}, "
-            f"delight_kept={self.delight_kept:.4g}, delight_dropped={self.delight_dropped:.4g})"
-        )
-
-
-class _Population:
-    """The calls of one backward, until its end; goes with the backward if that fails."""
-
-    def __init__(self) -> None:
-        self.arrivals: list[Arrival] = []
 
 
 class Gated:
     """A gate around a model. Made by :func:`gated`; use it as a context manager.
 
     Attributes:
-        stats: counters, see :class:`Stats`.
-        last: the last :class:`~kondo_hooks.selection.Decision`, or None. ``last.delight`` has one value a
-            row of the population, in the order of the calls; ``last.kept`` holds row indices into it.
+        model: what is gated.
+        enabled: False if it was switched off, by argument or by the environment.
     """
 
     def __init__(
@@ -121,36 +63,31 @@ class Gated:
         batch_dim: int,
     ):
         self.model = model
-        self.stats = Stats()
-        self.last: Decision | None = None
-        self.enabled = enabled and os.environ.get("KONDO_DISABLE", "").lower() not in (
-            "1",
-            "true",
-            "yes",
-            "on",
-        )
-        self._selector = Selector(config)
+        self.enabled = enabled and os.environ.get("KONDO_DISABLE", "").lower() not in ("1", "true", "yes", "on")
         self._warmup_steps = warmup_steps
         self._method = method
         self._named = named
         self._batch_dim = batch_dim
-        self._state = ModuleState(model)
-        self._watcher = LossWatcher(self._backward_called)
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
+        self._warn = WarnOnce()
+        self._selector = Selector(config)
+        self._backward = Backward(ModuleState(model), self._selector, self._warn)
         self._detach: Callable[[], bool] | None = None
-        self._forced: Tensor | None = None
-        self._capture: dict[int, Tensor | None] | None = None
-        self._only: list[Tensor] | None = None
         self._screened: Screened | None = None
-        self._hints: dict[tuple[str, ...], int] = {}
         self._record = True
-        self._copy = False
-        self._replaying = False
-        self._ungated_task = -1
         self._calls = 0
-        self._warned: set[str] = set()
-        self._sums = [0.0, 0, 0.0, 0]
+        self._ungated_task = -1
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of what was done so far."""
+        return self._backward.stats
+
+    @property
+    def last(self) -> Decision | None:
+        """The last decision: ``last.delight`` has one value a row of the population, in the order of the calls,
+        and ``last.kept`` holds row indices into it. None before the first.
+        """
+        return self._backward.last
 
     # The context.
 
@@ -167,15 +104,15 @@ class Gated:
                     f"(of {type(other).__name__}); contexts may nest only around separate models"
                 )
         _active.add(self.model)
-        self._state = ModuleState(self.model)
+        self._backward.state = ModuleState(self.model)
         self._detach = attach(self.model, self._method, self._intercept)
-        self._watcher.__enter__()
+        self._backward.watcher.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
             return
-        self._watcher.__exit__(kind, error, traceback)
+        self._backward.watcher.__exit__(kind, error, traceback)
         ours = self._detach()
         self._detach = None
         _active.discard(self.model)
@@ -245,9 +182,10 @@ class Gated:
             signal = Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
         if self._passes_through() or not self.enabled:
             return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
-        decision, factors = self._decide([signal], 1.0)
+        decision, factors = self._backward.decide([signal])
         self._screened = Screened(factors[0])
-        self._count(decision)
+        self._backward.last = decision
+        self.stats.decision(decision)
         return decision
 
     def logp(self, log_probs: Tensor) -> Tensor:
@@ -268,31 +206,23 @@ class Gated:
 
     def force(self, rows: Tensor) -> None:
         """Keep these samples of the next population, whatever their delight: a bool mask, or indices."""
-        self._forced = rows.detach().flatten()
+        self._backward.forced = rows.detach().flatten()
 
     def flush(self) -> int:
         """Decide and replay what waits now; returns how many calls that were.
 
         The end of every backward does it, so between backwards nothing waits.
         """
-        waiting = [a for population in list(self._populations.values()) for a in population.arrivals]
-        for population in list(self._populations.values()):
-            self._settle(population)
-        return len(waiting)
+        return self._backward.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """History, generator and counters: a run that loads them takes the same decisions."""
-        return {
-            "selector": self._selector.state_dict(),
-            "stats": dict(vars(self.stats)),
-            "sums": list(self._sums),
-        }
+        return {"selector": self._selector.state_dict(), "stats": dict(vars(self.stats))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken."""
         self._selector.load_state_dict(state["selector"])
-        self.stats = Stats(**state["stats"])
-        self._sums = list(state["sums"])
+        self._backward.stats = Stats(**state["stats"])
 
     # A call of the model.
 
@@ -301,40 +231,39 @@ class Gated:
 
     @_disable_dynamo
     def _intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._watcher.off():
-            if not torch.is_grad_enabled() or self._replaying:
+        with self._backward.watcher.off():
+            if not torch.is_grad_enabled() or self._backward.running:
                 return original(*args, **kwargs)
             self._calls += 1
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
             inputs = flatten((args, kwargs))[1]
-            if not (self._state.trainable() or any(leaf.requires_grad for leaf in inputs)):
+            if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
                 return original(*args, **kwargs)
             if self._passes_through():
                 return self._run_ungated(original, args, kwargs, inputs)
             if self._screened is not None:
                 screened, self._screened = self._screened, None
-                if (norm := self._state.mixes_batch()) is not None:
+                if (norm := self._backward.state.mixes_batch()) is not None:
                     raise RuntimeError(
                         f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
                         "its statistics from them; put it in eval mode, or leave screen() away"
                     )
                 result = screened.run(original, args, kwargs, self._batch_dim)
-                self.stats.forwarded += screened.forwarded
-                self.stats.rows_screened += len(screened.factors)
+                self.stats.replayed(screened.forwarded, len(screened.factors))
                 return result
             return self._screen_call(original, args, kwargs)
 
     def _screen_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
-        call = Call(original, (args, kwargs), self._state, self._receive)
-        result = call.screen(self._batch_dim, self._record, self._copy)
+        call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
+        result = call.screen(self._batch_dim, self._record, self._backward.copy_outputs)
         if not call.outputs:
             return result
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
         self._record = call.random
         self._check_outputs(call, result)
-        live = call.attach_node(result, self._anchor)
+        live = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
             call.named = self._resolve(call, live)
         return live
@@ -343,23 +272,22 @@ class Gated:
         """Pass straight through; only count, when a backward comes."""
         result = original(*args, **kwargs)
         outputs = flatten(result)[1]
-        batch = infer_batch_size(inputs, outputs, self._batch_dim)
+        try:
+            batch = infer_batch_size(inputs, outputs, self._batch_dim)
+        except ValueError:
+            batch = 0
         counted = -1
 
         def count(_grad: Tensor) -> None:
             nonlocal counted
             task = torch._C._current_graph_task_id()
-            if task == counted:
-                return
-            counted, stats = task, self.stats
-            stats.rows += batch
-            stats.kept += batch
-            stats.forwarded += batch
-            stats.rows_screened += batch
+            if task != counted:
+                counted = task
+                self.stats.ungated(batch)
             if task != self._ungated_task:
                 self._ungated_task = task
                 self._selector.step += 1
-                stats.steps += 1
+                self.stats.steps += 1
 
         for leaf in outputs:
             if leaf.requires_grad:
@@ -409,276 +337,20 @@ class Gated:
                 return kind, i
         raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")
 
-    # A backward.
-
-    def _backward_called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
-        roots = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
-        roots = [roots] if isinstance(roots, Tensor) else list(roots)
-        if len(roots) == 1 and roots[0].grad_fn is not None:
-            gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
-            factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
-            find_loss_scales(roots[0].grad_fn, factor)
-        try:
-            if func is torch.autograd.grad:
-                return self._autograd_grad(*args, **kwargs)
-            wanted = kwargs.get("inputs")
-            if wanted is None:
-                return func(*args, **kwargs)
-            wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
-            mine = {id(p) for p in self._state.parameters()}
-            self._only = [leaf for leaf in wanted if id(leaf) in mine]
-            if not self._only:
-                return func(*args, **kwargs)
-            return func(*args, **{**kwargs, "inputs": [*wanted, self._anchor]})
-        finally:
-            self._only = None
-
-    def _autograd_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """``torch.autograd.grad``, where the model's parameters hang on the node and not on the graph."""
-        inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        mine = {id(p) for p in self._state.parameters()}
-        wanted = [leaf for leaf in inputs if id(leaf) in mine]
-        if not wanted:
-            return torch.autograd.grad(outputs, inputs, *args, **kwargs)
-        names = ("grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused")
-        options = {**dict(zip(names, args, strict=False)), **kwargs}
-        allow_unused = options.pop("allow_unused", None)
-        zeros = options.pop("materialize_grads", False)
-        self._capture = {id(leaf): None for leaf in wanted}
-        try:
-            grads = torch.autograd.grad(outputs, [*inputs, self._anchor], allow_unused=True, **options)[:-1]
-            captured = self._capture
-        finally:
-            self._capture = None
-        result = []
-        for leaf, grad in zip(inputs, grads, strict=True):
-            extra = captured.get(id(leaf))
-            total = extra if grad is None else grad if extra is None else grad + extra
-            if total is None and zeros:
-                total = torch.zeros_like(leaf)
-            if total is None and not allow_unused:
-                raise RuntimeError(
-                    "One of the differentiated Tensors appears to not have been used in the graph. "
-                    "Set allow_unused=True if this is the desired behavior."
-                )
-            result.append(total)
-        return tuple(result)
-
-    @_disable_dynamo
-    def _receive(self, call: Call, node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The node's backward: wait for the end of the backward, or decide at once for an input's gradient."""
-        arrival = Arrival(
-            call,
-            node,
-            list(grads),
-            torch._C._autograd._get_current_graph_task_keep_graph(),
-            torch._C._will_engine_execute_node(node.next_functions[0][0]),
-        )
-        if call.decides_at_once:
-            population = _Population()
-            population.arrivals.append(arrival)
-            return tuple(self._settle(population))
-        if not arrival.to_parameters:
-            return ()
-        task = torch._C._current_graph_task_id()
-        population = self._populations.get(task)
-        if population is None:
-            population = waiting = self._populations[task] = _Population()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._settle(waiting))
-        population.arrivals.append(arrival)
-        return ()
-
-    @_disable_dynamo
-    def _settle(self, population: _Population) -> list[Tensor | None]:
-        """Decide on a population and replay its kept rows; returns gradients for inputs that want one."""
-        arrivals = sorted(population.arrivals, key=lambda a: a.call.serial)
-        population.arrivals = []
-        if not arrivals:
-            return []
-        before = self._selector.state_dict()
-        try:
-            for a in arrivals:
-                a.check()
-                if a.call.overwritten():
-                    self._copy = True
-                    with self._model_running():
-                        a.call.screen_again()
-            scales = find_scales(arrivals)
-            tokens = self._selector.config.unit == "token"
-            signals = [
-                find_signal(a, scale, tokens, self._warn_residual) for a, scale in zip(arrivals, scales, strict=True)
-            ]
-            decision, factors = self._decide([s for s, _ in signals], scales[0], [a.overflowed() for a in arrivals])
-            parts = [a.part(f, offset) for a, f, (_, offset) in zip(arrivals, factors, signals, strict=True)]
-            chosen = [part for part in parts if part is not None] or [arrivals[0].silent_part()]
-            inputs = self._replay(arrivals[0], [part.whole() if part.call.whole else part for part in chosen])
-        except BaseException:
-            self._selector.load_state_dict(before)
-            raise
-        self._count(decision)
-        self.stats.rows_screened += sum(a.call.batch for a in arrivals)
-        for a in arrivals:
-            for observation in a.call.observations:
-                observation.release()
-            if not a.keep_graph:
-                a.call.release()
-        return inputs
-
-    def _decide(
-        self, signals: list[Signal], scale: float, overflowed: list[Tensor] | None = None
-    ) -> tuple[Decision, list[Tensor]]:
-        """Choose among all rows, or tokens, of a population; returns each call's factors, 0 where dropped."""
-        config, selector = self._selector.config, self._selector
-        tokens = config.unit == "token"
-
-        def samples(signal: Signal, values: Tensor) -> Tensor:
-            return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
-
-        delight = torch.cat([samples(s, _wide(s.delight)) for s in signals])
-        if config.priority == "uniform":
-            score = selector.uniform(len(delight)).to(delight.device)
-        else:
-            score = torch.cat([samples(s, _wide(s.score(config.priority))) for s in signals])
-        forced = self._forced_mask(len(delight), delight.device)
-        if overflowed is not None and any(bool(rows.any()) for rows in overflowed):
-            spread = (
-                [
-                    rows.repeat_interleave(len(samples(s, s.valid)) // len(rows))
-                    for s, rows in zip(signals, overflowed, strict=True)
-                ]
-                if tokens
-                else overflowed
-            )
-            forced = torch.cat(spread) if forced is None else forced | torch.cat(spread)
-        valid = torch.cat([s.valid.reshape(-1) for s in signals]) if tokens else None
-        if valid is None or valid.all():
-            decision = selector(delight, score, forced)
-        else:
-            decision = _decide_valid(selector, delight, score, forced, valid)
-        decision.scale = scale
-        factors = delight.new_zeros(len(delight))
-        factors[decision.kept] = 1 if decision.weights is None else decision.weights
-        shapes = [s.valid.shape if tokens else s.valid.shape[:1] for s in signals]
-        split = factors.split([shape.numel() for shape in shapes])
-        return decision, [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
-
-    def _forced_mask(self, n: int, device: torch.device) -> Tensor | None:
-        if self._forced is None:
-            return None
-        rows, self._forced = self._forced.to(device), None
-        if rows.dtype == torch.bool:
-            if len(rows) != n:
-                raise ValueError(f"force: the mask has {len(rows)} entries, the population {n}")
-            return rows
-        if len(rows) and (rows.min() < 0 or rows.max() >= n):
-            raise ValueError(f"force: row indices must be in [0, {n}), got {rows.tolist()}")
-        mask = torch.zeros(n, dtype=torch.bool, device=device)
-        mask[rows] = True
-        return mask
-
-    @contextlib.contextmanager
-    def _model_running(self) -> Iterator[None]:
-        self._replaying = True
-        try:
-            with self._watcher.off():
-                yield
-        finally:
-            self._replaying = False
-
-    def _replay(self, first: Arrival, parts: list[Part]) -> list[Tensor | None]:
-        """Forward all parts with a graph and check them; only then run one backward through them."""
-        with self._model_running():
-            groups = pack(parts)
-            replayed = [replay(group, self._hints) for group in groups]
-            with taking_draws(parts):  # activation checkpointing draws again in the backward
-                self._backward(first, replayed)
-        self.stats.forwarded += sum(len(part.rows) for part in parts)
-        return input_grads(first.call, parts[0], replayed[0])
-
-    def _backward(self, first: Arrival, replayed: list[Replayed]) -> None:
-        """Into ``.grad``, or into what ``torch.autograd.grad`` asked for."""
-        outputs = [output for r in replayed for output in r.outputs]
-        grads = [grad for r in replayed for grad in r.grads]
-        leaves = [leaf for r in replayed for leaf, _ in r.leaves]
-        if not outputs:
-            return
-        if first.to_parameters and self._capture is None:
-            only = None if self._only is None else [*self._only, *leaves]
-            torch.autograd.backward(outputs, grads, inputs=only)
-            return
-        capture = self._capture or {}
-        wanted = [p for p in self._state.parameters() if id(p) in capture and first.to_parameters]
-        found = torch.autograd.grad(outputs, [*wanted, *leaves], grads, allow_unused=True)
-        for leaf, grad in zip([*wanted, *leaves], found, strict=True):
-            if id(leaf) not in capture:
-                leaf.grad = grad
-            elif grad is not None:
-                held = capture[id(leaf)]
-                capture[id(leaf)] = grad if held is None else held + grad
-
-    def _count(self, decision: Decision) -> None:
-        self.last = decision
-        stats, delight = self.stats, decision.delight
-        total, kept = torch.stack([delight.sum(), delight[decision.kept].sum()]).tolist()
-        self._sums[0] += kept
-        self._sums[1] += len(decision.kept)
-        self._sums[2] += total - kept
-        self._sums[3] += len(delight) - len(decision.kept)
-        stats.steps += 1
-        stats.rows += len(delight)
-        stats.kept += len(decision.kept)
-        stats.price = decision.price
-        stats.delight_kept = self._sums[0] / max(self._sums[1], 1)
-        stats.delight_dropped = self._sums[2] / max(self._sums[3], 1)
-
-    def _warn_residual(self, residual: float) -> None:
-        if residual > _RESIDUAL:
-            self._warn(
-                "residual",
-                f"gated: the loss is far from a policy gradient: {residual:.0%} of its gradient at the model's output "
-                "is something else (an entropy bonus, a KL term, a regression?). Delight was read off all of it; "
-                "mark the log-prob with gate.logp(...) to read it off the policy term alone.",
-            )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, KondoWarning, stacklevel=3)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Half precision is too coarse to rank by."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _decide_valid(selector: Selector, delight: Tensor, score: Tensor, forced: Tensor | None, valid: Tensor) -> Decision:
-    """Decide among the valid tokens only; indices are into all of them."""
-    index = valid.nonzero().flatten()
-    if not len(index):
-        selector.step += 1
-        return Decision(delight, index, None, float("nan"), 0.0)
-    decision = selector(delight[index], score[index], None if forced is None else forced[index])
-    decision.delight, decision.kept = delight, index[decision.kept]
-    return decision
-
 
 def _tensors_within(value: Any, depth: int) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif depth:
-        if isinstance(value, dict):
-            inside: Any = value.values()
-        else:
-            inside = (
-                value
-                if isinstance(value, (list, tuple))
-                else vars(value).values()
-                if hasattr(value, "__dict__")
-                else ()
-            )
-        for item in inside:
-            yield from _tensors_within(item, depth - 1)
+        return
+    inside: Any = ()
+    if isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, (list, tuple)):
+        inside = value
+    elif hasattr(value, "__dict__"):
+        inside = vars(value).values()
+    for item in inside if depth else ():
+        yield from _tensors_within(item, depth - 1)
 
 
 def gated(

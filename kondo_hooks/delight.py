@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kondo_hooks.errors import DelightError
 from kondo_hooks.selection import Signal
 
 Kind = Literal["logits", "log_probs", "probs", "logp", "nll"]
@@ -25,10 +26,6 @@ _FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("nll", "nlls", "per_token_nll", "token_nll"), "nll"),
 }
 _SAMPLE = 256
-
-
-class DelightError(RuntimeError):
-    """Delight cannot be known from what the gate saw; the message says what to name."""
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.delight import Boundary, DelightError, read_boundary, read_field
+from kondo_hooks.delight import Boundary, read_boundary, read_field
+from kondo_hooks.errors import DelightError
 from kondo_hooks.node import Call
 from kondo_hooks.replay import Part
 from kondo_hooks.screened import no_batch_axis
@@ -40,7 +41,7 @@ class Arrival:
                 raise RuntimeError(no_batch_axis(path, self.call.batch))
 
     def overflowed(self) -> Tensor:
-        """(B,) rows whose gradient left the range of float16: a GradScaler has to see them."""
+        """(B,) rows whose gradient left the range of float16: they are kept, for a GradScaler has to see them."""
         call = self.call
         rows = torch.zeros(call.batch, dtype=torch.bool, device=call.outputs[0].device)
         for where, grad in zip(call.rows, self.grads, strict=True):
@@ -100,6 +101,16 @@ def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
         noted = [o.scale for o in a.call.observations if o.grad is not None] + [a.call.scale]
         scales.append(next((scale for scale in noted if scale), assumed))
     return scales
+
+
+def overflow_mask(arrivals: Sequence[Arrival], signals: Sequence[Signal], tokens: bool) -> Tensor | None:
+    """(N,) samples whose gradients overflowed float16, over the population; None if there are none."""
+    rows = [a.overflowed() for a in arrivals]
+    if not any(bool(r.any()) for r in rows):
+        return None
+    if tokens:
+        rows = [r.repeat_interleave(s.valid.numel() // len(r)) for r, s in zip(rows, signals, strict=True)]
+    return torch.cat(rows)
 
 
 def find_signal(

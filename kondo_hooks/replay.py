@@ -10,11 +10,8 @@ from torch import Tensor
 
 from kondo_hooks.batch import Layout, Rows, Tree, flatten, layouts, unflatten
 from kondo_hooks.draws import TakeDraws
+from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.node import Call, differentiable
-
-
-class ReplayMismatchError(RuntimeError):
-    """The replay of the kept rows did not reproduce what the screen returned for them."""
 
 
 @dataclass

@@ -212,6 +212,19 @@ def quantile_price(scores: Tensor, rate: float) -> Tensor:
     return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], position - low)
 
 
+def forced_mask(rows: Tensor, n: int) -> Tensor:
+    """(n,) bool from a bool mask or from indices; raises ValueError if they do not fit."""
+    if rows.dtype == torch.bool:
+        if len(rows) != n:
+            raise ValueError(f"force: the mask has {len(rows)} entries, the population {n}")
+        return rows
+    if len(rows) and (rows.min() < 0 or rows.max() >= n):
+        raise ValueError(f"force: row indices must be in [0, {n}), got {rows.tolist()}")
+    mask = torch.zeros(n, dtype=torch.bool, device=rows.device)
+    mask[rows] = True
+    return mask
+
+
 class Selector:
     """Applies a SelectionConfig, and holds the state that lasts: step, history, generator."""
 
@@ -258,6 +271,49 @@ class Selector:
         weights = self._weights(delight, kept, probability)
         self.step += 1
         return Decision(delight, kept, weights, float(price), len(kept) / len(scores))
+
+    def decide(self, signals: list[Signal], forced: Tensor | None = None) -> tuple[Decision, list[Tensor]]:
+        """Choose among all rows, or all valid tokens, of several batches as one population.
+
+        Args:
+            signals: of each batch, (B,) or (B, P).
+            forced: (N,) bool over the population, in the order of the batches.
+
+        Returns:
+            The decision, and for each batch the factors on its gradients, 0 where dropped: (B,), or the shape of
+            its signal when ``unit="token"``.
+        """
+        config = self.config
+        tokens = config.unit == "token"
+
+        def samples(signal: Signal, values: Tensor) -> Tensor:
+            values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+            return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
+
+        delight = torch.cat([samples(s, s.delight) for s in signals])
+        if config.priority == "uniform":
+            scores = self.uniform(len(delight)).to(delight.device)
+        else:
+            scores = torch.cat([samples(s, s.score(config.priority)) for s in signals])
+        valid = torch.cat([s.valid.reshape(-1) for s in signals]) if tokens else None
+        if valid is None or valid.all():
+            decision = self(delight, scores, forced)
+        else:
+            decision = self._decide_valid(delight, scores, forced, valid.nonzero().flatten())
+        factors = delight.new_zeros(len(delight))
+        factors[decision.kept] = 1 if decision.weights is None else decision.weights
+        shapes = [s.valid.shape if tokens else s.valid.shape[:1] for s in signals]
+        split = factors.split([shape.numel() for shape in shapes])
+        return decision, [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
+
+    def _decide_valid(self, delight: Tensor, scores: Tensor, forced: Tensor | None, index: Tensor) -> Decision:
+        """Decide on the samples at ``index`` alone; the decision's indices are into all of them."""
+        if not len(index):
+            self.step += 1
+            return Decision(delight, index, None, float("nan"), 0.0)
+        decision = self(delight[index], scores[index], None if forced is None else forced[index])
+        decision.delight, decision.kept = delight, index[decision.kept]
+        return decision
 
     def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
         config, rate, n = self.config, self.rate(), len(scores)

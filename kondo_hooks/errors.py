@@ -1,0 +1,28 @@
+"""Errors and warnings of the gate."""
+
+import warnings
+
+
+class DelightError(RuntimeError):
+    """Delight cannot be known from what the gate saw; the message says what to name."""
+
+
+class ReplayMismatchError(RuntimeError):
+    """The replay of the kept rows did not reproduce what the screen returned for them."""
+
+
+class KondoWarning(UserWarning):
+    """Something that the gate does, or cannot do, that the user should know of."""
+
+
+class WarnOnce:
+    """Gives each kind of warning once."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def __call__(self, kind: str, message: str) -> None:
+        """Warn unless this kind was given before."""
+        if kind not in self._given:
+            self._given.add(kind)
+            warnings.warn(message, KondoWarning, stacklevel=3)

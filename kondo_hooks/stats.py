@@ -1,0 +1,90 @@
+"""Counters of what the gate has done."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kondo_hooks.selection import Decision
+
+_NAN = float("nan")
+
+
+@dataclass
+class Stats:
+    """What the gate has done since it was made.
+
+    Attributes:
+        steps: decisions taken, and backwards that passed straight through.
+        rows: samples seen (rows, or tokens when ``unit="token"``).
+        kept: samples kept.
+        forwarded: rows run with a graph. Above the kept rows where a whole batch had to be replayed.
+        rows_screened: rows that ``forwarded`` is to be compared with.
+        price: of the last decision, in advantage x nats.
+        decided: samples decided on, so without those that passed straight through.
+        decided_kept: samples kept of these.
+        sum_delight: total delight of the samples decided on, advantage x nats.
+        sum_delight_kept: total delight of the samples kept of these.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    kept: int = 0
+    forwarded: int = 0
+    rows_screened: int = 0
+    price: float = _NAN
+    decided: int = 0
+    decided_kept: int = 0
+    sum_delight: float = 0.0
+    sum_delight_kept: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Effective rate: kept / seen."""
+        return self.kept / self.rows if self.rows else _NAN
+
+    @property
+    def skipped(self) -> float:
+        """Fraction of rows that never built a graph."""
+        return 1 - self.forwarded / self.rows_screened if self.rows_screened else _NAN
+
+    @property
+    def delight_kept(self) -> float:
+        """Mean delight of the samples that a decision kept."""
+        return self.sum_delight_kept / self.decided_kept if self.decided_kept else _NAN
+
+    @property
+    def delight_dropped(self) -> float:
+        """Mean delight of the samples that a decision dropped."""
+        dropped = self.decided - self.decided_kept
+        return (self.sum_delight - self.sum_delight_kept) / dropped if dropped else _NAN
+
+    def decision(self, decision: Decision) -> None:
+        """Count a decision."""
+        delight = decision.delight
+        total, kept = torch.stack([delight.sum(), delight[decision.kept].sum()]).tolist()
+        self.steps += 1
+        self.rows += len(delight)
+        self.kept += len(decision.kept)
+        self.decided += len(delight)
+        self.decided_kept += len(decision.kept)
+        self.sum_delight += total
+        self.sum_delight_kept += kept
+        self.price = decision.price
+
+    def replayed(self, forwarded: int, screened: int) -> None:
+        """Count rows run with a graph, of rows screened."""
+        self.forwarded += forwarded
+        self.rows_screened += screened
+
+    def ungated(self, rows: int) -> None:
+        """Count rows that passed straight through."""
+        self.rows += rows
+        self.kept += rows
+        self.replayed(rows, rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats(steps={self.steps}, rows={self.rows}, kept={self.kept} ({self.rate:.1%}), "
+            f"forwarded={self.forwarded}, skipped={self.skipped:.1%}, price={self.price:.4g}, "
+            f"delight_kept={self.delight_kept:.4g}, delight_dropped={self.delight_dropped:.4g})"
+        )
