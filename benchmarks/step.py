@@ -11,6 +11,7 @@ the backward (``torch.autograd.graph.saved_tensors_hooks``), each storage counte
 """
 
 import argparse
+import contextlib
 import csv
 import platform
 import statistics
@@ -101,9 +102,11 @@ def workloads(device: torch.device) -> list[Workload]:
     ]
 
 
-def steps(work: Workload) -> dict[str, Callable[[], None]]:
-    """Every variant as a function that leaves gradients in the parameters."""
-    batch = len(work.actions)
+Variant = tuple[contextlib.AbstractContextManager, Callable[[], None]]
+
+
+def steps(work: Workload) -> dict[str, Variant]:
+    """Every variant: a context that a loop would hold open, and a step that leaves gradients in the parameters."""
 
     def full() -> None:
         work.loss(work.logits()).backward()
@@ -114,23 +117,14 @@ def steps(work: Workload) -> dict[str, Callable[[], None]]:
     def peer() -> None:
         peer_gate(work.logits(), work.actions, work.advantages, mask).gated_policy_loss.backward()
 
-    def gated(gate: kondo.Gated) -> Callable[[], None]:
-        def step() -> None:
-            with gate:
-                full()
-
-        return step
-
     with torch.no_grad():
         sampler = work.logp(work.logits())
+    kept = first_kept(work, sampler, max(1, round(0.03 * len(work.actions))))
     first = kondo.gated(work.model, rate=0.03)
 
     def screen_first() -> None:
-        with first:
-            first.screen(logp=sampler, advantages=work.advantages)
-            full()
-
-    kept = first_kept(work, sampler, max(1, round(0.03 * batch)))
+        first.screen(logp=sampler, advantages=work.advantages)
+        full()
 
     def floor() -> None:
         with torch.no_grad():
@@ -139,12 +133,15 @@ def steps(work: Workload) -> dict[str, Callable[[], None]]:
         work.loss(outputs).backward()
         work.logits(kept).backward(outputs.grad[kept])
 
-    variants = {"full step": full, "kondo-gate 0.1.0, 3%": peer, "floor, 3%": floor}
-    for rate in RATES:
-        variants[f"gated, {rate:.0%}"] = gated(kondo.gated(work.model, rate=rate))
-    variants["gated random rows, 3%"] = gated(kondo.gated(work.model, rate=0.03, priority="uniform"))
-    variants["gated screen-first, 3%"] = screen_first
-    return variants
+    plain = contextlib.nullcontext()
+    return {
+        "full step": (plain, full),
+        "kondo-gate 0.1.0, 3%": (plain, peer),
+        "floor, 3%": (plain, floor),
+        **{f"gated, {rate:.0%}": (kondo.gated(work.model, rate=rate), full) for rate in RATES},
+        "gated random rows, 3%": (kondo.gated(work.model, rate=0.03, priority="uniform"), full),
+        "gated screen-first, 3%": (first, screen_first),
+    }
 
 
 def first_kept(work: Workload, logp: Tensor, k: int) -> Tensor:
@@ -183,24 +180,28 @@ def measure(work: Workload, rounds: int, bar: tqdm) -> list[dict[str, str | floa
     times: dict[str, list[float]] = {name: [] for name in variants}
     cuda = next(work.model.parameters()).is_cuda
     for i in range(rounds + 1):
-        for name, step in variants.items():
+        for name, (context, step) in variants.items():
             work.model.zero_grad()
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize()
+            with context:
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                step()
+                if cuda:
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
             if i:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
             bar.update()
     parameters = {p.untyped_storage().data_ptr() for p in work.model.parameters()}
     rows = []
-    for name, step in variants.items():
+    for name, (context, step) in variants.items():
 
         def ratio(of: str, name: str = name) -> float:
             return statistics.median(a / b for a, b in zip(times[name], times[of], strict=True))
 
+        with context:
+            saved = saved_bytes(step, parameters)
         rows.append(
             {
                 "model": work.name,
@@ -208,7 +209,7 @@ def measure(work: Workload, rounds: int, bar: tqdm) -> list[dict[str, str | floa
                 "ms": 1000 * statistics.median(times[name]),
                 "of_full": ratio("full step"),
                 "of_floor": ratio("floor, 3%"),
-                "saved_mb": saved_bytes(step, parameters) / 2**20,
+                "saved_mb": saved / 2**20,
             }
         )
     return rows
@@ -234,15 +235,18 @@ def header(args: argparse.Namespace, device: torch.device) -> str:
     )
 
 
-def profile(work: Workload, step: Callable[[], None]) -> None:
+def profile(work: Workload) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    for name, run in (("gated, 3%", step), ("floor, 3%", steps(work)["floor, 3%"])):
-        run()
-        with torch_profile(activities=[ProfilerActivity.CPU]) as prof:
-            for _ in range(3):
-                run()
+    variants = steps(work)
+    for name in ("gated, 3%", "floor, 3%"):
+        context, step = variants[name]
+        with context:
+            step()
+            with torch_profile(activities=[ProfilerActivity.CPU]) as prof:
+                for _ in range(3):
+                    step()
         print(f"\n{work.name}: {name}\n{prof.key_averages().table(sort_by='self_cpu_time_total', row_limit=14)}")
 
 
@@ -273,7 +277,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     if args.profile:
-        profile(chosen[-1], steps(chosen[-1])["gated, 3%"])
+        profile(chosen[-1])
 
 
 if __name__ == "__main__":

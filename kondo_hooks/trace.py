@@ -192,4 +192,4 @@ def _scalar(node: Node, name: str) -> float:
     value = getattr(node, name, None)
     if not isinstance(value, Tensor) or value.numel() != 1:
         return 1.0
-    return float(value) or 1.0
+    return value.detach().item() or 1.0
