@@ -70,7 +70,7 @@ class Backward:
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
-        roots = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
+        roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
         if len(roots) == 1 and roots[0].grad_fn is not None:
             gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
@@ -139,12 +139,15 @@ class Backward:
         if not arrival.to_parameters:
             return ()
         task = torch._C._current_graph_task_id()
-        population = self._populations.get(task)
-        if population is None:
-            population = waiting = self._populations[task] = _Population()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._settle(waiting))
-        population.arrivals.append(arrival)
+        waiting = self._populations.get(task)
+        if waiting is None:
+            waiting = self._populations[task] = _Population()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(waiting))
+        waiting.arrivals.append(arrival)
         return ()
+
+    def _end(self, population: _Population) -> None:
+        self._settle(population)
 
     @_disable_dynamo
     def _settle(self, population: _Population) -> list[Tensor | None]:

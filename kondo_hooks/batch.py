@@ -32,8 +32,8 @@ def map_tensors(
             return tree
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, MutableMapping):
-        items = {key: map_tensors(fn, value, f"{path}[{key!r}]", other) for key, value in tree.items()}
-        changed = {key: value for key, value in items.items() if value is not tree[key]}
+        values = {key: map_tensors(fn, value, f"{path}[{key!r}]", other) for key, value in tree.items()}
+        changed = {key: value for key, value in values.items() if value is not tree[key]}
         if not changed:
             return tree
         tree = copy.copy(tree)
@@ -42,8 +42,8 @@ def map_tensors(
         return tree
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
-        items = {name: map_tensors(fn, getattr(tree, name), f"{path}.{name}", other) for name in names}
-        changed = {name: value for name, value in items.items() if value is not getattr(tree, name)}
+        values = {name: map_tensors(fn, getattr(tree, name), f"{path}.{name}", other) for name in names}
+        changed = {name: value for name, value in values.items() if value is not getattr(tree, name)}
         if not changed:
             return tree
         tree = copy.copy(tree)

@@ -1,5 +1,6 @@
 """Errors and warnings of the gate."""
 
+import sys
 import warnings
 
 
@@ -25,4 +26,14 @@ class WarnOnce:
         """Warn unless this kind was given before."""
         if kind not in self._given:
             self._given.add(kind)
-            warnings.warn(message, KondoWarning, stacklevel=3)
+            warnings.warn(message, KondoWarning, stacklevel=_users_frame())
+
+
+def _users_frame() -> int:
+    """How many frames above the caller the user's own code is."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("kondo_hooks", "torch"):
+        frame = frame.f_back
+        level += 1
+    return level

@@ -24,7 +24,7 @@ class Part:
 
     def whole(self) -> "Part":
         """The whole call, with a gradient of zero at the rows that were not in this part."""
-        grads = []
+        grads: list[Tensor | None] = []
         for output, where, grad in zip(self.call.outputs, self.call.rows, self.grads, strict=True):
             if grad is None or where is None:
                 grads.append(None)

@@ -317,8 +317,9 @@ class Selector:
 
     def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
         config, rate, n = self.config, self.rate(), len(scores)
+        fixed = config.price if config.price is not None else math.nan  # not used where there is a rate
         if not (config.hard and config.deterministic):
-            price = config.price if rate is None else self._quantile(scores, rate)
+            price = fixed if rate is None else self._quantile(scores, rate)
             probability = gate_probability(ranked, price, config.temperature)
             if not config.hard:
                 return torch.arange(n, device=scores.device), probability, price
@@ -327,7 +328,7 @@ class Selector:
             self._count(rate, n, len(kept))
             return kept, probability, price
         if rate is None:
-            return (ranked > config.price).nonzero().flatten(), None, config.price
+            return (ranked > fixed).nonzero().flatten(), None, fixed
         if config.history:
             price = self._quantile(scores, rate)
             kept = (ranked > price).nonzero().flatten()

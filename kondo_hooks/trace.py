@@ -68,8 +68,12 @@ def _follow(edge: tuple[Node, int], kind: Kind, offset: int, trust: bool, depth:
         if name in ("CatBackward0", "StackBackward0"):
             if _axis(node, node._saved_dim) != 0:
                 return None
-            found = [_follow(parent, kind, offset, trust, depth) for parent in parents]
-            return None if any(f is None for f in found) else [source for f in found for source in f or []]
+            sources: list[Source] = []
+            for parent in parents:
+                if (found := _follow(parent, kind, offset, trust, depth)) is None:
+                    return None
+                sources += found
+            return sources
         if not parents or not (trust or name in _ROWWISE):
             return None
         if not trust and not _keeps_rows(node, name):

@@ -7,6 +7,7 @@ gives ``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from kondo_hooks.selection import Signal
-from kondo_hooks.trace import OBSERVATION, Source, find_sources
+from kondo_hooks.trace import OBSERVATION, Node, Source, find_sources
 
 
 @dataclass(eq=False)
@@ -51,8 +52,8 @@ class Observation:
 
         # It lives as long as the loss's node, and must not hold it: that would be a cycle.
         tensor.register_hook(hook)
-        assert tensor.grad_fn is not None
-        tensor.grad_fn.metadata[OBSERVATION] = self
+        node: Node = tensor.grad_fn
+        node.metadata[OBSERVATION] = self
         for source in {id(s.call): s for s in self.sources}.values():
             source.call.observe(self)
 
@@ -241,7 +242,7 @@ def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source]
     return Observation(read, sources, raw=True)
 
 
-def _cross_entropy(
+def _indexed_loss(
     result: Tensor,
     input: Tensor,
     target: Tensor,
@@ -251,34 +252,12 @@ def _cross_entropy(
     reduce: Any = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> None:
-    if target.dtype.is_floating_point or label_smoothing:
-        return
-    _indexed_loss(result, input, target, weight, ignore_index, reduction, logits=True)
-
-
-def _nll_loss(
-    result: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> None:
-    _indexed_loss(result, input, target, weight, ignore_index, reduction, logits=False)
-
-
-def _indexed_loss(
-    result: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
+    *,
     logits: bool,
 ) -> None:
+    """``cross_entropy`` (of logits) and ``nll_loss`` (of log-probs)."""
+    if target.dtype.is_floating_point or label_smoothing or size_average is not None or reduce is not None:
+        return
     if input.dim() < 2 or (sources := _sources(input)) is None:
         return
     table, version, nll = input.detach(), input._version, None
@@ -303,7 +282,7 @@ def _indexed_loss(
     Observation(read, sources, own_scale).attach(result)
 
 
-def _bce_with_logits(
+def _binary_loss(
     result: Tensor,
     input: Tensor,
     target: Tensor,
@@ -312,26 +291,12 @@ def _bce_with_logits(
     reduce: Any = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
+    *,
+    loss: Callable[..., Tensor],
 ) -> None:
-    if weight is not None or pos_weight is not None:
+    """``binary_cross_entropy``, with and without logits."""
+    if any(option is not None for option in (weight, pos_weight, size_average, reduce)):
         return
-    _binary_loss(result, input, target, reduction, F.binary_cross_entropy_with_logits)
-
-
-def _bce(
-    result: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> None:
-    if weight is None:
-        _binary_loss(result, input, target, reduction, F.binary_cross_entropy)
-
-
-def _binary_loss(result: Tensor, input: Tensor, target: Tensor, reduction: str, loss: Callable[..., Tensor]) -> None:
     if (sources := _sources(input)) is None:
         return
     nll = result.detach().clone() if reduction == "none" else loss(input.detach(), target, reduction="none")
@@ -350,8 +315,8 @@ _WATCHED: dict[Any, Callable[..., None]] = {
     torch.take_along_dim: _take_along_dim,
     torch.Tensor.take_along_dim: _take_along_dim,
     torch.Tensor.__getitem__: _getitem,
-    F.cross_entropy: _cross_entropy,
-    F.nll_loss: _nll_loss,
-    F.binary_cross_entropy_with_logits: _bce_with_logits,
-    F.binary_cross_entropy: _bce,
+    F.cross_entropy: functools.partial(_indexed_loss, logits=True),
+    F.nll_loss: functools.partial(_indexed_loss, logits=False),
+    F.binary_cross_entropy_with_logits: functools.partial(_binary_loss, loss=F.binary_cross_entropy_with_logits),
+    F.binary_cross_entropy: functools.partial(_binary_loss, loss=F.binary_cross_entropy),
 }
