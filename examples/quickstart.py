@@ -16,7 +16,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(images, dtype=torch.float32)[order] / 255, torch.tensor(labels)[order]
 
 
-def before(steps: int = 300) -> nn.Module:
+def before(steps: int = 200) -> nn.Module:
     images, labels = digits()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
@@ -33,7 +33,7 @@ def before(steps: int = 300) -> nn.Module:
     return model
 
 
-def after(steps: int = 300) -> nn.Module:
+def after(steps: int = 200) -> nn.Module:
     images, labels = digits()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))

@@ -1,0 +1,42 @@
+"""What the gate is for: dropped rows cost no graph. Counted, not timed."""
+
+import pytest
+import torch
+
+import kondo_hooks as kondo
+from benchmarks.step import saved_bytes
+from tests.cases import MODELS, make_batch
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "llama", "lstm"])
+def test_saved_bytes_are_those_of_the_outputs_and_of_the_kept_rows_alone(name):
+    case = next(c for c in MODELS if c.name == name)
+    model = case.build().eval()
+    batch = make_batch(64, case.sequence, torch.float32)
+
+    def step(rows=slice(None)):
+        part = batch.rows(rows)
+        logits = case.logits(case.call(model, part), part)
+        logp = logits.log_softmax(-1).gather(-1, part.actions.unsqueeze(-1)).squeeze(-1)
+        (-logp * part.advantages).mean().backward()
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    full = saved_bytes(step, parameters)
+    with kondo.gated(model, rate=2 / 64) as gate:
+        step()
+        gated = saved_bytes(step, parameters)
+    kept = saved_bytes(lambda: step(gate.last.kept), parameters)
+    with torch.no_grad():
+        outputs = case.logits(case.call(model, batch), batch)
+    assert gated <= 1.05 * (outputs.nbytes + kept)
+    assert gated < full / 2
+
+
+def test_screen_first_never_runs_a_dropped_row():
+    case = next(c for c in MODELS if c.name == "llama")
+    model, batch, rows = case.build(), make_batch(64, True, torch.float32), []
+    model.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    with kondo.gated(model, rate=2 / 64) as gate:
+        gate.screen(logp=batch.old_logp, advantages=batch.advantages, mask=batch.mask)
+        case.call(model, batch).logits.log_softmax(-1)[..., 0].sum().backward()
+    assert rows == [2]
