@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from kondo_hooks.batch import Layout
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.population import Arrival, find_scales, find_signal, overflow_mask
@@ -42,6 +43,7 @@ class Backward:
         watcher: sees the loss code and every call of a backward.
         copy_outputs: whether the user's code has been seen to write into outputs.
         running: whether the model runs in a replay.
+        learned: by their paths, where inputs keep their rows, as it was found by replaying.
     """
 
     def __init__(self, state: ModuleState, selector: Selector, warn: WarnOnce):
@@ -56,7 +58,7 @@ class Backward:
         self.running = False
         self._warn = warn
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
-        self._hints: dict[tuple[str, ...], int] = {}
+        self.learned: dict[tuple[str, ...], Layout] = {}
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
 
@@ -194,8 +196,8 @@ class Backward:
         if self.forced is not None:
             tokens = self.selector.config.unit == "token"
             n = sum(s.valid.numel() if tokens else len(s.valid) for s in signals)
-            mine = forced_mask(self.forced.to(signals[0].valid.device), n)
-            self.forced = None
+            rows, self.forced = self.forced.to(signals[0].valid.device), None
+            mine = forced_mask(rows, n)
             forced = mine if forced is None else mine | forced
         return self.selector.decide(signals, forced)
 
@@ -221,7 +223,7 @@ class Backward:
         """Forward all parts with a graph and check them; only then run one backward through them."""
         with self._model_running():
             groups = pack(parts)
-            replayed = [replay(group, self._hints) for group in groups]
+            replayed = [replay(group, self.learned) for group in groups]
             with taking_draws(parts):  # activation checkpointing draws again in the backward
                 self._backward(first, replayed)
         return input_grads(first.call, parts[0], replayed[0])

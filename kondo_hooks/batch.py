@@ -127,6 +127,14 @@ class Rows:
 Layout = list[Rows | None]
 
 
+def fits(layout: Layout, tensors: Sequence[Tensor], batch: int) -> bool:
+    """Whether every tensor has the rows that the layout says."""
+    return len(layout) == len(tensors) and all(
+        rows is None or (tensor.dim() > rows.axis and tensor.shape[rows.axis] == batch * rows.repeat)
+        for rows, tensor in zip(layout, tensors, strict=True)
+    )
+
+
 def infer_batch_size(inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int) -> int:
     """How many rows a call has.
 
@@ -160,11 +168,23 @@ def candidate_rows(tensor: Tensor, batch: int, batch_dim: int) -> Layout:
 
 def output_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
     """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none."""
-    if (rows := candidate_rows(tensor, batch, batch_dim)[0]) is not None:
-        return rows
+    candidates = [rows for rows in candidate_rows(tensor, batch, batch_dim) if rows is not None]
+    if candidates and candidates[0].axis == batch_dim:
+        return candidates[0]
     if tensor.dim() and tensor.shape[0] and tensor.shape[0] % batch == 0:
-        return Rows(0, tensor.shape[0] // batch)
-    return None
+        # (B * T, K) is likelier than (X, B), but (layers, B, H) likelier than (B * m, B, H).
+        candidates.insert(0 if tensor.dim() <= 2 else 1, Rows(0, tensor.shape[0] // batch))
+    return candidates[0] if candidates else None
+
+
+def rows_between(full: torch.Size, part: torch.Size, batch: int, rows: int) -> Rows | None:
+    """Where a tensor keeps its rows, from its shape with ``batch`` rows and with fewer; None if that does not tell."""
+    if len(full) != len(part):
+        return None
+    axes = [axis for axis, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
+    if len(axes) != 1 or full[axes[0]] % batch or part[axes[0]] * batch != full[axes[0]] * rows:
+        return None
+    return Rows(axes[0], full[axes[0]] // batch)
 
 
 def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int) -> Iterator[Layout]:

@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 
 from kondo_hooks.attach import attach
 from kondo_hooks.backward import Backward
-from kondo_hooks.batch import Tree, flatten, infer_batch_size, map_tensors
+from kondo_hooks.batch import Rows, Tree, flatten, infer_batch_size, map_tensors
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call, differentiable
 from kondo_hooks.screened import Screened
@@ -73,6 +73,7 @@ class Gated:
         self._backward = Backward(ModuleState(model), self._selector, self._warn)
         self._detach: Callable[[], bool] | None = None
         self._screened: Screened | None = None
+        self._outputs_learned: dict[str, Rows] = {}
         self._record = True
         self._calls = 0
         self._ungated_task = -1
@@ -178,12 +179,14 @@ class Gated:
                 raise ValueError("screen: delight already holds logp, advantages and mask; give it alone")
             if self._selector.config.priority not in ("delight", "uniform"):
                 raise ValueError("screen: this priority needs logp and advantages, not delight alone")
+            if not isinstance(delight, Tensor) or delight.dim() not in (1, 2):
+                raise ValueError("screen: delight must be a tensor of shape (B,), or (B, T)")
             delight = delight.detach()
             signal = Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
         if self._passes_through() or not self.enabled:
             return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
         decision, factors = self._backward.decide([signal])
-        self._screened = Screened(factors[0])
+        self._screened = Screened(factors[0], signal.valid)
         self._backward.last = decision
         self.stats.decision(decision)
         return decision
@@ -206,6 +209,8 @@ class Gated:
 
     def force(self, rows: Tensor) -> None:
         """Keep these samples of the next population, whatever their delight: a bool mask, or indices."""
+        if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
+            raise ValueError("force: give a bool mask or integer indices, as a tensor")
         self._backward.forced = rows.detach().flatten()
 
     def flush(self) -> int:
@@ -249,7 +254,8 @@ class Gated:
                         f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
                         "its statistics from them; put it in eval mode, or leave screen() away"
                     )
-                result = screened.run(original, args, kwargs, self._batch_dim)
+                call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
+                result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
                 self.stats.replayed(screened.forwarded, len(screened.factors))
                 return result
             return self._screen_call(original, args, kwargs)
@@ -433,7 +439,7 @@ def gated(
         raise ValueError("give at most one of logp, logits and probs")
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ValueError(f"warmup_steps must be a number of backwards >= 0, got {warmup_steps!r}")
-    if method is not None and not callable(getattr(model, method, None)):
+    if method is not None and not (isinstance(method, str) and callable(getattr(model, method, None))):
         raise ValueError(f"method={method!r} is no method of {type(model).__name__}")
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kondo_hooks.batch import Rows
+from kondo_hooks.batch import Rows, rows_between
 from kondo_hooks.state import rng_state
 
 
@@ -111,7 +111,7 @@ def _draw_rows(
     for i, (value, shape) in enumerate(zip(args, full, strict=True)):
         if shape is None or _shape(value)[0] == shape[0]:
             continue
-        if (rows_at := _differing_axis(shape[0], _shape(value)[0], batch, len(rows))) is None:
+        if (rows_at := rows_between(shape[0], _shape(value)[0], batch, len(rows))) is None:
             return func(*args, **kwargs)
         where = rows_at
         if isinstance(value, Tensor):
@@ -134,12 +134,3 @@ def _draw_rows(
             if result is whole[i]:
                 return args[i]
     return tuple(map(take, result)) if isinstance(result, (tuple, list)) else take(result)
-
-
-def _differing_axis(full: torch.Size, part: torch.Size, batch: int, rows: int) -> Rows | None:
-    if len(full) != len(part):
-        return None
-    axes = [axis for axis, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
-    if len(axes) != 1 or full[axes[0]] % batch or part[axes[0]] * batch != full[axes[0]] * rows:
-        return None
-    return Rows(axes[0], full[axes[0]] // batch)

@@ -12,6 +12,15 @@ class ReplayMismatchError(RuntimeError):
     """The replay of the kept rows did not reproduce what the screen returned for them."""
 
 
+def no_batch_axis(path: str, batch: int) -> str:
+    """The message for a loss that uses an output which has no rows."""
+    return (
+        f"gated: the loss uses output {path or 'of the model'}, which has no batch axis of size {batch}, so its "
+        "gradient cannot be split into rows. Compute scalar losses outside the model, expand per-model values "
+        "(a log_std, say) to the batch inside it, or call it on a batch (x.unsqueeze(0))."
+    )
+
+
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of."""
 

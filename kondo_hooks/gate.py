@@ -1,9 +1,9 @@
 """The Kondo gate as a module and as losses: the API of the PyPI package ``kondo-gate`` 0.1.0.
 
-Its users migrate by changing the import. Three things differ, each where that package is wrong:
+Its users migrate by changing the import. Some things differ, each where that package is wrong:
 
 - top-k keeps exactly k samples, ties by index; its threshold keeps every tie, so a batch of equal
-  delights is kept whole;
+  delights is kept whole, and in float64 or bfloat16 the rounded threshold loses the sample that it is made of;
 - a fixed price must be beaten: delight equal to the price is dropped (price 0 keeps delight > 0);
 - ``KondoTrainer.step`` really skips: dropped rows never build a graph.
 """
@@ -77,6 +77,8 @@ class KondoGate(nn.Module):
             raise ValueError("Specify gate_rate or price.")
         if config.gate_rate is not None and not 0 < config.gate_rate <= 1:
             raise ValueError(f"gate_rate must be in (0, 1], got {config.gate_rate}")
+        if config.price is not None and not math.isfinite(config.price):
+            raise ValueError(f"price must be finite, got {config.price}")
         if not config.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {config.temperature}")
         self._generator = torch.Generator().manual_seed(seed)
@@ -158,8 +160,8 @@ class KondoGate(nn.Module):
 
 
 def _samples_above_quantile(n: int, rate: float) -> int:
-    """How many of n distinct values are at or above their (1 - rate)-quantile, as torch.quantile rounds."""
-    return n - math.ceil(torch.quantile(torch.arange(n, dtype=torch.float), 1.0 - rate).item())
+    """How many of n distinct values are at or above their (1 - rate)-quantile."""
+    return n - math.ceil((1.0 - rate) * (n - 1) - 1e-6)
 
 
 def action_log_probs(logits: Tensor, actions: Tensor) -> Tensor:
@@ -237,5 +239,5 @@ class KondoTrainer:
             "gate_rate": result.actual_gate_rate.item(),
             "price": result.price.item(),
             "mean_delight": result.delight.mean().item(),
-            "rows_forwarded": handle.stats.forwarded,
+            "rows_forwarded": handle.stats.forwarded if handle.enabled else len(input_ids),
         }

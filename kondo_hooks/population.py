@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.delight import Boundary, read_boundary, read_field
-from kondo_hooks.errors import DelightError
+from kondo_hooks.errors import DelightError, no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.replay import Part
-from kondo_hooks.screened import no_batch_axis
 from kondo_hooks.selection import Signal
 from kondo_hooks.watch import join
 

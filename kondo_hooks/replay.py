@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, Tree, flatten, layouts, unflatten
+from kondo_hooks.batch import Layout, Rows, Tree, fits, flatten, layouts, unflatten
 from kondo_hooks.draws import TakeDraws
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.node import Call, differentiable
@@ -99,12 +99,12 @@ def _same_constants(a: Tree, b: Tree) -> bool:
         return False
 
 
-def replay(group: list[Part], hints: dict[tuple[str, ...], int]) -> Replayed:
+def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replayed:
     """Run the rows of one group again with a graph, and check them against the screen.
 
     Args:
         group: parts that ``pack`` put together.
-        hints: which reading of the inputs' batch axes reproduced the screen before; updated.
+        learned: by the inputs' paths, which reading of their batch axes reproduced a screen; updated.
 
     Raises:
         ReplayMismatchError: if no reading does.
@@ -114,12 +114,13 @@ def replay(group: list[Part], hints: dict[tuple[str, ...], int]) -> Replayed:
         raise ReplayMismatchError(f"gated: {cause}: the kept rows cannot be replayed. Clone it first.")
     key = tuple(call.input_paths)
     readings = list(layouts(call.inputs, call.batch, call.batch_dim))
-    if all(part.all_rows for part in group) and len(group) == 1:
+    everything = len(group) == 1 and group[0].all_rows
+    if everything:
         readings = readings[:1]
-    elif key in hints and hints[key] < len(readings):
-        readings.insert(0, readings.pop(hints[key]))
+    elif (known := learned.get(key)) is not None and fits(known, call.inputs, call.batch):
+        readings.insert(0, known)
     failure: Exception | None = None
-    for attempt, layout in enumerate(readings):
+    for layout in readings:
         try:
             replayed = _run(group, layout)
             _verify(group, replayed[1])
@@ -128,8 +129,8 @@ def replay(group: list[Part], hints: dict[tuple[str, ...], int]) -> Replayed:
         except (RuntimeError, ValueError, IndexError) as error:
             failure = failure or error
             continue
-        if attempt:
-            hints[key] = list(layouts(call.inputs, call.batch, call.batch_dim)).index(layout)
+        if not everything:
+            learned[key] = layout
         return replayed[0]
     assert failure is not None
     raise failure

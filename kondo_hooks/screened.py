@@ -1,29 +1,55 @@
-"""The screen-first route: delight was known before the forward, so only the kept rows run."""
+"""The screen-first route: delight was known before the forward, so only the kept rows run.
+
+There is no screen to compare with. Where the shapes leave a doubt about which axis holds the rows, the whole batch is
+run once, without a graph, to find out; what was found is remembered.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kondo_hooks.batch import Rows, Tree, candidate_rows, flatten, output_rows, unflatten
+from kondo_hooks.batch import Layout, Rows, Tree, candidate_rows, fits, flatten, rows_between, unflatten
+from kondo_hooks.errors import no_batch_axis
+from kondo_hooks.node import Call
+from kondo_hooks.replay import Part, replay
+from kondo_hooks.state import forked_rng
 
 
 class _Spread(torch.autograd.Function):
     """Kept rows in a full-size tensor; dropped rows copy the first kept one and send no gradient back."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, where: Rows, rows: Tensor, source: Tensor, factors: Tensor | None) -> Tensor:
-        ctx.where, ctx.rows, ctx.factors = where, rows, factors
+    def forward(
+        ctx: Any, kept: Tensor, where: Rows, rows: Tensor, source: Tensor, factors: Tensor | None, valid: Tensor
+    ) -> Tensor:
+        ctx.where, ctx.rows, ctx.factors, ctx.valid = where, rows, factors, valid
         return where.take(kept, source)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.where.take(grad, ctx.rows)
         if ctx.factors is not None:
+            if ctx.factors.dim() == 2:
+                _check_positions(ctx.where.first(grad), ctx.valid)
             kept = ctx.where.weighted(kept, ctx.factors)
-        return kept, None, None, None, None
+        return kept, None, None, None, None, None
+
+
+def _check_positions(grad: Tensor, valid: Tensor) -> None:
+    """Fewer tokens than positions stand for the first ones: the loss must not use the others."""
+    tokens = valid.shape[1]
+    if grad.dim() < 2 or grad.shape[1] <= tokens or tokens == 1:
+        return
+    used = grad.flatten(2).ne(0).any(-1) if grad.dim() > 2 else grad.ne(0)
+    used[:, :tokens] &= ~valid.to(used.device)
+    if used.any():
+        raise RuntimeError(
+            f"gated: screen() was given {tokens} tokens a row for outputs of {grad.shape[1]} positions, and the loss "
+            f"uses others than the first {tokens}: give screen() logp, advantages and mask of {grad.shape[1]} positions"
+        )
 
 
 @dataclass
@@ -32,48 +58,112 @@ class Screened:
 
     Attributes:
         factors: (B,) or (B, T) factors on the gradients, 0 where dropped.
+        valid: (B,) or (B, T), False on masked tokens.
     """
 
     factors: Tensor
+    valid: Tensor
+    forwarded: int = 0
 
-    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int) -> Tree:
-        """Call the model on the kept rows, with a graph; returns its outputs in full size."""
+    def run(
+        self, call: Call, batch_dim: int, learned: dict[tuple[str, ...], Layout], learned_outputs: dict[str, Rows]
+    ) -> Tree:
+        """Call the model on the kept rows, with a graph; returns its outputs in full size.
+
+        Args:
+            call: the call, not yet run.
+            batch_dim: axis of the rows.
+            learned: where inputs keep their rows, by their paths; updated.
+            learned_outputs: the same of outputs, by path; updated.
+        """
         batch = len(self.factors)
-        inputs = flatten((args, kwargs))[1]
-        layout = [candidate_rows(leaf, batch, batch_dim)[0] for leaf in inputs]
-        if not any(layout):
-            shapes = [tuple(leaf.shape) for leaf in inputs]
+        if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
+            shapes = [tuple(leaf.shape) for leaf in call.inputs]
             raise ValueError(
-                f"gated: screen() was given {batch} rows, but no input of the call has a batch axis of that size "
+                f"gated: screen() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
                 f"(inputs: {shapes})"
             )
         kept = self.factors if self.factors.dim() == 1 else self.factors.ne(0).any(1)
         rows = kept.nonzero().flatten()
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
         rows = rows if len(rows) else rows.new_zeros(1)
+        self.forwarded = len(rows)
+        layout = self._inputs(call, rows, batch_dim, learned)
+        taken = [
+            leaf if where is None else where.take(leaf, rows.to(leaf.device))
+            for leaf, where in zip(call.inputs, layout, strict=True)
+        ]
+        args, kwargs = unflatten(call.args, taken)
+        result = call.run(*args, **kwargs)
+        wheres = self._outputs(call, result, rows, batch_dim, learned_outputs)
+
         source = torch.zeros(batch, dtype=torch.long, device=rows.device)
         source[rows] = torch.arange(len(rows), device=rows.device)
         factors = self.factors[rows]
-        weights = None if bool((factors == 1).all()) else factors
-        self.forwarded = len(rows)
-        taken = [
-            leaf if where is None else where.take(leaf, rows.to(leaf.device))
-            for leaf, where in zip(inputs, layout, strict=True)
-        ]
-        args, kwargs = unflatten((args, kwargs), taken)
-        result = original(*args, **kwargs)
+        plain = bool((factors == 1).all())
         spread = []
-        for path, leaf in zip(*flatten(result), strict=True):
-            where = output_rows(leaf, len(rows), batch_dim)
+        for path, leaf, where in zip(*flatten(result), wheres, strict=True):
             if where is None:
                 if leaf.requires_grad:
                     leaf.register_hook(_refuse(path, batch))
                 spread.append(leaf)
-                continue
-            index, origin = rows.to(leaf.device), source.to(leaf.device)
-            gains = None if weights is None else weights.to(leaf.device)
-            spread.append(_Spread.apply(leaf, where, index, origin, gains))
+            else:
+                device = leaf.device
+                weights = None if plain else factors.to(device)
+                spread.append(_Spread.apply(leaf, where, rows.to(device), source.to(device), weights, self.valid))
         return unflatten(result, spread)
+
+    def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: dict[tuple[str, ...], Layout]) -> Layout:
+        batch, key = len(self.factors), tuple(call.input_paths)
+        known = learned.get(key)
+        if known is not None and any(known) and fits(known, call.inputs, batch):
+            return known
+        candidates = [candidate_rows(leaf, batch, batch_dim) for leaf in call.inputs]
+        if not _doubtful(call.inputs, candidates, batch_dim) or len(rows) == batch:
+            return [options[0] for options in candidates]
+        # The readings are told apart as a replay tells them: by what comes out.
+        with forked_rng(call.rng), call.state.buffers_before().restored():
+            call.screen(batch_dim, record=True, copy=False)
+            if call.whole is None and call.batch == batch:
+                zeros = [
+                    None if w is None else w.take(o, rows).zero_() for o, w in zip(call.outputs, call.rows, strict=True)
+                ]
+                replay([Part(call, rows, zeros)], learned)
+        return learned.get(key) or [options[0] for options in candidates]
+
+    def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:
+        paths, leaves = flatten(result)
+        layout: Layout = []
+        full: dict[str, Tensor] | None = None
+        for path, leaf in zip(paths, leaves, strict=True):
+            axes = [axis for axis, size in enumerate(leaf.shape) if size == len(rows)]
+            known = learned.get(path)
+            if leaf.dim() == 0 or isinstance(leaf, nn.Parameter):
+                layout.append(None)
+            elif axes == [batch_dim] or len(rows) == len(self.factors):
+                layout.append(Rows(batch_dim) if axes else None)
+            elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
+                layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
+            else:
+                if full is None:
+                    with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():
+                        full = dict(zip(*flatten(call.run(*call.args[0], **call.args[1])), strict=True))
+                where = None
+                if path in full:
+                    where = rows_between(full[path].shape, leaf.shape, len(self.factors), len(rows))
+                if where is not None:
+                    learned[path] = where
+                layout.append(where)
+        return layout
+
+
+def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) -> bool:
+    """Whether another reading than the likeliest is plausible: a mask of (T, T) where T is the batch size, say."""
+    batched = [(leaf, options) for leaf, options in zip(inputs, candidates, strict=True) if options[0] is not None]
+    if len(batched) == 1:
+        return False
+    first = next(leaf for leaf, options in batched if options[0] == Rows(batch_dim))
+    return any(len(options) > 2 or leaf.shape[:2] != first.shape[:2] for leaf, options in batched)
 
 
 def _refuse(path: str, batch: int) -> Callable[[Tensor], None]:
@@ -81,12 +171,3 @@ def _refuse(path: str, batch: int) -> Callable[[Tensor], None]:
         raise RuntimeError(no_batch_axis(path, batch))
 
     return hook
-
-
-def no_batch_axis(path: str, batch: int) -> str:
-    """The message for a loss that uses an output which has no rows."""
-    return (
-        f"gated: the loss uses output {path or 'of the model'}, which has no batch axis of size {batch}, so its "
-        "gradient cannot be split into rows. Compute scalar losses outside the model, expand per-model values "
-        "(a log_std, say) to the batch inside it, or call it on a batch (x.unsqueeze(0))."
-    )

@@ -74,12 +74,14 @@ class SelectionConfig:
             raise ValueError("give exactly one of rate and price")
         if self.rate is not None and not callable(self.rate):
             check_rate(self.rate)
-        if self.price is not None and not math.isfinite(self.price):
-            raise ValueError(f"price must be finite, got {self.price}")
+        if self.price is not None and not (_is_number(self.price) and math.isfinite(self.price)):
+            raise ValueError(f"price must be finite, got {self.price!r}")
         if not (isinstance(self.priority, additive) or self.priority in _PRIORITIES):
             raise ValueError(f"priority must be one of {', '.join(_PRIORITIES)}, got {self.priority!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
+            raise ValueError(f"temperature must be > 0 and finite, got {self.temperature!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
         for name, allowed in (
             ("unit", ("sample", "token")),
             ("reduction", ("sum", "mean", "max")),
@@ -96,9 +98,13 @@ class SelectionConfig:
             raise ValueError("unbiased=True divides by a keep-probability: it needs deterministic=False")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_rate(rate: float) -> float:
     """Return ``rate`` if it is in (0, 1], else raise ValueError."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+    if not _is_number(rate) or not 0 < rate <= 1:
         raise ValueError(f"rate must be in (0, 1], got {rate!r}")
     return float(rate)
 
@@ -183,6 +189,7 @@ class Decision:
         price: the score that a sample had to beat.
         rate: K / N.
         scale: the loss's own scale ``s`` that was divided out of the delight (1/N for a mean).
+        samples: how many were chosen from: N, less the invalid tokens.
     """
 
     delight: Tensor
@@ -191,6 +198,10 @@ class Decision:
     price: float
     rate: float
     scale: float = 1.0
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        self.samples = self.samples or len(self.delight)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -258,11 +269,12 @@ class Selector:
         if scores.numel() == 0:
             raise ValueError("the gate was given an empty batch: there is no row to choose from")
         ranked = scores
-        if forced is not None:
+        if forced is not None and forced.any():
             ranked = scores.masked_fill(forced, torch.inf)
             scores, delight = (torch.where(forced & ~t.isfinite(), 0, t) for t in (scores, delight))
-        if not (scores + delight).isfinite().all():
-            bad = (~(scores + delight).isfinite()).nonzero().flatten()
+        finite = scores.isfinite() if scores is delight else scores.isfinite() & delight.isfinite()
+        if not finite.all():
+            bad = (~finite).nonzero().flatten()
             raise ValueError(
                 f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
                 "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
@@ -291,7 +303,9 @@ class Selector:
             return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
 
         delight = torch.cat([samples(s, s.delight) for s in signals])
-        if config.priority == "uniform":
+        if config.priority == "delight":
+            scores = delight
+        elif config.priority == "uniform":
             scores = self.uniform(len(delight)).to(delight.device)
         else:
             scores = torch.cat([samples(s, s.score(config.priority)) for s in signals])
@@ -310,8 +324,11 @@ class Selector:
         """Decide on the samples at ``index`` alone; the decision's indices are into all of them."""
         if not len(index):
             self.step += 1
-            return Decision(delight, index, None, float("nan"), 0.0)
-        decision = self(delight[index], scores[index], None if forced is None else forced[index])
+            return Decision(delight[:0], index, None, math.nan, math.nan)
+        chosen = delight[index]
+        decision = self(
+            chosen, chosen if scores is delight else scores[index], None if forced is None else forced[index]
+        )
         decision.delight, decision.kept = delight, index[decision.kept]
         return decision
 
@@ -331,12 +348,11 @@ class Selector:
             return (ranked > fixed).nonzero().flatten(), None, fixed
         if config.history:
             price = self._quantile(scores, rate)
-            kept = (ranked > price).nonzero().flatten()
-            self._count(rate, n, len(kept))
+            kept = self._pay(ranked, price, rate)
             return kept, None, price
         forced = int((ranked == torch.inf).sum()) if ranked is not scores else 0
         kept = top_k(ranked, max(1, round(rate * n), forced))
-        return kept, None, scores[kept].min()
+        return kept, None, ranked[kept].min()
 
     def _quantile(self, scores: Tensor, rate: float) -> Tensor:
         """The price that keeps ``rate`` of this batch and of the last decisions, less what is owed."""
@@ -344,12 +360,21 @@ class Selector:
             return quantile_price(scores, rate)
         self._history.append(scores.detach().to("cpu", copy=True))
         pool = torch.cat(list(self._history))
-        # Ties and drift make a quantile keep more or fewer than asked; what is owed is paid back
-        # over the length of the history, so that the long-run fraction is the rate.
+        # Drift makes a quantile keep more or fewer than asked; what is owed is paid back over the length of the
+        # history, so that the long-run fraction is the rate.
         target = min(1.0, max(0.0, rate + self._credit / len(pool)))
-        if target == 0:
-            return pool.max().to(scores.device)
-        return quantile_price(pool, target).to(scores.device) if target < 1 else scores.new_tensor(-torch.inf)
+        ordered = pool.sort().values
+        return ordered[min(int((1 - target) * len(pool)), len(pool) - 1)].to(scores.device)
+
+    def _pay(self, ranked: Tensor, price: Tensor, rate: float) -> Tensor:
+        """Indices above the price, and of those at the price as many as are owed, by index."""
+        above = ranked > price
+        owed = self._credit + rate * len(ranked) - int(above.sum())
+        at_price = (ranked == price).nonzero().flatten()[: max(0, math.floor(owed + 1e-9))]
+        above[at_price] = True
+        kept = above.nonzero().flatten()
+        self._count(rate, len(ranked), len(kept))
+        return kept
 
     def _count(self, rate: float | None, n: int, kept: int) -> None:
         if self.config.history and rate is not None:

@@ -63,9 +63,9 @@ class Stats:
         delight = decision.delight
         total, kept = torch.stack([delight.sum(), delight[decision.kept].sum()]).tolist()
         self.steps += 1
-        self.rows += len(delight)
+        self.rows += decision.samples
         self.kept += len(decision.kept)
-        self.decided += len(delight)
+        self.decided += decision.samples
         self.decided_kept += len(decision.kept)
         self.sum_delight += total
         self.sum_delight_kept += kept

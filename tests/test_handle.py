@@ -1,0 +1,1036 @@
+"""The handle of ``gated``: counters, screen-first, tokens, forced rows, resuming, and what it refuses."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kondo_hooks as kondo
+from tests.cases import FEATURES, LOSSES, MODELS, CnnBatchNorm, K, Mlp, PolicyAndValue, Recurrent, make_batch
+from tests.reference import copies, grads, kept_mask, largest_relative_difference
+
+CASES = {case.name: case for case in MODELS}
+LOSS = {case.name: case for case in LOSSES}
+
+
+def pick(logits, actions):
+    return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def reinforce(logits, batch, w=None):
+    terms = -batch.advantages * pick(logits, batch.actions)
+    return (terms if w is None else terms * w).mean()
+
+
+def step(model, batch):
+    reinforce(model(batch.x), batch).backward()
+
+
+@pytest.fixture
+def setup():
+    model, reference = copies(Mlp().double())
+    return model, reference, make_batch(12, False, torch.float64)
+
+
+def assert_same_gradient(model, reference, tolerance=1e-10):
+    assert largest_relative_difference(grads(model), grads(reference)) < tolerance
+
+
+def rows_with_a_graph(layer):
+    seen = []
+    layer.register_forward_hook(
+        lambda module, args, out: seen.append(len(args[0])) if torch.is_grad_enabled() else None
+    )
+    return seen
+
+
+def sampled_logp(model, batch):
+    with torch.no_grad():
+        return pick(model(batch.x), batch.actions)
+
+
+# Counters.
+
+
+def test_a_fresh_gate_has_counted_nothing(setup):
+    gate = kondo.gated(setup[0], rate=0.25)
+    stats = gate.stats
+    assert (stats.steps, stats.rows, stats.kept, stats.forwarded, stats.rows_screened) == (0, 0, 0, 0, 0)
+    assert all(
+        math.isnan(v) for v in (stats.rate, stats.skipped, stats.price, stats.delight_kept, stats.delight_dropped)
+    )
+    assert gate.last is None
+
+
+def test_counters_over_several_steps_are_those_counted_by_hand(setup):
+    model, _, _ = setup
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept, dropped, sizes = [], [], [12, 7, 20]
+    with kondo.gated(model, rate=0.3) as gate:
+        for seed, n in enumerate(sizes):
+            batch = make_batch(n, False, torch.float64, seed)
+            delight = -sampled_logp(model, batch) * batch.advantages
+            step(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            k = max(1, round(0.3 * n))
+            order = delight.argsort(descending=True)
+            kept.append(delight[order[:k]])
+            dropped.append(delight[order[k:]])
+            assert gate.last.kept.tolist() == order[:k].sort().values.tolist()
+            torch.testing.assert_close(gate.last.delight, delight)
+            assert gate.last.rate == k / n and gate.last.scale == pytest.approx(1 / n)
+            assert gate.stats.steps == seed + 1
+    stats, total = gate.stats, sum(len(d) for d in kept)
+    assert total == 4 + 2 + 6
+    assert (stats.steps, stats.rows, stats.kept) == (3, 39, 12)
+    assert (stats.forwarded, stats.rows_screened) == (12, 39)
+    assert stats.rate == pytest.approx(12 / 39) and stats.skipped == pytest.approx(27 / 39)
+    assert stats.price == pytest.approx(kept[-1].min().item()) == gate.last.price
+    assert stats.delight_kept == pytest.approx(torch.cat(kept).mean().item())
+    assert stats.delight_dropped == pytest.approx(torch.cat(dropped).mean().item())
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+def test_a_batch_that_is_replayed_whole_counts_every_row_as_forwarded():
+    model = CnnBatchNorm().double()
+    batch = make_batch(12, False, torch.float64)
+    with kondo.gated(model, rate=0.25) as gate:
+        reinforce(model(batch.image), batch).backward()
+    assert (gate.stats.kept, gate.stats.forwarded, gate.stats.rows_screened, gate.stats.skipped) == (3, 12, 12, 0.0)
+
+
+def test_steps_that_pass_through_count_as_kept_but_not_as_decided(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25, warmup_steps=2) as gate:
+        for _ in range(2):
+            step(model, batch)
+        assert gate.last is None and math.isnan(gate.stats.delight_kept)
+        assert (gate.stats.steps, gate.stats.rate, gate.stats.skipped) == (2, 1.0, 0.0)
+        step(model, batch)
+    assert (gate.stats.steps, gate.stats.rows, gate.stats.kept) == (3, 36, 27)
+    assert gate.stats.delight_kept == pytest.approx(gate.last.delight[gate.last.kept].mean().item())
+
+
+def test_the_gate_and_its_counters_read_well(setup):
+    model, _, batch = setup
+    gate = kondo.gated(model, rate=0.25)
+    assert repr(gate).startswith("Gated(Mlp, rate=0.25, priority='delight', closed, Stats(steps=0, rows=0, kept=0 (")
+    with gate:
+        assert "open" in repr(gate)
+        step(model, batch)
+    assert "closed" in repr(gate)
+    stats = gate.stats
+    assert repr(stats) == (
+        "Stats(steps=1, rows=12, kept=3 (25.0%), forwarded=3, skipped=75.0%, "
+        f"price={stats.price:.4g}, delight_kept={stats.delight_kept:.4g}, delight_dropped={stats.delight_dropped:.4g})"
+    )
+    assert repr(stats) in repr(gate)
+    assert "Gated(Mlp, price=0.5, priority='surprisal', off," in repr(
+        kondo.gated(model, price=0.5, priority="surprisal", enabled=False)
+    )
+
+
+# Screen first.
+
+
+SCREENED = [
+    ("mlp", "reinforce_gather"),
+    ("mlp", "ppo_entropy_value"),
+    ("policy_and_value", "ppo_entropy_value"),
+    ("gru_hidden_state", "grpo_masks_kl"),
+    ("lstm", "grpo_masks_kl"),
+    ("llama", "grpo_masks_kl"),
+    ("llama", "cross_entropy"),
+    ("bert_classifier", "categorical"),
+    ("probabilities", "one_hot"),
+    ("named_tuple_log_probs", "selective_log_softmax"),
+    ("flattened", "reinforce_indexing_sum"),
+    ("embedding_bag", "nll_loss"),
+]
+
+
+@pytest.mark.parametrize(("name", "loss"), SCREENED)
+def test_gradient_after_a_screen_is_that_of_the_masked_full_backward(name, loss):
+    case, loss_case = CASES[name], LOSS[loss]
+    torch.manual_seed(1)
+    model, reference = copies(case.build().double().eval())
+    batch = make_batch(12, case.sequence, torch.float64)
+    seen = rows_with_a_graph(next(m for m in model.modules() if not list(m.children())))
+    shapes = []
+
+    def run(m, w):
+        out = case.call(m, batch)
+        logits, value = case.logits(out, batch), case.value(out) if case.value else None
+        shapes.append((logits.shape, None if value is None else value.shape))
+        loss_case.loss(logits, value, batch, w).backward()
+
+    with torch.no_grad():
+        logp = pick(case.logits(case.call(reference, batch), batch), batch.actions)
+    with kondo.gated(model, rate=0.25) as gate:
+        decision = gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
+        run(model, None)
+    run(reference, kept_mask(decision.kept, 12, torch.float64))
+    assert len(decision.kept) == 3 and gate.last is decision
+    assert seen[0] == 3 * (batch.actions.shape[1] if name == "flattened" else 1)
+    assert shapes[0] == shapes[1]
+    assert gate.stats.forwarded == 3 and gate.stats.rows_screened == 12 and gate.stats.steps == 1
+    assert_same_gradient(model, reference)
+    delight = (logp * -batch.advantages * batch.mask).sum(1) if case.sequence else logp * -batch.advantages
+    torch.testing.assert_close(decision.delight, delight)
+
+
+def test_only_the_kept_rows_run_after_a_screen(setup):
+    model, _, batch = setup
+    seen = rows_with_a_graph(model.body[0])
+    with kondo.gated(model, rate=0.25) as gate:
+        logp = sampled_logp(model, batch)
+        for _ in range(2):
+            gate.screen(logp=logp, advantages=batch.advantages)
+            step(model, batch)
+        step(model, batch)
+    assert seen == [3, 3, 3]  # the last is the replay of a call that was not screened first
+    assert gate.stats.steps == 3
+
+
+def test_a_call_without_grad_does_not_use_up_the_screen(setup):
+    model, _, batch = setup
+    seen = rows_with_a_graph(model.body[0])
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=torch.arange(12.0))
+        with torch.no_grad():
+            assert model(batch.x).shape == (12, K)
+        model(batch.x)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("name", ["gru_hidden_state", "flattened", "policy_and_value"])
+@pytest.mark.parametrize("k", range(1, 12))
+def test_outputs_are_full_size_and_the_gradient_is_right_however_many_rows_a_screen_keeps(name, k):
+    case = CASES[name]
+    torch.manual_seed(1)
+    model, reference = copies(case.build().double())
+    batch = make_batch(12, case.sequence, torch.float64)
+    with kondo.gated(model, rate=k / 12) as gate:
+        decision = gate.screen(delight=torch.arange(12.0).flip(0))
+        out = case.call(model, batch)
+        reinforce(case.logits(out, batch), batch).backward()
+    assert len(decision.kept) == k
+    full = case.call(reference, batch)
+    w = kept_mask(decision.kept, 12, torch.float64)
+    reinforce(case.logits(full, batch), batch, w.unsqueeze(1) if case.sequence else w).backward()
+    ours, theirs = ([t.shape for t in tensors(o)] for o in (out, full))
+    assert ours == theirs
+    assert_same_gradient(model, reference)
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    for item in value if isinstance(value, (tuple, list)) else vars(value).values() if hasattr(value, "pi") else ():
+        yield from tensors(item)
+
+
+class Masked(nn.Module):
+    """Takes a (T, T) mask that all rows share."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, K)
+
+    def forward(self, x, mask):
+        return self.layer((mask @ x).mean(1))
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+def test_a_screen_does_not_cut_a_shared_input_whose_size_is_the_batch_size(rate):
+    model, reference = copies(Masked().double())
+    batch = make_batch(5, True, torch.float64)  # B == T == 5
+    batch.actions, batch.advantages = batch.actions[:, 0], batch.advantages[:, 0]
+    mask = torch.randn(5, 5).double()
+    with kondo.gated(model, rate=rate) as gate:
+        decision = gate.screen(delight=torch.arange(5.0))
+        reinforce(model(batch.x, mask), batch).backward()
+    reinforce(reference(batch.x, mask), batch, kept_mask(decision.kept, 5, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_an_input_gets_the_gradient_of_the_kept_rows_after_a_screen(setup):
+    model, reference, batch = setup
+    x, y = (batch.x.clone().requires_grad_() for _ in range(2))
+    with kondo.gated(model, rate=0.25) as gate:
+        decision = gate.screen(delight=torch.arange(12.0))
+        reinforce(model(x), batch).backward()
+    reinforce(reference(y), batch, kept_mask(decision.kept, 12, torch.float64)).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert x.grad[9:].any(1).all() and not x.grad[:9].any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7])
+def test_a_screen_with_time_first(k):
+    model, reference = copies(nn.LSTM(FEATURES, K).double())
+    batch = make_batch(8, True, torch.float64)
+    x = batch.x.transpose(0, 1).contiguous()
+
+    def loss(m, w):
+        output, _ = m(x)
+        return (-batch.advantages.T * pick(output, batch.actions.T) * w).mean()
+
+    with kondo.gated(model, rate=k / 8, batch_dim=1) as gate:
+        gate.screen(delight=torch.randn(8))
+        loss(model, 1).backward()
+    assert len(gate.last.kept) == k == gate.stats.forwarded
+    loss(reference, kept_mask(gate.last.kept, 8, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_a_screen_of_a_method():
+    class Agent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = PolicyAndValue()
+
+        def evaluate(self, x, actions):
+            logits, value, *_ = self.net(x)
+            return pick(logits, actions), value
+
+    model, reference = copies(Agent().double())
+    batch = make_batch(12, False, torch.float64)
+    seen = rows_with_a_graph(model.net.policy)
+
+    def loss(m, w):
+        logp, value = m.evaluate(batch.x, actions=batch.actions)
+        return ((-batch.advantages * logp + (value - batch.returns) ** 2) * w).mean()
+
+    with kondo.gated(model, rate=0.25, method="evaluate") as gate:
+        with torch.no_grad():
+            logp, _ = model.evaluate(batch.x, batch.actions)
+        gate.screen(logp=logp, advantages=batch.advantages)
+        loss(model, 1).backward()
+    assert seen == [3]
+    loss(reference, kept_mask(gate.last.kept, 12, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_screened_and_other_calls_add_up_in_one_backward(setup):
+    model, reference, _ = setup
+    batches = [make_batch(12, False, torch.float64, seed) for seed in range(3)]
+    with kondo.gated(model, rate=0.25) as gate:
+        losses, kept = [], []
+        for batch in batches[:2]:
+            decision = gate.screen(logp=sampled_logp(model, batch), advantages=batch.advantages)
+            kept.append(decision.kept)
+            losses.append(reinforce(model(batch.x), batch))
+        losses.append(reinforce(model(batches[2].x), batches[2]))
+        sum(losses).backward()
+        kept.append(gate.last.kept)
+    assert gate.stats.steps == 3 and gate.stats.forwarded == 9
+    for batch, rows in zip(batches, kept, strict=True):
+        reinforce(reference(batch.x), batch, kept_mask(rows, 12, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_screening_by_delight_alone(setup):
+    model, reference, batch = setup
+    delight = torch.randn(12, dtype=torch.float64)
+    with kondo.gated(model, rate=0.25) as gate:
+        decision = gate.screen(delight=delight)
+        step(model, batch)
+    assert set(decision.kept.tolist()) == set(delight.topk(3).indices.tolist())
+    assert torch.equal(decision.delight, delight)
+    reinforce(reference(batch.x), batch, kept_mask(decision.kept, 12, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_screening_with_a_price_by_delight_of_a_tensor_that_has_a_graph(setup):
+    model, _, batch = setup
+    delight = torch.linspace(-1, 1, 12, dtype=torch.float64, requires_grad=True)
+    with kondo.gated(model, price=0.5) as gate:
+        decision = gate.screen(delight=delight)
+        step(model, batch)
+    assert decision.kept.tolist() == [9, 10, 11] and not decision.delight.requires_grad
+    assert delight.grad is None
+
+
+def test_a_screen_that_keeps_nothing_gives_full_size_outputs_and_a_gradient_of_zero(setup):
+    model, _, batch = setup
+    with kondo.gated(model, price=10.0) as gate:
+        decision = gate.screen(delight=torch.zeros(12))
+        out = model(batch.x)
+        reinforce(out, batch).backward()
+    assert out.shape == (12, K) and len(decision.kept) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["screen", "hook"])
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({"rate": 0.25, "weight": "dg"}, lambda d, kept: torch.sigmoid(d) * kept),
+        ({"rate": 0.25, "normalize": "kept"}, lambda d, kept: kept * 12 / 3),
+        ({"rate": 0.25, "weight": "dg", "normalize": "kept"}, lambda d, kept: torch.sigmoid(d) * kept * 12 / 3),
+        ({"price": 0.1, "hard": False, "temperature": 0.7}, lambda d, kept: torch.sigmoid((d - 0.1) / 0.7)),
+        (
+            {"price": 0.1, "deterministic": False, "temperature": 0.7, "unbiased": True, "seed": 2},
+            lambda d, kept: kept / torch.sigmoid((d - 0.1) / 0.7),
+        ),
+    ],
+    ids=["dg", "kept", "dg_kept", "soft", "unbiased"],
+)
+def test_weights_multiply_the_kept_rows_terms(setup, options, factor, first):
+    model, reference, batch = setup
+    with kondo.gated(model, **options) as gate:
+        if first:
+            gate.screen(logp=sampled_logp(model, batch), advantages=batch.advantages)
+        step(model, batch)
+    delight = -sampled_logp(reference, batch) * batch.advantages
+    kept = kept_mask(gate.last.kept, 12, torch.float64)
+    assert kept.any()
+    reinforce(reference(batch.x), batch, factor(delight, kept)).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.25},
+        {"price": 0.1},
+        {"rate": 0.3, "priority": "surprisal"},
+        {"rate": 0.3, "priority": kondo.additive(0.2)},
+        {"rate": 0.3, "priority": "uniform", "seed": 4},
+        {"rate": 0.3, "deterministic": False, "seed": 4},
+        {"rate": 0.2, "history": 3},
+    ],
+    ids=str,
+)
+def test_a_screen_decides_as_the_hook_does(setup, options):
+    model, other, _ = setup
+    decisions = []
+    for m, first in ((model, True), (other, False)):
+        with kondo.gated(m, **options) as gate:
+            for seed in range(4):
+                batch = make_batch(12, False, torch.float64, seed)
+                if first:
+                    gate.screen(logp=sampled_logp(m, batch), advantages=batch.advantages)
+                step(m, batch)
+                decisions.append((first, gate.last))
+    for (_, a), (_, b) in zip(decisions[:4], decisions[4:], strict=True):
+        assert a.kept.tolist() == b.kept.tolist()
+        torch.testing.assert_close(a.delight, b.delight)
+        assert a.price == pytest.approx(b.price)
+    assert_same_gradient(model, other)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
+def test_a_screen_reduces_tokens_to_rows_over_the_mask(reduction):
+    model = Recurrent(nn.GRU).double()
+    batch = make_batch(8, True, torch.float64)
+    with torch.no_grad():
+        logp = pick(model(batch.x)[0], batch.actions)
+    with kondo.gated(model, rate=0.25, reduction=reduction) as gate:
+        decision = gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
+        model(batch.x)
+    for b in range(8):
+        terms = [(-logp[b, t] * batch.advantages[b, t]).item() for t in range(logp.shape[1]) if batch.mask[b, t].item()]
+        by_hand = {"sum": sum(terms), "mean": sum(terms) / len(terms), "max": max(terms)}[reduction]
+        assert decision.delight[b].item() == pytest.approx(by_hand)
+
+
+def test_integer_outputs_and_none_come_back_in_full_size_after_a_screen():
+    model = PolicyAndValue().double()
+    batch = make_batch(12, False, torch.float64)
+    with kondo.gated(model, rate=0.25) as gate:
+        decision = gate.screen(delight=torch.arange(12.0).flip(0))
+        logits, value, best, nothing = model(batch.x)
+    full = model(batch.x)
+    assert decision.kept.tolist() == [0, 1, 2]
+    assert best.shape == (12,) and best.dtype == torch.int64 and not best.requires_grad and nothing is None
+    assert torch.equal(best[:3], full[2][:3])
+    torch.testing.assert_close(logits[:3], full[0][:3])
+    torch.testing.assert_close(value[:3], full[1][:3])
+    assert all(bool(((row == logits[:3]).all(1)).any()) for row in logits)
+
+
+def test_a_scalar_output_that_the_loss_uses_is_refused_after_a_screen():
+    class WithAux(Mlp):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits, logits.pow(2).mean()
+
+    model = WithAux().double()
+    batch = make_batch(12, False, torch.float64)
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=torch.arange(12.0))
+        logits, aux = model(batch.x)
+        assert aux.dim() == 0
+        with pytest.raises(RuntimeError, match=r"output \[1\], which has no batch axis of size 12"):
+            (reinforce(logits, batch) + aux).backward()
+
+
+def test_batch_norm_in_training_is_refused_after_a_screen_and_works_in_eval():
+    model, reference = copies(CnnBatchNorm().double())
+    batch = make_batch(12, False, torch.float64)
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=torch.arange(12.0))
+        with pytest.raises(RuntimeError, match="BatchNorm2d in training mode"):
+            model(batch.image)
+        for m in (model, reference):
+            m.eval()
+        decision = gate.screen(delight=torch.arange(12.0))
+        reinforce(model(batch.image), batch).backward()
+    reinforce(reference(batch.image), batch, kept_mask(decision.kept, 12, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize("rows", [10, 24, FEATURES])
+def test_a_screen_of_another_number_of_rows_is_refused(setup, rows):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=torch.arange(float(rows)))
+        with pytest.raises(ValueError, match=rf"screen\(\) was given {rows} rows"):
+            model(batch.x)
+        step(model, batch)
+        assert len(gate.last.delight) == 12
+
+
+def test_a_second_screen_before_the_call_is_refused(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        first = gate.screen(delight=torch.arange(12.0))
+        with pytest.raises(RuntimeError, match="screen: called twice"):
+            gate.screen(delight=torch.arange(12.0))
+        assert gate.stats.steps == 1 and gate.last is first
+        step(model, batch)
+        gate.screen(delight=torch.arange(12.0))
+
+
+ONES = torch.ones(12)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"logp": ONES},
+        {"advantages": ONES},
+        {"mask": ONES},
+        {"logp": ONES, "advantages": ONES, "delight": ONES},
+        {"logp": ONES, "delight": ONES},
+        {"advantages": ONES, "delight": ONES},
+        {"mask": ONES, "delight": ONES},
+        {"logp": ONES, "advantages": torch.ones(11)},
+        {"logp": ONES, "advantages": ONES, "mask": torch.ones(3)},
+        {"logp": torch.ones(2, 3, 4), "advantages": torch.ones(2, 3, 4)},
+        {"logp": ONES, "advantages": ONES * math.nan},
+        {"logp": ONES * -math.inf, "advantages": ONES},
+        {"delight": ONES * math.nan},
+        {"delight": ONES * math.inf},
+        {"delight": torch.ones(0)},
+        {"delight": torch.tensor(1.0)},
+        {"delight": torch.ones(2, 3, 4)},
+        {"delight": [1.0, 2.0]},
+    ],
+    ids=lambda a: "-".join(f"{k}{tuple(getattr(v, 'shape', ()))}" for k, v in a.items()) or "nothing",
+)
+def test_a_screen_that_cannot_be_right_is_refused_and_leaves_no_trace(setup, arguments):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        with pytest.raises(ValueError, match=r"[a-z]"):
+            gate.screen(**arguments)
+        assert gate.stats.steps == 0 and gate.last is None
+        step(model, batch)
+        assert gate.stats.steps == 1 and gate.stats.forwarded == 3
+
+
+def test_screening_by_delight_alone_needs_a_priority_that_it_tells(setup):
+    for priority in ("advantage", "surprisal", kondo.additive(0.5)):
+        with pytest.raises(ValueError, match="priority needs logp and advantages"):
+            kondo.gated(setup[0], rate=0.25, priority=priority).screen(delight=ONES)
+
+
+@pytest.mark.parametrize("options", [{"rate": 1.0}, {"rate": 0.25, "warmup_steps": 1}, {"enabled": False}])
+def test_a_screen_passes_through_where_the_gate_does(setup, options):
+    model, reference, batch = setup
+    seen = rows_with_a_graph(model.body[0])
+    with kondo.gated(model, **options) as gate:
+        decision = gate.screen(delight=torch.arange(12.0))
+        step(model, batch)
+    assert decision.kept.tolist() == list(range(12)) and decision.rate == 1.0 and seen == [12]
+    assert gate.stats.steps == (0 if "enabled" in options else 1)
+    step(reference, batch)
+    assert_same_gradient(model, reference)
+
+
+# Tokens.
+
+
+class TokenPolicyAndValue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.GRU(FEATURES, 12, batch_first=True)
+        self.policy = nn.Linear(12, K)
+        self.value = nn.Linear(12, 1)
+
+    def forward(self, x):
+        hidden = self.body(x)[0]
+        return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+def token_terms(logits, actions, advantages, kind):
+    """Loss terms (B, P) of the tokens, by the ways that users write it."""
+    if kind == "gather":
+        return -advantages * pick(logits, actions)
+    nll = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view(actions.shape)
+    return advantages * nll
+
+
+def shifted(tensor, cut):
+    return {"none": tensor, "last": tensor[:, :-1], "first": tensor[:, 1:]}[cut]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("kind", ["gather", "cross_entropy"])
+@pytest.mark.parametrize("cut", ["none", "last", "first"])
+def test_kept_tokens_alone_drive_a_language_models_gradient(cut, kind, rate):
+    case = CASES["llama"]
+    torch.manual_seed(1)
+    model, reference = copies(case.build().double())
+    batch = make_batch(10, True, torch.float64)
+    actions, advantages, mask = (shifted(t, cut) for t in (batch.actions, batch.advantages, batch.mask))
+
+    def loss(m, w=None):
+        logits = shifted(case.call(m, batch).logits, cut)
+        terms = token_terms(logits, actions, advantages, kind) * mask
+        return (terms if w is None else terms * w).sum() / mask.sum(), logits
+
+    with kondo.gated(model, rate=rate, unit="token") as gate:
+        loss(model)[0].backward()
+    valid = int(mask.sum())
+    k = max(1, round(rate * valid))
+    w = kept_mask(gate.last.kept, mask.numel(), torch.float64).view(mask.shape)
+    assert len(gate.last.kept) == k and gate.last.rate == k / valid
+    assert not w[mask == 0].any()
+    value, logits = loss(reference, w)
+    value.backward()
+    assert_same_gradient(model, reference)
+    delight = -pick(logits, actions).detach() * advantages * mask
+    torch.testing.assert_close(gate.last.delight, delight.flatten())
+    best = delight.flatten().masked_fill(mask.flatten() == 0, -torch.inf).topk(k).indices
+    assert set(best.tolist()) == set(gate.last.kept.tolist())
+    assert gate.stats.forwarded == int(w.any(1).sum())
+
+
+def test_tokens_ignored_by_cross_entropy_are_not_candidates():
+    case = CASES["llama"]
+    torch.manual_seed(1)
+    model, reference = copies(case.build().double())
+    batch = make_batch(10, True, torch.float64)
+    labels = batch.actions.masked_fill(batch.mask == 0, -100)
+
+    def loss(m, w=None):
+        nll = F.cross_entropy(case.call(m, batch).logits.transpose(1, 2), labels, reduction="none")
+        return (batch.advantages * nll if w is None else batch.advantages * nll * w).sum()
+
+    with kondo.gated(model, rate=0.3, unit="token") as gate:
+        loss(model).backward()
+    w = kept_mask(gate.last.kept, 50, torch.float64).view(10, 5)
+    assert len(gate.last.kept) == round(0.3 * int(batch.mask.sum())) and not w[batch.mask == 0].any()
+    loss(reference, w).backward()
+    assert_same_gradient(model, reference)
+
+
+def actor_critic(m, batch, w=None):
+    logits, value = m(batch.x)
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    terms = -batch.advantages * pick(logits, batch.actions) - 0.01 * entropy + 0.5 * (value - batch.returns) ** 2
+    return ((terms if w is None else terms * w) * batch.mask).sum() / batch.mask.sum()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["screen", "hook"])
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, lambda d: 1.0),
+        ({"weight": "dg"}, torch.sigmoid),
+        ({"normalize": "kept"}, lambda d: "kept"),
+    ],
+    ids=["pg", "dg", "kept"],
+)
+def test_kept_tokens_of_a_policy_and_value_model_lose_no_term_and_dropped_ones_all(options, factor, first):
+    model, reference = copies(TokenPolicyAndValue().double())
+    batch = make_batch(10, True, torch.float64)
+    with torch.no_grad():
+        logp = pick(reference(batch.x)[0], batch.actions)
+    seen = rows_with_a_graph(model.policy)
+    with kondo.gated(model, rate=0.2, unit="token", **options) as gate:
+        if first:
+            gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
+        actor_critic(model, batch).backward()
+    valid, kept = int(batch.mask.sum()), gate.last.kept
+    w = kept_mask(kept, 50, torch.float64).view(10, 5)
+    assert len(kept) == round(0.2 * valid) and not w[batch.mask == 0].any()
+    assert seen == [int(w.any(1).sum())]
+    gain = factor(-logp * batch.advantages)
+    actor_critic(reference, batch, w * (valid / len(kept) if gain == "kept" else gain)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_the_screen_and_the_hook_keep_the_same_tokens():
+    model, other = copies(TokenPolicyAndValue().double())
+    batch = make_batch(10, True, torch.float64)
+    with torch.no_grad():
+        logp = pick(model(batch.x)[0], batch.actions)
+    with kondo.gated(model, rate=0.2, unit="token") as first:
+        first.screen(delight=(-logp * batch.advantages).masked_fill(batch.mask == 0, -100.0))
+        actor_critic(model, batch).backward()
+    with kondo.gated(other, rate=10 / int(batch.mask.sum()), unit="token") as second:
+        actor_critic(other, batch).backward()
+    assert first.last.kept.tolist() == second.last.kept.tolist()
+    assert_same_gradient(model, other)
+
+
+@pytest.mark.parametrize("cut", ["last", "first"])
+def test_tokens_screened_for_shifted_logits_are_exact_or_refused(cut):
+    """Only the loss tells which positions the screened tokens stand for."""
+    model, reference = copies(TokenPolicyAndValue().double())
+    batch = make_batch(10, True, torch.float64)
+    actions, advantages, mask = (shifted(t, cut) for t in (batch.actions, batch.advantages, batch.mask))
+
+    def loss(m, w=1.0):
+        return (-advantages * pick(shifted(m(batch.x)[0], cut), actions) * mask * w).sum()
+
+    with torch.no_grad():
+        logp = pick(shifted(reference(batch.x)[0], cut), actions)
+    with kondo.gated(model, rate=0.2, unit="token") as gate:
+        gate.screen(logp=logp, advantages=advantages, mask=mask)
+        value = loss(model)
+        try:
+            value.backward()
+        except (RuntimeError, ValueError) as error:
+            assert cut == "first" and "screen" in str(error)
+            return
+    loss(reference, kept_mask(gate.last.kept, 40, torch.float64).view(10, 4)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_tokens_of_several_calls_are_one_population():
+    model, reference = copies(TokenPolicyAndValue().double())
+    short, long = make_batch(4, True, torch.float64, 1, 3), make_batch(6, True, torch.float64, 2, 7)
+    with kondo.gated(model, rate=0.2, unit="token") as gate:
+        (actor_critic(model, short) + actor_critic(model, long)).backward()
+    w = kept_mask(gate.last.kept, 12 + 42, torch.float64)
+    assert len(gate.last.kept) == round(0.2 * int(short.mask.sum() + long.mask.sum()))
+    total = actor_critic(reference, short, w[:12].view(4, 3)) + actor_critic(reference, long, w[12:].view(6, 7))
+    total.backward()
+    assert_same_gradient(model, reference)
+
+
+def test_masked_tokens_are_not_counted():
+    model = TokenPolicyAndValue().double()
+    batch = make_batch(10, True, torch.float64)
+    valid, dropped, kept = int(batch.mask.sum()), [], []
+    with kondo.gated(model, rate=0.2, unit="token") as gate:
+        for _ in range(2):
+            actor_critic(model, batch).backward()
+            w = kept_mask(gate.last.kept, 50, torch.float64).bool()
+            kept.append(gate.last.delight[w])
+            dropped.append(gate.last.delight[~w & (batch.mask.flatten() > 0)])
+    assert (gate.stats.kept, gate.stats.rows) == (2 * round(0.2 * valid), 2 * valid)
+    assert gate.stats.rate == pytest.approx(round(0.2 * valid) / valid)
+    assert gate.stats.rows_screened == 20
+    assert gate.stats.delight_kept == pytest.approx(torch.cat(kept).mean().item())
+    assert gate.stats.delight_dropped == pytest.approx(torch.cat(dropped).mean().item())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["screen", "hook"])
+def test_all_tokens_masked_gives_a_gradient_of_zero(first):
+    model = TokenPolicyAndValue().double()
+    batch = make_batch(6, True, torch.float64)
+    batch.mask = torch.zeros_like(batch.mask)
+    with kondo.gated(model, rate=0.2, unit="token") as gate:
+        if first:
+            gate.screen(logp=-torch.ones(6, 5), advantages=batch.advantages, mask=batch.mask)
+        logits, value = model(batch.x)
+        terms = -batch.advantages * pick(logits, batch.actions) + value**2
+        (terms * batch.mask).sum().backward()
+        assert len(gate.last.kept) == 0 and gate.stats.kept == 0 and gate.stats.steps == 1
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+        batch.mask = torch.ones_like(batch.mask)
+        actor_critic(model, batch).backward()
+    assert len(gate.last.kept) == 6
+
+
+def test_tokens_of_a_batch_of_single_values_are_rows(setup):
+    model, reference, batch = setup
+    with kondo.gated(model, rate=0.25, unit="token") as gate:
+        step(model, batch)
+    assert len(gate.last.kept) == 3
+    reinforce(reference(batch.x), batch, kept_mask(gate.last.kept, 12, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+# Forced rows.
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([7, 2]), torch.tensor([False, False, True] + [False] * 4 + [True] * 1)])
+def test_forced_rows_of_a_smaller_batch_are_kept_by_mask_or_by_index(rows):
+    model, reference = copies(Mlp().double())
+    batch = make_batch(8, False, torch.float64)
+    batch.advantages[[2, 7]] = -100.0
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.force(rows)
+        step(model, batch)
+        forced = gate.last.kept.tolist()
+        assert len(forced) == 4 and {2, 7} <= set(forced)
+        reinforce(reference(batch.x), batch, kept_mask(gate.last.kept, 8, torch.float64)).backward()
+        assert_same_gradient(model, reference)
+        step(model, batch)
+        assert not {2, 7} & set(gate.last.kept.tolist())
+
+
+@pytest.mark.parametrize("options", [{"price": 1e6}, {"rate": 0.01}, {"price": 1e6, "deterministic": False}])
+def test_forced_rows_are_kept_by_any_gate(setup, options):
+    model, _, batch = setup
+    with kondo.gated(model, **options) as gate:
+        gate.force(torch.tensor([0, 5, 11]))
+        step(model, batch)
+    assert gate.last.kept.tolist() == [0, 5, 11]
+
+
+def test_forced_rows_are_kept_after_a_screen(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.force(torch.tensor([0]))
+        assert gate.screen(delight=torch.arange(12.0)).kept.tolist() == [0, 10, 11]
+        step(model, batch)
+    assert gate.last.kept.tolist() == [0, 10, 11]
+
+
+def test_forced_tokens_are_kept_unless_they_are_masked():
+    model = TokenPolicyAndValue().double()
+    batch = make_batch(6, True, torch.float64)
+    batch.advantages[0, 0] = -100.0
+    masked = int((batch.mask.flatten() == 0).nonzero()[0])
+    with kondo.gated(model, rate=0.2, unit="token") as gate:
+        gate.force(torch.tensor([0, masked]))
+        actor_critic(model, batch).backward()
+    assert 0 in gate.last.kept and masked not in gate.last.kept
+
+
+def test_no_forced_rows_is_fine(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        for nothing in (torch.empty(0, dtype=torch.long), torch.zeros(12, dtype=torch.bool)):
+            gate.force(nothing)
+            step(model, batch)
+            assert len(gate.last.kept) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.ones(11, dtype=torch.bool), "force: the mask has 11 entries, the population 12"),
+        (torch.tensor([12]), r"force: row indices must be in \[0, 12\)"),
+        (torch.tensor([-1]), r"force: row indices must be in \[0, 12\)"),
+        (torch.tensor([0.5]), "force"),
+    ],
+)
+def test_forced_rows_that_do_not_exist_are_refused_once(setup, rows, message):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        with pytest.raises(ValueError, match=message):
+            gate.force(rows)
+            step(model, batch)
+        assert gate.stats.steps == 0 and all(p.grad is None for p in model.parameters())
+        step(model, batch)
+        assert gate.stats.steps == 1 and len(gate.last.kept) == 3
+
+
+# Resuming, flushing, opening and closing.
+
+
+def train(model, optimizer, gate, steps):
+    decisions = []
+    with gate:
+        for seed in steps:
+            batch = make_batch(12, False, torch.float64, seed)
+            step(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            decisions.append((gate.last.kept.tolist(), gate.last.price))
+    return decisions
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.2, "history": 4, "deterministic": False, "temperature": 0.5},
+        {"rate": 0.05, "history": 6},
+        {"rate": 0.2, "priority": "uniform"},
+        {"rate": lambda step: 1 / (2 + step)},
+    ],
+    ids=["bernoulli_history", "history", "uniform", "schedule"],
+)
+def test_a_run_resumed_from_a_state_dict_ends_where_the_uninterrupted_one_does(setup, options, tmp_path):
+    model, again, _ = setup
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gate = kondo.gated(model, seed=3, **options)
+    train(model, optimizer, gate, range(5))
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gate": gate.state_dict()}
+    torch.save(saved, tmp_path / "run.pt")
+    expected = train(model, optimizer, gate, range(5, 12))
+
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    again.load_state_dict(state["model"])
+    resumed_optimizer = torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9)
+    resumed_optimizer.load_state_dict(state["optimizer"])
+    resumed = kondo.gated(again, seed=11, **options)
+    resumed.load_state_dict(state["gate"])
+    assert resumed.stats.steps == 5 and resumed.stats.rows == 60
+    assert train(again, resumed_optimizer, resumed, range(5, 12)) == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert repr(resumed.stats) == repr(gate.stats)
+
+
+def test_a_state_dict_is_not_moved_by_what_comes_after(setup):
+    model, _, batch = setup
+    gate = kondo.gated(model, rate=0.2, history=3, deterministic=False)
+    with gate:
+        step(model, batch)
+        state, stats = gate.state_dict(), repr(gate.stats)
+        first = []
+        for _ in range(3):
+            step(model, batch)
+            first.append(gate.last.kept.tolist())
+        gate.load_state_dict(state)
+        assert repr(gate.stats) == stats
+        second = []
+        for _ in range(3):
+            step(model, batch)
+            second.append(gate.last.kept.tolist())
+    assert first == second
+
+
+def test_nothing_waits_between_backwards(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        assert gate.flush() == 0
+        loss = reinforce(model(batch.x), batch)
+        assert gate.flush() == 0 and gate.stats.steps == 0
+        loss.backward()
+        assert gate.flush() == 0
+    assert gate.flush() == 0 and gate.stats.steps == 1
+
+
+def test_a_context_can_be_opened_again_after_it_was_closed(setup):
+    model, reference, batch = setup
+    gate = kondo.gated(model, rate=0.25)
+    for opened in (1, 2):
+        with gate as entered:
+            assert entered is gate
+            model.zero_grad()
+            step(model, batch)
+        assert gate.stats.steps == opened
+    model(batch.x).sum().backward()
+    assert gate.stats.steps == 2
+    model.zero_grad()
+    with gate:
+        step(model, batch)
+    reinforce(reference(batch.x), batch, kept_mask(gate.last.kept, 12, torch.float64)).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_a_context_opened_again_sees_parameters_that_came_meanwhile():
+    model = nn.Sequential(nn.Linear(FEATURES, K)).double()
+    batch = make_batch(12, False, torch.float64)
+    gate = kondo.gated(model, rate=0.25)
+    with gate:
+        step(model, batch)
+    model.append(nn.Linear(K, K).double())
+    with gate:
+        model.zero_grad()
+        loss = reinforce(model(batch.x), batch)
+        with torch.no_grad():
+            model[1].weight.add_(1.0)
+        with pytest.raises(kondo.ReplayMismatchError, match="parameters were changed"):
+            loss.backward()
+
+
+def test_a_context_is_not_entered_twice_and_stays_open(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        with pytest.raises(RuntimeError, match="already open"), gate:
+            pass
+        step(model, batch)
+    assert gate.stats.steps == 1
+    step(model, batch)
+    assert gate.stats.steps == 1
+
+
+def test_a_screen_is_forgotten_when_the_context_closes(setup):
+    model, _, batch = setup
+    gate = kondo.gated(model, rate=0.25)
+    with gate:
+        step(model, batch)
+        gate.screen(delight=torch.arange(12.0))
+    with gate:
+        batch = make_batch(5, False, torch.float64)
+        step(model, batch)
+    assert len(gate.last.delight) == 5
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "name"),
+    [
+        ({"rate": 0.1, "price": 0.0}, ValueError, "rate and price"),
+        *(({"rate": bad}, ValueError, "rate") for bad in (0, -1, 2, math.nan, "0.1", True, [0.1])),
+        *(({"price": bad}, ValueError, "price") for bad in (math.nan, math.inf)),
+        ({"price": "0"}, (ValueError, TypeError), "price"),
+        *(({"temperature": bad}, ValueError, "temperature") for bad in (0, -1, math.nan)),
+        ({"temperature": "hot"}, (ValueError, TypeError), "temperature"),
+        ({"priority": "joy"}, ValueError, "priority"),
+        ({"priority": 3}, ValueError, "priority"),
+        ({"unit": "row"}, ValueError, "unit"),
+        ({"reduction": "median"}, ValueError, "reduction"),
+        *(({"history": bad}, ValueError, "history") for bad in (-1, 2.5, True)),
+        ({"price": 0.0, "history": 2}, ValueError, "history"),
+        ({"weight": "ppo"}, ValueError, "weight"),
+        ({"unbiased": True}, ValueError, "unbiased"),
+        ({"normalize": "rows"}, ValueError, "normalize"),
+        *(({"warmup_steps": bad}, ValueError, "warmup_steps") for bad in (-1, 1.5, True, "2")),
+        ({"seed": "a"}, (ValueError, TypeError), "seed"),
+        ({"seed": 0.5}, (ValueError, TypeError), "seed"),
+        ({"method": "act"}, ValueError, "method"),
+        ({"method": "training"}, ValueError, "method"),
+        ({"method": 3}, (ValueError, TypeError), "method"),
+        ({"logp": 0, "logits": 1}, ValueError, "logp, logits and probs"),
+        *(({"batch_dim": bad}, ValueError, "batch_dim") for bad in (-1, 0.5, True, None)),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_cannot_be_right_is_named(setup, options, error, name):
+    with pytest.raises(error, match=rf"\b{re.escape(name)}\b"):
+        kondo.gated(setup[0], **options)
+
+
+@pytest.mark.parametrize("model", [None, lambda x: x, "model", nn.Linear])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        kondo.gated(model)
+
+
+def test_three_per_cent_is_the_default_rate(setup):
+    assert "rate=0.03" in repr(kondo.gated(setup[0]))
+    assert "price=0.0" in repr(kondo.gated(setup[0], price=0.0))
+
+
+def test_all_but_model_and_rate_are_keyword_only(setup):
+    with pytest.raises(TypeError):
+        kondo.gated(setup[0], 0.1, 0.0)
