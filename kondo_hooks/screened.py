@@ -163,7 +163,10 @@ def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) ->
     if len(batched) == 1:
         return False
     first = next(leaf for leaf, options in batched if options[0] == Rows(batch_dim))
-    return any(len(options) > 2 or leaf.shape[:2] != first.shape[:2] for leaf, options in batched)
+    return any(
+        len(options) > 2 or options[0] != Rows(batch_dim) or leaf.shape[1:2] not in ((), first.shape[1:2])
+        for leaf, options in batched
+    )
 
 
 def _refuse(path: str, batch: int) -> Callable[[Tensor], None]:
