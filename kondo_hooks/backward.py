@@ -17,7 +17,7 @@ from kondo_hooks.replay import Part, Replayed, input_grads, pack, replay, taking
 from kondo_hooks.selection import Decision, Selector, Signal, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
-from kondo_hooks.trace import find_loss_scales
+from kondo_hooks.trace import find_loss_scales, selects_log_prob
 from kondo_hooks.watch import LossWatcher
 
 _RESIDUAL = 0.1
@@ -61,6 +61,7 @@ class Backward:
         self.learned: dict[tuple[str, ...], Layout] = {}
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
+        self._selected: dict[str, bool] = {}
 
     def flush(self) -> int:
         """Settle every population that waits; returns how many calls that were."""
@@ -132,6 +133,7 @@ class Backward:
             node,
             list(grads),
             torch._C._autograd._get_current_graph_task_keep_graph(),
+            torch._C._current_graph_task_id(),
             torch._C._will_engine_execute_node(node.next_functions[0][0]),
         )
         if call.decides_at_once:
@@ -140,10 +142,9 @@ class Backward:
             return tuple(self._settle(population))
         if not arrival.to_parameters:
             return ()
-        task = torch._C._current_graph_task_id()
-        waiting = self._populations.get(task)
+        waiting = self._populations.get(arrival.task)
         if waiting is None:
-            waiting = self._populations[task] = _Population()
+            waiting = self._populations[arrival.task] = _Population()
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(waiting))
         waiting.arrivals.append(arrival)
         return ()
@@ -169,7 +170,8 @@ class Backward:
             scales = find_scales(arrivals)
             tokens = self.selector.config.unit == "token"
             signals = [
-                find_signal(a, scale, tokens, self._warn_residual) for a, scale in zip(arrivals, scales, strict=True)
+                find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
+                for a, scale in zip(arrivals, scales, strict=True)
             ]
             forced = overflow_mask(arrivals, [s for s, _ in signals], tokens)
             decision, factors = self.decide([s for s, _ in signals], forced)
@@ -200,6 +202,15 @@ class Backward:
             mine = forced_mask(rows, n)
             forced = mine if forced is None else mine | forced
         return self.selector.decide(signals, forced)
+
+    def _is_selected(self, arrival: Arrival) -> bool:
+        """Whether the output that the loss used was picked from log-probs: one row is run with a graph to see."""
+        key = arrival.call.paths[0]
+        if key not in self._selected:
+            with self._model_running():
+                outputs = replay([arrival.silent_part()], {}).outputs
+            self._selected[key] = len(outputs) == 1 and selects_log_prob(outputs[0])
+        return self._selected[key]
 
     def _warn_residual(self, residual: float) -> None:
         if residual > _RESIDUAL:

@@ -6,6 +6,7 @@ actions make the gradient ambiguous. This is the last resort: log-probs that wer
 model or seen in the loss code come first (``watch.py``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,12 +31,13 @@ _SAMPLE = 256
 
 @dataclass
 class Boundary:
-    """One output of a call with rows first: values (B, ...), their gradient, and what it was named as."""
+    """One output of a call with rows first: values (B, ...), their gradient, what it was named as, which it is."""
 
     path: str
     values: Tensor
     grad: Tensor
     told: Kind | None = None
+    index: int = 0
 
     @property
     def field(self) -> Kind | None:
@@ -60,8 +62,14 @@ def read_field(outputs: list[Boundary]) -> list[Signal]:
     ]
 
 
-def read_boundary(outputs: list[Boundary]) -> tuple[list[Signal], float]:
+def read_boundary(
+    outputs: list[Boundary], is_selected: Callable[[], bool] = lambda: False
+) -> tuple[list[Signal], float]:
     """Signals of the outputs that hold a policy, and the largest residual from a policy gradient.
+
+    Args:
+        outputs: those that the loss used.
+        is_selected: whether the only output was picked from log-probs by the model.
 
     Raises:
         DelightError: if no output can be read, or two actions make it ambiguous.
@@ -80,7 +88,7 @@ def read_boundary(outputs: list[Boundary]) -> tuple[list[Signal], float]:
             signal, residual = _READERS[kind](out)
             signals.append(signal)
             residuals.append(residual)
-    if not signals and len(outputs) == 1 and (kind := _recognise_selected(outputs[0])):
+    if not signals and len(outputs) == 1 and (kind := _recognise_selected(outputs[0])) and is_selected():
         signals.append(_read_selected(outputs[0], kind))
     if not signals:
         described = ", ".join(f"{out.path or 'the output'} {tuple(out.values.shape)}" for out in outputs)

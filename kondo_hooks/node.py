@@ -25,6 +25,7 @@ from kondo_hooks.state import (
     rng_state,
     same_rng_state,
 )
+from kondo_hooks.trace import Scale
 
 _serial = itertools.count()
 
@@ -73,7 +74,7 @@ class Call:
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
         self.random = False
-        self.scale: float | None = None
+        self.scale: Scale | None = None
         self.returned: list[Tensor] = []
 
     @property

@@ -12,6 +12,7 @@ from kondo_hooks.errors import DelightError, no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.replay import Part
 from kondo_hooks.selection import Signal
+from kondo_hooks.trace import Scale
 from kondo_hooks.watch import join
 
 
@@ -24,6 +25,7 @@ class Arrival:
         node: its autograd node.
         grads: the loss gradient at each of its outputs; None where the loss did not use one.
         keep_graph: whether the graph is retained for another backward.
+        task: id of the backward.
         to_parameters: whether the backward wants the parameters' gradients, or only some input's.
     """
 
@@ -31,6 +33,7 @@ class Arrival:
     node: Any
     grads: list[Tensor | None]
     keep_graph: bool
+    task: int
     to_parameters: bool
 
     def check(self) -> None:
@@ -53,7 +56,7 @@ class Arrival:
         call = self.call
         told = call.named
         return [
-            Boundary(path, where.first(value), where.first(grad), told[0] if told and told[1] == i else None)
+            Boundary(path, where.first(value), where.first(grad), told[0] if told and told[1] == i else None, i)
             for i, (path, where, value, grad) in enumerate(
                 zip(call.paths, call.rows, call.outputs, self.grads, strict=True)
             )
@@ -93,13 +96,25 @@ class Arrival:
 
 
 def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
-    """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell."""
+    """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell.
+
+    A factor that multiplies one call's term of a sum is a weight of that call where the calls' factors make up for the
+    sizes of their means, or are all the same; else it is an advantage (``loss = loss + R[t] * nll``).
+    """
     assumed = 1 / sum(a.call.batch for a in arrivals)
-    scales = []
-    for a in arrivals:
-        noted = [o.scale for o in a.call.observations if o.grad is not None] + [a.call.scale]
-        scales.append(next((scale for scale in noted if scale), assumed))
-    return scales
+    noted: list[Scale | None] = [
+        next((o.scale for o in a.call.observations if o.used_by(a.task) and o.scale is not None), a.call.scale)
+        for a in arrivals
+    ]
+    found = [scale for scale in noted if scale is not None]
+    if len(found) < len(noted):
+        return [assumed * (found[0].above if found else 1.0)] * len(noted)
+    weights = _alike([scale.product for scale in found]) or _alike([scale.below for scale in found])
+    return [scale.product if weights else scale.above * scale.reduction for scale in found]
+
+
+def _alike(values: Sequence[float]) -> bool:
+    return max(values) - min(values) <= 1e-5 * max(values)
 
 
 def overflow_mask(arrivals: Sequence[Arrival], signals: Sequence[Signal], tokens: bool) -> Tensor | None:
@@ -113,9 +128,9 @@ def overflow_mask(arrivals: Sequence[Arrival], signals: Sequence[Signal], tokens
 
 
 def find_signal(
-    arrival: Arrival, scale: float, single: bool, warn_residual: Callable[[float], None]
+    arrival: Arrival, scale: float, tokens: bool, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
 ) -> tuple[Signal, int]:
-    """Delight of one call, and the position on its outputs' second axis where the signal starts.
+    """Delight of one call, and the position of its outputs where the signal starts.
 
     Taken from the first that applies: log-probs that were told, an output of the model, seen in the loss
     code, read off the boundary.
@@ -123,36 +138,42 @@ def find_signal(
     Args:
         arrival: the call and its gradients.
         scale: the loss's own scale, divided out of the advantages.
-        single: refuse several log-probs a row, whose positions could not be told apart.
-        warn_residual: told how far the loss is from a policy gradient, when it was read off the boundary.
+        tokens: positions are chosen one by one, so it must be known which they are.
+        is_selected: whether the model's only output was picked from log-probs.
+        warn: told how far the loss is from a policy gradient, when it was read off the boundary.
 
     Returns:
         A signal of (B, P) in advantage x nats.
     """
-    signals, offset = _find(arrival, warn_residual)
-    if single and len(signals) > 1:
+    signals, offset = _find(arrival, is_selected, warn)
+    if tokens and (len(signals) > 1 or offset is None):
         raise DelightError(
-            f"gated: unit='token' needs one log-prob a token, but the loss uses {len(signals)}; mark the one that "
-            "counts with gate.logp(...)"
+            "gated: unit='token' needs one log-prob a token, in the order of the model's output (B, T, ...), but "
+            + (f"the loss uses {len(signals)}" if len(signals) > 1 else "the loss takes it from other positions")
+            + "; mark it with gate.logp(...), or leave unit='sample'"
         )
     signal = join(signals)
     device = arrival.call.outputs[0].device
-    return Signal(signal.advantages.to(device) / scale, signal.surprisal.to(device), signal.valid.to(device)), offset
+    advantages = signal.advantages.to(device) / scale
+    return Signal(advantages, signal.surprisal.to(device), signal.valid.to(device)), offset or 0
 
 
-def _find(arrival: Arrival, warn_residual: Callable[[float], None]) -> tuple[list[Signal], int]:
+def _find(
+    arrival: Arrival, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
+) -> tuple[list[Signal], int | None]:
     call = arrival.call
-    used = [(o, s) for o in call.observations if (s := o.signal(call)) is not None]
-    if told := [(o, s) for o, s in used if o.told]:
-        return [s for _, s in told], told[0][0].offset(call)
-    if call.named is not None:
-        used = [(o, s) for o, s in used if o.is_of(call, call.named[1])]
+    used = [o for o in call.observations if o.used_by(arrival.task)]
+    told = [o for o in used if o.told]
     boundaries = arrival.boundaries()
-    if fields := read_field(boundaries):
-        return fields, 0
+    if call.named is not None:
+        used = [o for o in used if o.is_of(call, call.named[1])]
     # A value picked from raw outputs may be a Q-value; a logit's gradients sum to zero over the actions.
-    if seen := [(o, s) for o, s in used if not o.raw or any(b.sums_to_zero() for b in boundaries)]:
-        return [s for _, s in seen], seen[0][0].offset(call)
-    signals, residual = read_boundary(boundaries)
-    warn_residual(residual)
+    policy = {b.index for b in boundaries if b.sums_to_zero()}
+    seen = [o for o in used if not o.raw or any(o.is_of(call, i) for i in policy)]
+    if not told and (fields := read_field(boundaries)):
+        return fields, 0
+    if chosen := told or seen:
+        return [o.signal(call) for o in chosen], chosen[0].offset(call)
+    signals, residual = read_boundary(boundaries, lambda: is_selected(arrival))
+    warn(residual)
     return signals, 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from kondo_hooks.selection import Signal
-from kondo_hooks.trace import OBSERVATION, Node, Source, find_sources
+from kondo_hooks.trace import OBSERVATION, Node, Scale, Source, cuts_rows, find_sources
 
 
 @dataclass(eq=False)
@@ -31,6 +31,7 @@ class Observation:
         own_scale: 1/N if what was seen is itself a mean over N samples, 1 if a sum, None if not reduced.
         told: marked by the user with ``gate.logp``.
         raw: picked from raw logits, which a value loss does too: believed only if the boundary agrees.
+        position_axis: the axis of the values that holds positions, unless they are flattened into the rows.
         scale: the loss's own scale, found as the backward starts.
     """
 
@@ -39,15 +40,17 @@ class Observation:
     own_scale: float | None = None
     told: bool = False
     raw: bool = False
+    position_axis: int = 1
     grad: Tensor | None = None
-    scale: float | None = None
+    task: int = -1
+    scale: Scale | None = None
     signals: dict[int, Signal] = field(default_factory=dict)
 
     def attach(self, tensor: Tensor) -> None:
         """Take the gradient at ``tensor`` when a backward reaches it."""
 
         def hook(grad: Tensor) -> None:
-            self.grad = grad.detach()
+            self.grad, self.task = grad.detach(), torch._C._current_graph_task_id()
             self.signals.clear()
 
         # It lives as long as the loss's node, and must not hold it: that would be a cycle.
@@ -57,10 +60,12 @@ class Observation:
         for source in {id(s.call): s for s in self.sources}.values():
             source.call.observe(self)
 
+    def used_by(self, task: int) -> bool:
+        """Whether the backward with this id went through it."""
+        return self.grad is not None and self.task == task
+
     def signal(self, call: Any) -> Signal | None:
-        """This observation's share of ``call``, (B, P); None if the loss did not use it."""
-        if self.grad is None:
-            return None
+        """This observation's share of ``call``, (B, P)."""
         if not self.signals:
             self._split()
         return self.signals.get(id(call))
@@ -69,15 +74,17 @@ class Observation:
         """Whether it was picked from this output of the call."""
         return any(source.call is call and source.output == output for source in self.sources)
 
-    def offset(self, call: Any) -> int:
-        """Where on the call's second axis the positions of ``signal`` start."""
-        return next(source.offset for source in self.sources if source.call is call)
+    def offset(self, call: Any) -> int | None:
+        """Where on the output's positions those of ``signal`` start; None if that cannot be told."""
+        source = next(source for source in self.sources if source.call is call)
+        return None if source.position_axis not in (source.row_axis, self.position_axis) else source.offset
 
     def _split(self) -> None:
         assert self.grad is not None
         advantages, surprisal = self.read(self.grad)
         total = sum(source.call.batch for source in self.sources)
-        each = advantages.reshape(total, -1), surprisal.reshape(total, -1)
+        axis = self.sources[0].row_axis
+        each = [t.movedim(axis, 0).reshape(total, -1) for t in (advantages, surprisal)]
         start = 0
         for source in self.sources:
             u, ell = (t[start : start + source.call.batch] for t in each)
@@ -106,14 +113,20 @@ def join(signals: list[Signal]) -> Signal:
 
 
 def observe_logp(logp: Tensor) -> Observation | None:
-    """Watch a tensor of log-probs that the user marked; None if it does not come from a gated call."""
+    """Watch a tensor of log-probs that the user marked; None if its rows are not those of a gated call."""
     sources = find_sources(logp) or find_sources(logp, trust=True)
-    if not sources or logp.numel() % sum(s.call.batch for s in sources):
+    if not sources or _misfit(sources, logp):
         return None
     values = logp.detach().clone()
-    observation = Observation(lambda g: (-g, -values), sources, told=True)
+    position_axis = 0 if sources[0].row_axis == 1 else 1
+    observation = Observation(lambda g: (-g, -values), sources, told=True, position_axis=position_axis)
     observation.attach(logp)
     return observation
+
+
+def _misfit(sources: list[Source], tensor: Tensor) -> bool:
+    total = sum(source.call.batch for source in sources)
+    return cuts_rows(sources[0], tensor, total) or any(s.row_axis != sources[0].row_axis for s in sources)
 
 
 class LossWatcher(TorchFunctionMode):
@@ -170,14 +183,12 @@ def _sources(tensor: Any) -> list[Source] | None:
     if not isinstance(tensor, Tensor) or tensor.grad_fn is None or not tensor.dim():
         return None
     sources = find_sources(tensor)
-    if not sources or tensor.shape[0] % sum(source.call.batch for source in sources):
-        return None
-    return sources
+    return None if not sources or _misfit(sources, tensor) else sources
 
 
 def _gather(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> None:
-    if result.dim() and dim % max(result.dim(), 1) != 0:
-        _pick(result, input, dim)
+    if result.dim():
+        _pick(result, input, dim % result.dim())
 
 
 def _take_along_dim(result: Tensor, input: Tensor, indices: Tensor, dim: int | None = None) -> None:
@@ -205,26 +216,27 @@ def _getitem(result: Tensor, input: Tensor, index: Any) -> None:
         expected = torch.arange(input.shape[axis], device=rows.device).view(shape)
         if not torch.equal(torch.broadcast_to(rows, result.shape), expected.expand(result.shape)):
             return
-    _pick(result, input, -1)
+    _pick(result, input, input.dim() - 1)
 
 
 def _pick(result: Tensor, input: Tensor, dim: int) -> None:
-    """``result`` picks one entry of ``input``, (..., K) along ``dim``, at each position."""
-    if (sources := _sources(input)) is None or result.shape[:1] != input.shape[:1]:
+    """``result`` picks one entry of ``input`` along ``dim`` at each position."""
+    if (sources := _sources(input)) is None:
         return
-    kind = sources[0].kind
+    axis, kind = sources[0].row_axis, sources[0].kind
+    if axis == dim or result.dim() <= axis or result.shape[axis] != input.shape[axis]:
+        return
     values = result.detach().clone()
-    if kind == "unknown":
-        observation = _pick_unknown(values, input.detach(), dim, sources)
-    elif kind == "prob":
-        observation = Observation(lambda g: (-g * values, -values.log()), sources)
-    else:
+    if kind == "logp":
         observation = Observation(lambda g: (-g, -values), sources)
+    else:
+        observation = _pick_unknown(values, input.detach(), dim, sources)
+    observation.position_axis = 0 if axis == 1 else 1
     observation.attach(result)
 
 
 def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source]) -> Observation:
-    """The model returned what was picked from: its values tell whether logits, log-probs or probabilities."""
+    """What was picked from tells by its values whether it is logits, log-probs or probabilities."""
     tolerance = 1e-6 if table.dtype == torch.float64 else 1e-3
     few = table.narrow(0, 0, min(len(table), 8))
     if bool((few >= 0).all()) and bool(((few.sum(dim) - 1).abs() < tolerance).all()):
@@ -258,7 +270,7 @@ def _indexed_loss(
     """``cross_entropy`` (of logits) and ``nll_loss`` (of log-probs)."""
     if target.dtype.is_floating_point or label_smoothing or size_average is not None or reduce is not None:
         return
-    if input.dim() < 2 or (sources := _sources(input)) is None:
+    if input.dim() < 2 or (sources := _sources(input)) is None or sources[0].row_axis != 0:
         return
     table, version, nll = input.detach(), input._version, None
     counted = target != ignore_index
@@ -279,7 +291,10 @@ def _indexed_loss(
 
     own = 1 / float(factor.sum().clamp_min(1e-30)) if reduction == "mean" else 1.0
     own_scale = None if reduction == "none" else own
-    Observation(read, sources, own_scale).attach(result)
+    observation = Observation(read, sources, own_scale)
+    # (B, V, T): the classes are on axis 1.
+    observation.position_axis = 2 if input.dim() > 2 else 1
+    observation.attach(result)
 
 
 def _binary_loss(

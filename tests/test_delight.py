@@ -48,7 +48,7 @@ def test_advantage_and_surprisal_from_the_boundary(kind, seed, actions, spread, 
     assert residual < 1e-6
 
 
-def test_selected_log_probs_and_their_negative_are_known_by_field_or_by_sign():
+def test_selected_log_probs_and_their_negative_are_known_by_field_and_else_by_how_they_were_made():
     logp = -torch.rand(6, 4, dtype=torch.float64)
     advantages = torch.randn(6, 4, dtype=torch.float64)
     for path, y in (("['per_token_logps']", logp), (".nll", -logp)):
@@ -58,7 +58,9 @@ def test_selected_log_probs_and_their_negative_are_known_by_field_or_by_sign():
         torch.testing.assert_close(signal.delight, -advantages * logp)
         out.path = ""
         assert read_field([out]) == []
-        (signal,), _ = read_boundary([out])
+        with pytest.raises(DelightError, match="no policy was found"):
+            read_boundary([out])
+        (signal,), _ = read_boundary([out], lambda: True)
         torch.testing.assert_close(signal.delight, -advantages * logp)
 
 
@@ -89,13 +91,13 @@ FOLLOWED = {
     "temperature_and_mask": lambda y: (y / 0.7).masked_fill(torch.zeros(K, dtype=torch.bool), -1e9).log_softmax(-1),
     "half_and_back": lambda y: y.bfloat16().float().softmax(-1).clamp(1e-6).log(),
     "reshaped": lambda y: y.unsqueeze(1).expand(-1, 3, -1).reshape(-1, K),
+    "transposed": lambda y: y.T,
     "selective": lambda y: y - y.logsumexp(-1, keepdim=True),
 }
 NOT_FOLLOWED = {
     "permuted": lambda y: y[torch.randperm(len(y))],
     "boolean_mask": lambda y: y[torch.arange(len(y)) % 2 == 0],
     "flipped": lambda y: y.flip(0),
-    "transposed": lambda y: y.T,
     "first_rows": lambda y: y[:4],
     "scalar": lambda y: y.sum(),
 }
