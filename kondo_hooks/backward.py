@@ -13,7 +13,7 @@ from kondo_hooks.batch import Layout
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.population import Arrival, find_scales, find_signal, overflow_mask
-from kondo_hooks.replay import Part, Replayed, input_grads, pack, replay, taking_draws
+from kondo_hooks.replay import AmbiguousRowsError, Part, Replayed, input_grads, pack, replay, taking_draws
 from kondo_hooks.selection import Decision, Selector, Signal, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
@@ -185,7 +185,7 @@ class Backward:
             raise
         self.last = decision
         self.stats.decision(decision)
-        self.stats.replayed(sum(len(part.rows) for part in chosen), sum(a.call.batch for a in arrivals))
+        self.stats.replayed(0, sum(a.call.batch for a in arrivals))
         for a in arrivals:
             for observation in a.call.observations:
                 observation.release()
@@ -234,10 +234,34 @@ class Backward:
         """Forward all parts with a graph and check them; only then run one backward through them."""
         with self._model_running():
             groups = pack(parts)
-            replayed = [replay(group, self.learned) for group in groups]
-            with taking_draws(parts):  # activation checkpointing draws again in the backward
-                self._backward(first, replayed)
-        return input_grads(first.call, parts[0], replayed[0])
+            if _share_draws(parts):
+                # Checkpointing repeats draws in the backward by the generator's state alone: one group at a time.
+                replayed = []
+                for group in groups:
+                    replayed += (done := self._forward(group))
+                    with taking_draws(group):
+                        self._backward(first, done)
+            else:
+                replayed = [r for group in groups for r in self._forward(group)]
+                with taking_draws(parts):
+                    self._backward(first, replayed)
+        for call in {id(part.call): part.call for part in parts}.values():
+            if call.left_behind:
+                self._warn(
+                    "attribute",
+                    f"gated: the model's forward leaves tensors with a graph in its attributes "
+                    f"({', '.join(call.left_behind)}). A loss that uses them gets no gradient through them; return "
+                    "them from forward instead.",
+                )
+        forwarded = sum(len(part.rows) for r in replayed for part in r.group)
+        self.stats.replayed(forwarded, 0)
+        return input_grads(replayed[0])
+
+    def _forward(self, group: list[Part]) -> list[Replayed]:
+        try:
+            return [replay(group, self.learned)]
+        except AmbiguousRowsError:
+            return [replay([part.whole()], self.learned) for part in group]
 
     def _backward(self, first: Arrival, replayed: list[Replayed]) -> None:
         """Into ``.grad``, or into what ``torch.autograd.grad`` asked for."""
@@ -259,3 +283,9 @@ class Backward:
             elif grad is not None:
                 held = capture[id(leaf)]
                 capture[id(leaf)] = grad if held is None else held + grad
+
+
+def _share_draws(parts: list[Part]) -> bool:
+    """Whether two calls drew from the same state of a generator: the user had seeded it alike."""
+    keys = [key for part in parts for key in part.call.draws.shapes]
+    return len(set(keys)) < len(keys)

@@ -166,6 +166,11 @@ def candidate_rows(tensor: Tensor, batch: int, batch_dim: int) -> Layout:
     return [*map(Rows, axes), None]
 
 
+def is_doubtful(candidates: Layout, batch_dim: int) -> bool:
+    """Whether the batch size stands on two axes of an input, or on another than expected: it can be read otherwise."""
+    return len(candidates) > 2 or candidates[0] not in (None, Rows(batch_dim))
+
+
 def output_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
     """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none."""
     candidates = [rows for rows in candidate_rows(tensor, batch, batch_dim) if rows is not None]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.utils import parametrize
 
 from kondo_hooks.attach import attach
 from kondo_hooks.backward import Backward
@@ -35,6 +36,7 @@ from kondo_hooks.selection import (
 )
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
+from kondo_hooks.trace import find_sources
 from kondo_hooks.watch import observe_logp
 
 Name = str | int | Callable[[Any], Tensor]
@@ -113,7 +115,7 @@ class Gated:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
             return
-        self._backward.watcher.__exit__(kind, error, traceback)
+        self._backward.watcher.take_off()
         ours = self._detach()
         self._detach = None
         _active.discard(self.model)
@@ -240,8 +242,7 @@ class Gated:
             if not torch.is_grad_enabled() or self._backward.running:
                 return original(*args, **kwargs)
             self._calls += 1
-            if torch._C._are_functorch_transforms_active():
-                raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
+            self._check_call()
             inputs = flatten((args, kwargs))[1]
             if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
                 return original(*args, **kwargs)
@@ -260,6 +261,21 @@ class Gated:
                 return result
             return self._screen_call(original, args, kwargs)
 
+    def _check_call(self) -> None:
+        """Refuse what would take gradients past the parameters that the replay reaches."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
+        if not self._backward.state.same_parameters():
+            raise RuntimeError(
+                "gated: parameters or submodules of the model were replaced inside the context (functional_call, an "
+                "adapter put in?), which the replay would not see; do it before the context"
+            )
+        if parametrize._cache_enabled:
+            raise RuntimeError(
+                "gated: parametrize.cached() would keep the screen's weights, which have no graph; use it inside the "
+                "model's forward, or leave it away"
+            )
+
     def _screen_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
         call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
         result = call.screen(self._batch_dim, self._record, self._backward.copy_outputs)
@@ -269,6 +285,13 @@ class Gated:
         # when one does (that one is replayed whole).
         self._record = call.random
         self._check_outputs(call, result)
+        if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
+            self._warn(
+                "chain",
+                "gated: an output of this model goes into another call of it with its gradient (a recurrent state?). "
+                "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
+                "Put the whole sequence into one call (method=), or detach what is carried over.",
+            )
         live = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
             call.named = self._resolve(call, live)
@@ -296,9 +319,13 @@ class Gated:
                 self.stats.steps += 1
 
         for leaf in outputs:
-            if leaf.requires_grad:
+            if leaf.grad_fn is not None:
                 leaf.register_hook(count)
         return result
+
+    def _descends(self, leaf: Tensor) -> bool:
+        sources = find_sources(leaf, trust=True) or []
+        return any(source.call.state is self._backward.state for source in sources)
 
     def _check_outputs(self, call: Call, result: Tree) -> None:
         hidden: list[str] = []

@@ -29,8 +29,8 @@ class Draws:
     indivisible: str | None = None
 
 
-# Their backward repeats the draw inside the kernel, for the rows that it is given.
-_OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor")
+# Their backward repeats the draw inside the kernel, or how much they draw depends on each row's values.
+_OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor", "poisson", "binomial", "gamma", "dirichlet")
 
 
 def _key(func: Any, device: torch.device) -> bytes:
@@ -108,6 +108,8 @@ def _draw_rows(
 ) -> Any:
     whole = list(args)
     where = None
+    source = torch.zeros(batch, dtype=torch.long, device=rows.device)
+    source[rows] = torch.arange(len(rows), device=rows.device)
     for i, (value, shape) in enumerate(zip(args, full, strict=True)):
         if shape is None or _shape(value)[0] == shape[0]:
             continue
@@ -115,8 +117,9 @@ def _draw_rows(
             return func(*args, **kwargs)
         where = rows_at
         if isinstance(value, Tensor):
-            whole[i] = torch.empty_strided(*shape, dtype=value.dtype, device=value.device).zero_()
-            where.put(whole[i], rows.to(value.device), value)
+            # Rows that are not replayed hold a copy of one that is: zeros would be no probabilities to draw from.
+            whole[i] = torch.empty_strided(*shape, dtype=value.dtype, device=value.device)
+            whole[i].copy_(where.take(value, source.to(value.device)))
         else:
             whole[i] = list(shape[0])
     if where is None:

@@ -69,13 +69,12 @@ class Call:
         self.flags = self.state.flags()
         self.autocast = Autocast.current(devices)
         self.rng = rng_state(devices)
-        self._input_versions = [leaf._version for leaf in self.inputs]
-        self._parameter_versions = self.state.versions()
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
         self.random = False
         self.scale: Scale | None = None
         self.returned: list[Tensor] = []
+        self.left_behind: list[str] = []
 
     @property
     def observations(self) -> list[Any]:
@@ -100,9 +99,11 @@ class Call:
             copy: keep a copy of the outputs, for a loss that writes into them.
         """
         self.buffers = self.state.buffers_before()
-        with torch.no_grad(), RecordDraws(self.draws) if record else contextlib.nullcontext():
+        with torch.no_grad(), _no_fast_path(), RecordDraws(self.draws) if record else contextlib.nullcontext():
             result = self.run(*self.args[0], **self.args[1])
         self.state.note_changes(self.buffers)
+        self._input_versions = [leaf._version for leaf in self.inputs]
+        self._parameter_versions = self.state.versions()
         drew = not same_rng_state(self.rng, rng_state(device for device, _ in self.rng))
         self.random = drew
         if drew and not record:
@@ -140,7 +141,7 @@ class Call:
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""
-        with torch.no_grad(), self.as_screened():
+        with torch.no_grad(), _no_fast_path(), self.as_screened():
             result = self.run(*self.args[0], **self.args[1])
         self.outputs = [leaf for leaf in flatten(result)[1] if differentiable(leaf)]
         self._output_versions = [leaf._version for leaf in self.outputs]
@@ -153,6 +154,7 @@ class Call:
             self.autocast.restored(),
             self.buffers.restored() if self.buffers.entries else contextlib.nullcontext(),
             forked_rng(self.rng) if self.random else contextlib.nullcontext(),
+            self.state.kept_attributes() as self.left_behind,
         ):
             yield
 
@@ -168,6 +170,17 @@ class Call:
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
         self.args, self.inputs, self.outputs, self.grads = ((), {}), [], [], []
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Transformer layers in eval mode take another path without grad, which zeroes padding: the replay would differ."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def differentiable(leaf: Tensor) -> bool:

@@ -1,14 +1,13 @@
 """The replay: kept rows run again, with a graph, and checked against what the screen returned for them."""
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, Tree, fits, flatten, layouts, unflatten
+from kondo_hooks.batch import Layout, Rows, Tree, candidate_rows, fits, flatten, is_doubtful, layouts, unflatten
 from kondo_hooks.draws import TakeDraws
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.node import Call, differentiable
@@ -40,8 +39,9 @@ class Part:
 
 @dataclass
 class Replayed:
-    """A replay's outputs, their gradients, and the leaves that stand for inputs wanting a gradient."""
+    """A replay of parts: outputs, their gradients, and the leaves that stand for inputs wanting a gradient."""
 
+    group: list[Part]
     outputs: list[Tensor]
     grads: list[Tensor]
     leaves: list[tuple[Tensor, Rows | None]]
@@ -115,9 +115,10 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     key = tuple(call.input_paths)
     readings = list(layouts(call.inputs, call.batch, call.batch_dim))
     everything = len(group) == 1 and group[0].all_rows
+    known = learned.get(key)
     if everything:
         readings = readings[:1]
-    elif (known := learned.get(key)) is not None and fits(known, call.inputs, call.batch):
+    elif known is not None and fits(known, call.inputs, call.batch):
         readings.insert(0, known)
     failure: Exception | None = None
     for layout in readings:
@@ -129,11 +130,32 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
         except (RuntimeError, ValueError, IndexError) as error:
             failure = failure or error
             continue
-        if not everything:
+        if not everything and known != layout:
+            if _another_fits(group, layout, readings):
+                raise AmbiguousRowsError
             learned[key] = layout
         return replayed[0]
     assert failure is not None
     raise failure
+
+
+class AmbiguousRowsError(Exception):
+    """Two readings of which input holds rows reproduce the screen: only the whole batch is sure to be right."""
+
+
+def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> bool:
+    """Whether a doubtful input could be read otherwise: a zero-initialised path hides what is wrong."""
+    call = group[0].call
+    doubtful = [is_doubtful(candidate_rows(leaf, call.batch, call.batch_dim), call.batch_dim) for leaf in call.inputs]
+    for other in readings:
+        differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
+        if len(differs) == 1 and doubtful[differs[0]] and any(other):
+            try:
+                _verify(group, _run(group, other)[1])
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            return True
+    return False
 
 
 def _run(group: list[Part], layout: Layout) -> tuple[Replayed, list[Tensor]]:
@@ -172,7 +194,7 @@ def _run(group: list[Part], layout: Layout) -> tuple[Replayed, list[Tensor]]:
             for part, grad in zip(group, grads, strict=True)
         ]
         used.append((output, filled[0] if len(filled) == 1 else torch.cat(filled, where.axis)))
-    replayed = Replayed([o for o, _ in used], [g for _, g in used], leaves)
+    replayed = Replayed(group, [o for o, _ in used], [g for _, g in used], leaves)
     return replayed, outputs
 
 
@@ -202,21 +224,22 @@ def _verify(group: list[Part], outputs: list[Tensor]) -> None:
                 "expected: rows were taken on the wrong axis. Name the batch axis with batch_dim=."
             )
         difference, magnitude = largest_difference(screen, output.detach())
-        tolerance = math.sqrt(call.autocast.eps(output.real.dtype if output.is_complex() else output.dtype))
-        if not difference <= tolerance * max(magnitude, 1e-30):
+        if not difference <= call.autocast.tolerance(output) * max(magnitude, 1e-30):
             raise ReplayMismatchError(
                 f"gated: replaying {sum(len(p.rows) for p in group)} of {sum(p.call.batch for p in group)} rows "
                 f"changed {name} by up to {difference:.3g} (its largest value is {magnitude:.3g}): in this model a "
                 "row's output depends on the other rows of the batch, or the model is not deterministic. Likely: "
                 "normalisation or attention over the batch axis, state that a forward updates, randomness from "
-                "outside torch, or a batch axis that is not the first one (then name it with batch_dim=). Make "
+                "outside torch, inputs that are no tensors (arrays, objects of your own: they are not cut into rows), "
+                "or a batch axis that is not the first one (then name it with batch_dim=). Make "
                 "the layer work row by row, or gate a part of the model that does. No gradient was changed."
             )
 
 
-def input_grads(call: Call, part: Part, replayed: Replayed) -> list[Tensor | None]:
+def input_grads(replayed: Replayed) -> list[Tensor | None]:
     """Gradients of the inputs that want one, in full size: zero at the rows that were not replayed."""
-    wanting = [leaf for leaf in call.inputs if leaf.requires_grad]
+    part = replayed.group[0]
+    wanting = [leaf for leaf in part.call.inputs if leaf.requires_grad]
     full: list[Tensor | None] = []
     for like, (leaf, where) in zip(wanting, replayed.leaves, strict=True):
         if leaf.grad is None or where is None or part.all_rows:
@@ -227,13 +250,20 @@ def input_grads(call: Call, part: Part, replayed: Replayed) -> list[Tensor | Non
 
 
 def largest_difference(screen: Tensor, replay: Tensor) -> tuple[float, float]:
-    """Largest absolute difference and largest magnitude, of two tensors of one shape; NaN equals NaN."""
+    """Largest absolute difference of two tensors of one shape, and the magnitude to hold it against.
+
+    NaN equals NaN. A few values far above the rest (an action masked with -1e9) are no measure for the others.
+    """
     if not screen.numel():
         return 0.0, 0.0
-    difference, magnitude = torch.stack([(screen - replay).abs().max(), screen.abs().max()]).tolist()
-    if math.isfinite(difference) and math.isfinite(magnitude):
+    apart, size = (screen - replay).abs(), screen.abs()
+    difference, magnitude = torch.stack([apart.max(), size.max()]).tolist()
+    if difference == 0 or magnitude <= _ORDINARY:
         return difference, magnitude
     same = (screen == replay) | (screen.isnan() & replay.isnan())
-    difference = (screen - replay).abs().masked_fill(same, 0).max()
-    magnitude = screen.abs().masked_fill(~screen.isfinite(), 0).max()
-    return float(difference), float(magnitude)
+    ordinary = size.isfinite() & (size <= _ORDINARY * size[~same].median())
+    difference = float(apart.masked_fill(same, 0).max())
+    return difference, float(size[ordinary].max()) if ordinary.any() else 0.0
+
+
+_ORDINARY = 1e4

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import Layout, Rows, Tree, candidate_rows, fits, flatten, rows_between, unflatten
+from kondo_hooks.batch import Layout, Rows, Tree, candidate_rows, fits, flatten, is_doubtful, rows_between, unflatten
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
-from kondo_hooks.replay import Part, replay
+from kondo_hooks.replay import AmbiguousRowsError, Part, replay
 from kondo_hooks.state import forked_rng
 
 
@@ -87,8 +87,12 @@ class Screened:
         rows = kept.nonzero().flatten()
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
         rows = rows if len(rows) else rows.new_zeros(1)
+        try:
+            layout = self._inputs(call, rows, batch_dim, learned)
+        except AmbiguousRowsError:
+            rows = torch.arange(batch, device=rows.device)
+            layout = [candidate_rows(leaf, batch, batch_dim)[0] for leaf in call.inputs]
         self.forwarded = len(rows)
-        layout = self._inputs(call, rows, batch_dim, learned)
         taken = [
             leaf if where is None else where.take(leaf, rows.to(leaf.device))
             for leaf, where in zip(call.inputs, layout, strict=True)
@@ -105,6 +109,7 @@ class Screened:
         for path, leaf, where in zip(*flatten(result), wheres, strict=True):
             if where is None:
                 if leaf.requires_grad:
+                    leaf = leaf.view_as(leaf)  # a hook on a parameter would outlive the call
                     leaf.register_hook(_refuse(path, batch))
                 spread.append(leaf)
             else:
@@ -164,8 +169,7 @@ def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) ->
         return False
     first = next(leaf for leaf, options in batched if options[0] == Rows(batch_dim))
     return any(
-        len(options) > 2 or options[0] != Rows(batch_dim) or leaf.shape[1:2] not in ((), first.shape[1:2])
-        for leaf, options in batched
+        is_doubtful(options, batch_dim) or leaf.shape[1:2] not in ((), first.shape[1:2]) for leaf, options in batched
     )
 
 

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
+def _children(modules: list[nn.Module]) -> list[int]:
+    return [id(child) for m in modules for children in (m._modules, m._parameters) for child in children.values()]
+
+
 class ModuleState:
     """The parts of a module that a replay must find as the screen did; lists are made once."""
 
     def __init__(self, module: nn.Module):
         self._modules = list(module.modules())
         self._parameters = list(module.parameters())
+        self._children = _children(self._modules)
         self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
@@ -33,6 +38,39 @@ class ModuleState:
     def versions(self) -> list[int]:
         """In-place version of each parameter."""
         return [p._version for p in self._parameters]
+
+    def same_parameters(self) -> bool:
+        """Whether the module still has the children and parameters that it had."""
+        return self._children == _children(self._modules)
+
+    @contextlib.contextmanager
+    def kept_attributes(self) -> Iterator[list[str]]:
+        """Put back tensors that a forward leaves in the modules' attributes.
+
+        Yields a list that on exit holds the names of those that carried a graph: a loss that used them got no gradient
+        from the screen.
+        """
+        before = self._tensors()
+        left: list[str] = []
+        try:
+            yield left
+        finally:
+            for (module, name), tensor in self._tensors().items():
+                old = before.get((module, name))
+                if tensor is old:
+                    continue
+                made_of = {f"{name}_orig", f"{name}_v"}  # weight_norm and spectral_norm of old keep the result so
+                if tensor.requires_grad and not made_of & module._parameters.keys():
+                    left.append(f"{type(module).__name__}.{name}")
+                if old is None:
+                    del module.__dict__[name]
+                else:
+                    module.__dict__[name] = old
+
+    def _tensors(self) -> dict[tuple[nn.Module, str], Tensor]:
+        return {
+            (m, name): value for m in self._modules for name, value in m.__dict__.items() if isinstance(value, Tensor)
+        }
 
     def mixes_batch(self) -> str | None:
         """Name of the type of a batch norm that uses the statistics of its batch, if there is one."""
@@ -62,13 +100,23 @@ class ModuleState:
     def buffers_before(self) -> "BufferRecord":
         """Take the values of the buffers that a forward may change: all at first, then those that did."""
         names = self._mutable.get(self._mode(), self._buffers)
-        return BufferRecord([(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n in names])
+        return BufferRecord([(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n in names], self._versions())
 
     def note_changes(self, record: "BufferRecord") -> None:
         """After a screen: keep only the buffers that it changed, and look at no others in this mode again."""
         if (mode := self._mode()) not in self._mutable:
             record.entries = [e for e in record.entries if _changed(*e)]
             self._mutable[mode] = [(m, n) for m, n, *_ in record.entries]
+        elif record.versions != self._versions():
+            # One that did not change before did now: what it was is lost, but the replay must not change it again.
+            known = {(id(m), n) for m, n, *_ in record.entries}
+            for (m, n), version in zip(self._buffers, record.versions, strict=True):
+                if (id(m), n) not in known and _version(m._buffers[n]) != version:
+                    record.entries.append((m, n, m._buffers[n], _clone(m._buffers[n])))
+                    self._mutable[mode].append((m, n))
+
+    def _versions(self) -> list[int]:
+        return [_version(m._buffers[n]) for m, n in self._buffers]
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self._modules)
@@ -79,9 +127,10 @@ Buffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
 
 @dataclass
 class BufferRecord:
-    """Buffers as they were before a screen: (module, name, tensor, copy of its values)."""
+    """Buffers as they were before a screen: (module, name, tensor, copy of its values), and all their versions."""
 
     entries: list[Buffer]
+    versions: list[int]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -101,6 +150,10 @@ def _changed(module: nn.Module, name: str, tensor: Tensor | None, values: Tensor
     if module._buffers[name] is not tensor:
         return True
     return tensor is not None and values is not None and not torch.equal(tensor, values)
+
+
+def _version(buffer: Tensor | None) -> int:
+    return -1 if buffer is None else buffer._version
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:
@@ -143,6 +196,9 @@ def forked_rng(state: RngState) -> Iterator[None]:
         set_rng_state(now)
 
 
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+
+
 @dataclass
 class Autocast:
     """Autocast state of the CPU and of one accelerator."""
@@ -159,10 +215,12 @@ class Autocast:
             torch.is_autocast_cache_enabled(),
         )
 
-    def eps(self, dtype: torch.dtype) -> float:
-        """Machine epsilon of what was computed in: the output's dtype, or autocast's if that is coarser."""
-        used = [dtype] + [d for _, enabled, d in self.states if enabled]
-        return max(torch.finfo(d).eps for d in used)
+    def tolerance(self, output: Tensor) -> float:
+        """How far a row may come out otherwise in a batch of another size, relative to the largest value."""
+        used = [output.real.dtype if output.is_complex() else output.dtype] + [d for _, on, d in self.states if on]
+        tolerance = max(_TOLERANCE[dtype] for dtype in used if dtype in _TOLERANCE)
+        tf32 = output.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        return max(tolerance, 1e-2) if tf32 else tolerance
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -150,30 +150,35 @@ class LossWatcher(TorchFunctionMode):
                 watcher(result, *args, **kwargs)
         return result
 
+    def take_off(self) -> list[Any] | None:
+        """Take this mode, and it alone, off the stack; returns the modes above it, None if it was not there."""
+        above: list[Any] = []
+        while torch._C._len_torch_function_stack():
+            mode = _pop_mode()
+            if mode is self:
+                break
+            above.append(mode)
+        else:
+            self._put_on(above)
+            return None
+        self._put_on(above)
+        return above
+
+    def _put_on(self, modes: list[Any]) -> None:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Take this mode, and it alone, off the stack of modes while the model itself runs."""
-        above = []
-        while torch._C._len_torch_function_stack():
-            above.append(_pop_mode())
-            if above[-1] is self:
-                break
-        else:
-            for mode in reversed(above):
-                _push_mode(mode)
-            yield
-            return
-        del above[-1]
-        for mode in reversed(above):
-            _push_mode(mode)
+        """Without this mode while the model itself runs; the user's own stay on."""
+        above = self.take_off()
         try:
             yield
         finally:
-            for _ in above:
-                _pop_mode()
-            _push_mode(self)
-            for mode in reversed(above):
-                _push_mode(mode)
+            if above is not None:
+                for _ in above:
+                    _pop_mode()
+                self._put_on([*above, self])
 
 
 _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
