@@ -6,14 +6,15 @@
 For an MLP, a CNN and a 6-layer Llama-like model: the full step, the step of the PyPI package kondo-gate 0.1.0,
 ``kondo.gated`` at 3, 10 and 30%, random rows and screen-first at 3%, and the floor at 3%: a no-grad forward, the
 loss on its outputs, and a forward and backward of the kept rows, timed as one with nothing of ours in it. All take
-turns within a round and medians are over rounds, so a slow minute falls on all. "saved" is what autograd saves for
-the backward (``torch.autograd.graph.saved_tensors_hooks``), each storage counted once, without parameters.
+turns within a round, in random order, and medians are over rounds, so a slow minute falls on all. "saved" is what
+autograd saves for the backward (``torch.autograd.graph.saved_tensors_hooks``), each storage once, without parameters.
 """
 
 import argparse
 import contextlib
 import csv
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -179,8 +180,11 @@ def measure(work: Workload, rounds: int, bar: tqdm) -> list[dict[str, str | floa
     variants = steps(work)
     times: dict[str, list[float]] = {name: [] for name in variants}
     cuda = next(work.model.parameters()).is_cuda
+    shuffle = random.Random(0).shuffle
     for i in range(rounds + 1):
-        for name, (context, step) in variants.items():
+        order = list(variants.items())
+        shuffle(order)  # what ran before leaves its mark on the allocator and the caches
+        for name, (context, step) in order:
             work.model.zero_grad()
             with context:
                 if cuda:

@@ -163,17 +163,16 @@ def _find(
 ) -> tuple[list[Signal], int | None]:
     call = arrival.call
     used = [o for o in call.observations if o.used_by(arrival.task)]
-    told = [o for o in used if o.told]
+    if told := [o for o in used if o.told]:
+        return [o.signal(call) for o in told], told[0].offset(call)
     boundaries = arrival.boundaries()
+    if fields := read_field(boundaries):
+        return fields, 0
     if call.named is not None:
         used = [o for o in used if o.is_of(call, call.named[1])]
     # A value picked from raw outputs may be a Q-value; a logit's gradients sum to zero over the actions.
-    policy = {b.index for b in boundaries if b.sums_to_zero()}
-    seen = [o for o in used if not o.raw or any(o.is_of(call, i) for i in policy)]
-    if not told and (fields := read_field(boundaries)):
-        return fields, 0
-    if chosen := told or seen:
-        return [o.signal(call) for o in chosen], chosen[0].offset(call)
+    if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
+        return [o.signal(call) for o in seen], seen[0].offset(call)
     signals, residual = read_boundary(boundaries, lambda: is_selected(arrival))
     warn(residual)
     return signals, 0
