@@ -5,7 +5,7 @@
 
 For an MLP, a CNN and a 6-layer Llama-like model: the full step, the step of the PyPI package kondo-gate 0.1.0,
 ``kondo.gated`` at 3, 10 and 30%, random rows and screen-first at 3%, and the floor at 3%: a no-grad forward, the
-loss on its outputs, and a forward and backward of the kept rows, timed as one with nothing of ours in it. All take
+loss on its outputs, and a forward and backward of the kept rows, timed apart with nothing of ours in them. All take
 turns within a round, in random order, and medians are over rounds, so a slow minute falls on all. "saved" is what
 autograd saves for the backward (``torch.autograd.graph.saved_tensors_hooks``), each storage once, without parameters.
 """
@@ -29,6 +29,8 @@ from tqdm import tqdm
 import kondo_hooks as kondo
 
 RATES = (0.03, 0.1, 0.3)
+FLOOR = "floor, 3%: the three below"
+PARTS = ("- no-grad forward", "- loss on its outputs", "- kept rows, forward and backward")
 
 
 @dataclass
@@ -127,18 +129,36 @@ def steps(work: Workload) -> dict[str, Variant]:
         first.screen(logp=sampler, advantages=work.advantages)
         full()
 
-    def floor() -> None:
+    outputs, grad = sampler, sampler
+
+    def forward() -> None:
+        nonlocal outputs
         with torch.no_grad():
             outputs = work.logits()
-        outputs.requires_grad_()
-        work.loss(outputs).backward()
-        work.logits(kept).backward(outputs.grad[kept])
 
+    def loss() -> None:
+        nonlocal grad
+        leaf = outputs.detach().requires_grad_()
+        work.loss(leaf).backward()
+        grad = leaf.grad[kept]
+
+    def kept_rows() -> None:
+        work.logits(kept).backward(grad)
+
+    def floor() -> None:
+        forward()
+        loss()
+        kept_rows()
+
+    floor()
     plain = contextlib.nullcontext()
     return {
         "full step": (plain, full),
         "kondo-gate 0.1.0, 3%": (plain, peer),
-        "floor, 3%": (plain, floor),
+        FLOOR: (plain, floor),
+        PARTS[0]: (plain, forward),
+        PARTS[1]: (plain, loss),
+        PARTS[2]: (plain, kept_rows),
         **{f"gated, {rate:.0%}": (kondo.gated(work.model, rate=rate), full) for rate in RATES},
         "gated random rows, 3%": (kondo.gated(work.model, rate=0.03, priority="uniform"), full),
         "gated screen-first, 3%": (first, screen_first),
@@ -182,7 +202,7 @@ def measure(work: Workload, rounds: int, bar: tqdm) -> list[dict[str, str | floa
     cuda = next(work.model.parameters()).is_cuda
     shuffle = random.Random(0).shuffle
     for i in range(rounds + 1):
-        order = list(variants.items())
+        order = [item for item in variants.items() if item[0] != FLOOR]
         shuffle(order)  # what ran before leaves its mark on the allocator and the caches
         for name, (context, step) in order:
             work.model.zero_grad()
@@ -197,6 +217,7 @@ def measure(work: Workload, rounds: int, bar: tqdm) -> list[dict[str, str | floa
             if i:
                 times[name].append(seconds)
             bar.update()
+    times[FLOOR] = [sum(parts) for parts in zip(*(times[part] for part in PARTS), strict=True)]
     parameters = {p.untyped_storage().data_ptr() for p in work.model.parameters()}
     rows = []
     for name, (context, step) in variants.items():
@@ -212,7 +233,7 @@ def measure(work: Workload, rounds: int, bar: tqdm) -> list[dict[str, str | floa
                 "step": name,
                 "ms": 1000 * statistics.median(times[name]),
                 "of_full": ratio("full step"),
-                "of_floor": ratio("floor, 3%"),
+                "of_floor": ratio(FLOOR),
                 "saved_mb": saved / 2**20,
             }
         )
@@ -244,7 +265,7 @@ def profile(work: Workload) -> None:
     from torch.profiler import profile as torch_profile
 
     variants = steps(work)
-    for name in ("gated, 3%", "floor, 3%"):
+    for name in ("gated, 3%", FLOOR):
         context, step = variants[name]
         with context:
             step()
@@ -267,7 +288,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [w for w in workloads(device) if w.name.startswith(args.model or "")]
     rows = []
-    with tqdm(total=len(chosen) * (args.rounds + 1) * 8, unit="step") as bar:
+    with tqdm(total=len(chosen) * (args.rounds + 1) * 10, unit="step") as bar:
         for work in chosen:
             bar.set_description(work.name.split(",")[0])
             rows += measure(work, args.rounds, bar)
