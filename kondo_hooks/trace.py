@@ -339,7 +339,7 @@ def find_loss_scales(root: Node, gradient: float = 1.0) -> None:
         if (reduced := _reduced(node, name, parents)) is not None:
             _note_below(node, scale(1 / reduced if "mean" in name.lower() else 1.0), seen)
             continue
-        if name == "AddBackward0" and above is None:
+        if name in ("AddBackward0", "SubBackward0") and above is None:
             above = factor
         factors = _scalar_factors(node, name, factor, len(parents))
         stack.extend((p, f, above) for (p, _), f in zip(parents, factors, strict=True) if p is not None)

@@ -317,6 +317,18 @@ def test_an_advantage_on_each_call_of_a_summed_loss_is_no_scale(batch, how):
     torch.testing.assert_close(gate.last.delight, expected_delight(reference, batch))
 
 
+def test_a_return_on_each_episode_of_a_summed_loss_is_no_scale(batch):
+    model, reference = copies(Mlp().double())
+    returns = torch.tensor([5.0, 0.1, 1.0]).double().repeat_interleave(4)
+    with kondo.gated(model, rate=0.25) as gate:
+        loss = 0
+        for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+            loss = loss - returns[rows][0].item() * pick(model(batch.x[rows]), batch.actions[rows]).sum()
+        loss.backward()
+    batch.advantages = returns
+    torch.testing.assert_close(gate.last.delight, expected_delight(reference, batch))
+
+
 def test_two_thousand_calls_in_one_backward_have_one_scale():
     n = 2000
     model, reference = copies(Mlp().double())
