@@ -95,8 +95,8 @@ def read_boundary(
         raise DelightError(
             "gated: no policy was found in the loss or in the model's outputs "
             f"({described}), so delight is not known. Wrap the log-prob of the actions in gate.logp(...), "
-            "or name the output that holds it with logp=, logits= or probs=. (A critic's loss alone has none: add it to "
-            "the actor's and call backward once.)"
+            "or name the output that holds it with logp=, logits= or probs=. (A critic's loss alone has none: "
+            "add it to the actor's and call backward once.)"
         )
     return signals, max(residuals)
 
