@@ -75,7 +75,7 @@ class Backward:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
-        if len(roots) == 1 and roots[0].grad_fn is not None:
+        if len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].grad_fn is not None:
             gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
             factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
             find_loss_scales(roots[0].grad_fn, factor)
@@ -208,7 +208,7 @@ class Backward:
         key = arrival.call.paths[0]
         if key not in self._selected:
             with self._model_running():
-                outputs = replay([arrival.silent_part()], {}).outputs
+                outputs = [output for r in self._forward([arrival.silent_part()]) for output in r.outputs]
             self._selected[key] = len(outputs) == 1 and selects_log_prob(outputs[0])
         return self._selected[key]
 

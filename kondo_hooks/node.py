@@ -41,8 +41,8 @@ class Call:
         rows: where each output keeps its rows; None for an output without a batch axis.
         batch: number of rows.
         whole: why only a replay of the whole batch can be exact, if so.
-        observations: what was seen of this call in the loss.
-        grads: the loss gradient at each output, once a backward has come through.
+        paths: of the outputs in what the model returned.
+        named: which output the user named, and as what.
     """
 
     run: Callable[..., Any]
@@ -60,7 +60,6 @@ class Call:
     rows: Layout = field(default_factory=list)
     batch: int = 0
     named: Any = None
-    grads: list[Tensor | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.serial = next(_serial)
@@ -169,7 +168,7 @@ class Call:
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
-        self.args, self.inputs, self.outputs, self.grads = ((), {}), [], [], []
+        self.args, self.inputs, self.outputs = ((), {}), [], []
 
 
 @contextlib.contextmanager
