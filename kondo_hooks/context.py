@@ -242,12 +242,12 @@ class Gated:
             if not torch.is_grad_enabled() or self._backward.running:
                 return original(*args, **kwargs)
             self._calls += 1
-            self._check_call()
             inputs = flatten((args, kwargs))[1]
             if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
                 return original(*args, **kwargs)
             if self._passes_through():
                 return self._run_ungated(original, args, kwargs, inputs)
+            self._check_call()
             if self._screened is not None:
                 screened, self._screened = self._screened, None
                 if (norm := self._backward.state.mixes_batch()) is not None:

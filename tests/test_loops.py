@@ -93,6 +93,9 @@ def test_parameters_put_in_from_outside_are_refused(batch):
     with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="functional_call"):
         swapped = {name: p.detach() + delta[name] for name, p in model.named_parameters()}
         torch.func.functional_call(model, swapped, (batch.x,))
+    with kondo.gated(model, rate=1.0):
+        reinforce(torch.func.functional_call(model, swapped, (batch.x,)), batch).backward()
+    assert all(d.grad is not None for d in delta.values())
     with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="before the context"):
         model.body[3] = nn.Linear(16, K).double()
         model(batch.x)
