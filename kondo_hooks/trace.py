@@ -11,7 +11,7 @@ from torch import Tensor
 
 Node = Any  # torch.autograd.graph.Node, without a public constructor to check against
 Edge = tuple[Node, int]
-Kind = Literal["logp", "nll", "prob", "logit", "unknown"]
+Kind = Literal["logp", "prob", "unknown"]
 
 # Operations that act on each element, or along one axis, or on the shape: followed back, their axes minded.
 _ELEMENTWISE = {

@@ -253,8 +253,11 @@ def _pick_unknown(values: Tensor, table: Tensor, dim: int, sources: list[Source]
     def read(grad: Tensor) -> tuple[Tensor, Tensor]:
         if table._version != version:
             raise RuntimeError("gated: logits were modified in place after the action's logit was picked")
-        normaliser = table.logsumexp(dim, keepdim=True)
-        return -grad, normaliser.view(values.shape) - values
+        if values.dim() < table.dim():
+            return -grad, table.logsumexp(dim) - values
+        # gather may pick from the first positions only, and several entries of each.
+        first = tuple(slice(None) if axis == dim else slice(n) for axis, n in enumerate(values.shape))
+        return -grad, table[first].logsumexp(dim, keepdim=True) - values
 
     return Observation(read, sources, raw=True)
 

@@ -404,6 +404,26 @@ def test_logits_joined_with_constants_are_not_misread(batch):
     torch.testing.assert_close(ours / ours.norm(), theirs / theirs.norm())
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_gather_of_the_first_positions(raw):
+    """An index shorter than the logits picks from the first positions of each row."""
+    model, reference = copies(nn.Linear(FEATURES, K).double())
+    batch = make_batch(6, True, torch.float64)
+    actions, advantages = batch.actions[:, :-2], batch.advantages[:, :-2]
+
+    def log_probs(m):
+        logits = m(batch.x)
+        if raw:
+            picked = logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            return picked - logits[:, :-2].logsumexp(-1)
+        return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+    with kondo.gated(model, rate=0.5) as gate:
+        (-log_probs(model) * advantages).mean().backward()
+    expected = (-log_probs(reference) * advantages).sum(1).detach()
+    torch.testing.assert_close(gate.last.delight, expected)
+
+
 def test_a_probe_before_the_backward_leaves_nothing_behind(batch):
     model, reference = copies(Mlp().double())
     with kondo.gated(model, rate=0.25) as gate:
