@@ -342,6 +342,12 @@ class Gated:
                 f"gated: the model returned a {hidden[0]}, which holds tensors that the gate cannot reach into; they "
                 "carry no gradient. (Training needs no KV cache: use_cache=False saves its memory.)",
             )
+        if self._backward.state.has_forward_hooks():
+            self._warn(
+                "hooks",
+                "gated: the model has forward hooks. They run without a graph when the batch is screened and again on "
+                "the kept rows; a loss on what they capture gets no gradient through it: return it from forward.",
+            )
         if call.whole is not None:
             self._warn(
                 "whole",

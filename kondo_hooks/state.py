@@ -43,6 +43,10 @@ class ModuleState:
         """Whether the module still has the children and parameters that it had."""
         return self._children == _children(self._modules)
 
+    def has_forward_hooks(self) -> bool:
+        """Whether any module has a forward hook, which may keep what it sees."""
+        return any(m._forward_hooks for m in self._modules)
+
     @contextlib.contextmanager
     def kept_attributes(self) -> Iterator[list[str]]:
         """Put back tensors that a forward leaves in the modules' attributes.

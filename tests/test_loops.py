@@ -39,6 +39,15 @@ def test_tensors_left_in_attributes_are_told_and_put_back(batch):
     assert len(model.aux) == 12 and not model.aux.requires_grad
 
 
+def test_forward_hooks_are_told_that_they_see_no_graph(batch):
+    model, seen = Mlp().double(), []
+    model.body[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with kondo.gated(model, rate=0.25), pytest.warns(kondo.KondoWarning, match="forward hooks") as caught:
+        for _ in range(2):
+            reinforce(model(batch.x), batch).backward()
+    assert len(caught) == 1 and [len(output) for output in seen] == [12, 3, 12, 3]
+
+
 def test_a_mask_of_large_values_does_not_hide_a_layer_that_mixes_rows(batch):
     class Masked(nn.Module):
         def __init__(self, mixes):
