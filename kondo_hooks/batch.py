@@ -127,6 +127,18 @@ class Rows:
 Layout = list[Rows | None]
 
 
+def kept_rows(factors: Tensor) -> Tensor:
+    """Indices of the rows that any factor of (B,) or (B, P) keeps, ascending."""
+    return (factors if factors.dim() == 1 else factors.ne(0).any(1)).nonzero().flatten()
+
+
+def fill_index(rows: Tensor, batch: int) -> Tensor:
+    """(batch,) index into kept rows that puts each in its place, and the first kept one where none was kept."""
+    index = torch.zeros(batch, dtype=torch.long, device=rows.device)
+    index[rows] = torch.arange(len(rows), device=rows.device)
+    return index
+
+
 def fits(layout: Layout, tensors: Sequence[Tensor], batch: int) -> bool:
     """Whether every tensor has the rows that the layout says."""
     return len(layout) == len(tensors) and all(

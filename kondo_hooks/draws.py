@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kondo_hooks.batch import Rows, rows_between
+from kondo_hooks.batch import Rows, fill_index, rows_between
 from kondo_hooks.state import rng_state
 
 
@@ -108,8 +108,7 @@ def _draw_rows(
 ) -> Any:
     whole = list(args)
     where = None
-    source = torch.zeros(batch, dtype=torch.long, device=rows.device)
-    source[rows] = torch.arange(len(rows), device=rows.device)
+    source = fill_index(rows, batch)
     for i, (value, shape) in enumerate(zip(args, full, strict=True)):
         if shape is None or _shape(value)[0] == shape[0]:
             continue

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kondo_hooks.batch import kept_rows
 from kondo_hooks.delight import Boundary, read_boundary, read_field
 from kondo_hooks.errors import DelightError, no_batch_axis
 from kondo_hooks.node import Call
@@ -70,8 +71,7 @@ class Arrival:
             factors: (B,) or (B, P), 0 where dropped.
             offset: position on the outputs' second axis where the P positions start.
         """
-        kept = factors if factors.dim() == 1 else factors.ne(0).any(1)
-        rows = kept.nonzero().flatten().to(self.call.outputs[0].device)
+        rows = kept_rows(factors).to(self.call.outputs[0].device)
         if not len(rows):
             return None
         gains = factors.to(rows.device)[rows]
@@ -88,11 +88,7 @@ class Arrival:
     def silent_part(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
         row = torch.zeros(1, dtype=torch.long, device=self.call.outputs[0].device)
-        grads = [
-            None if grad is None or where is None else where.take(grad, row).zero_()
-            for where, grad in zip(self.call.rows, self.grads, strict=True)
-        ]
-        return Part(self.call, row, grads)
+        return Part.silent(self.call, row, self.grads)
 
 
 def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
@@ -119,6 +115,8 @@ def _alike(values: Sequence[float]) -> bool:
 
 def overflow_mask(arrivals: Sequence[Arrival], signals: Sequence[Signal], tokens: bool) -> Tensor | None:
     """(N,) samples whose gradients overflowed float16, over the population; None if there are none."""
+    if not any(g is not None and g.dtype == torch.float16 for a in arrivals for g in a.grads):
+        return None
     rows = [a.overflowed() for a in arrivals]
     if not any(bool(r.any()) for r in rows):
         return None

@@ -1,7 +1,7 @@
 """The replay: kept rows run again, with a graph, and checked against what the screen returned for them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,15 @@ class Part:
     call: Call
     rows: Tensor
     grads: list[Tensor | None]
+
+    @classmethod
+    def silent(cls, call: Call, rows: Tensor, like: Sequence[Tensor | None]) -> "Part":
+        """Rows with a gradient of zero at every output that has rows and that ``like`` has a tensor for."""
+        zeros = [
+            None if full is None or where is None else where.take(full, rows).zero_()
+            for where, full in zip(call.rows, like, strict=True)
+        ]
+        return cls(call, rows, zeros)
 
     def whole(self) -> "Part":
         """The whole call, with a gradient of zero at the rows that were not in this part."""

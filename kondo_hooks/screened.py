@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import Layout, Rows, Tree, candidate_rows, fits, flatten, is_doubtful, rows_between, unflatten
+from kondo_hooks.batch import (
+    Layout,
+    Rows,
+    Tree,
+    candidate_rows,
+    fill_index,
+    fits,
+    flatten,
+    is_doubtful,
+    kept_rows,
+    rows_between,
+    unflatten,
+)
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.replay import AmbiguousRowsError, Part, replay
@@ -83,8 +95,7 @@ class Screened:
                 f"gated: screen() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
                 f"(inputs: {shapes})"
             )
-        kept = self.factors if self.factors.dim() == 1 else self.factors.ne(0).any(1)
-        rows = kept.nonzero().flatten()
+        rows = kept_rows(self.factors)
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
         rows = rows if len(rows) else rows.new_zeros(1)
         try:
@@ -101,8 +112,7 @@ class Screened:
         result = call.run(*args, **kwargs)
         wheres = self._outputs(call, result, rows, batch_dim, learned_outputs)
 
-        source = torch.zeros(batch, dtype=torch.long, device=rows.device)
-        source[rows] = torch.arange(len(rows), device=rows.device)
+        source = fill_index(rows, batch)
         factors = self.factors[rows]
         plain = bool((factors == 1).all())
         spread = []
@@ -130,10 +140,7 @@ class Screened:
         with forked_rng(call.rng), call.state.buffers_before().restored():
             call.screen(batch_dim, record=True, copy=False)
             if call.whole is None and call.batch == batch:
-                zeros = [
-                    None if w is None else w.take(o, rows).zero_() for o, w in zip(call.outputs, call.rows, strict=True)
-                ]
-                replay([Part(call, rows, zeros)], learned)
+                replay([Part.silent(call, rows, call.outputs)], learned)
         return learned.get(key) or [options[0] for options in candidates]
 
     def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:

@@ -400,7 +400,7 @@ class Selector:
         return {
             "step": self.step,
             "credit": self._credit,
-            "history": [scores.clone() for scores in self._history],
+            "history": list(self._history),  # never written to: a backward takes this state each time
             "generator": self._generator.get_state(),
         }
 
@@ -408,5 +408,5 @@ class Selector:
         """Continue where ``state_dict`` was taken."""
         self.step = state["step"]
         self._credit = state["credit"]
-        self._history = deque((s.clone() for s in state["history"]), maxlen=self.config.history)
+        self._history = deque(state["history"], maxlen=self.config.history)
         self._generator.set_state(state["generator"])

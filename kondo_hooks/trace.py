@@ -184,7 +184,8 @@ def _place(call: Any, output: int, kind: Kind, shaped: tuple[Node, ...]) -> Sour
                 positions = _moved(node, name, positions)
         if rows is None:
             return None
-    return Source(call, output, kind, rows, positions, offset) if rows is not None else None
+    assert rows is not None
+    return Source(call, output, kind, rows, positions, offset)
 
 
 def _through_view(
@@ -198,7 +199,7 @@ def _through_view(
         return rows, positions if positions is not None and positions < same else None
     if rows != 0 or not after:
         return None, None
-    if positions == 1 and len(after) >= 1 and after[0] == before[0] * before[1] and after[1:] == before[2:]:
+    if positions == 1 and after[0] == before[0] * before[1] and after[1:] == before[2:]:
         return 0, 0
     if positions == 0 and len(after) > 1 and before[0] == after[0] * after[1] and before[1:] == after[2:]:
         return 0, 1

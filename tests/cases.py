@@ -68,6 +68,14 @@ class Mlp(nn.Module):
         return self.body(x)
 
 
+class ScalarOutput(Mlp):
+    """Returns a loss of its own beside the logits, which has no rows."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.pow(2).mean()
+
+
 class CnnBatchNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -172,14 +180,13 @@ class TokenNll(nn.Module):
         return F.cross_entropy(self.body(x).transpose(1, 2), actions, reduction="none")
 
 
-def _gpt2() -> nn.Module:
+def gpt2(**options: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=K, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_implementation="sdpa")
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=K, n_positions=16, n_embd=16, n_layer=2, n_head=2, **options))
 
 
-def _llama() -> nn.Module:
+def llama(**options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -191,6 +198,7 @@ def _llama() -> nn.Module:
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=16,
+            **options,
         )
     )
 
@@ -254,12 +262,12 @@ MODELS = [
     ),
     ModelCase(
         "gpt2",
-        _gpt2,
+        lambda: gpt2(attn_implementation="sdpa"),
         lambda m, b: m(input_ids=b.ids, attention_mask=torch.ones_like(b.ids), use_cache=False),
         lambda o, b: o.logits,
         sequence=True,
     ),
-    ModelCase("llama", _llama, lambda m, b: m(b.ids, use_cache=False), lambda o, b: o.logits, sequence=True),
+    ModelCase("llama", llama, lambda m, b: m(b.ids, use_cache=False), lambda o, b: o.logits, sequence=True),
     ModelCase("bert_classifier", _bert, lambda m, b: m(input_ids=b.ids), lambda o, b: o.logits),
     ModelCase("policy_and_value", PolicyAndValue, lambda m, b: m(b.x), lambda o, b: o[0], value=lambda o: o[1]),
     ModelCase("embedding_bag", Bag, lambda m, b: m(b.ids, torch.full((1,), 0.7, dtype=b.x.dtype)), lambda o, b: o[0]),

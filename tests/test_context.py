@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from torch.utils.checkpoint import checkpoint
 
 import kondo_hooks as kondo
-from tests.cases import FEATURES, K, Mlp, PolicyAndValue, make_batch
+from tests.cases import FEATURES, K, Mlp, PolicyAndValue, ScalarOutput, make_batch
 from tests.reference import copies, grads, kept_mask, largest_relative_difference
 
 
@@ -309,12 +309,7 @@ def test_integer_outputs_and_none_come_back_as_they_are(setup):
 
 
 def test_scalar_output_with_a_gradient_is_refused():
-    class WithAux(Mlp):
-        def forward(self, x):
-            logits = super().forward(x)
-            return logits, logits.pow(2).mean()
-
-    model = WithAux().double()
+    model = ScalarOutput().double()
     batch = make_batch(12, False, torch.float64)
     with kondo.gated(model, rate=0.25):
         logits, aux = model(batch.x)

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kondo_hooks as kondo
-from tests.cases import K, make_batch
+from tests.cases import gpt2, llama, make_batch
 
 NAMES = [
     "KondoGate",
@@ -347,32 +347,9 @@ def test_losses_send_no_gradient_to_the_advantages():
 
 
 def tiny(kind):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=K,
-            n_positions=16,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )
-        return GPT2LMHeadModel(config)
-    config = LlamaConfig(
-        vocab_size=K,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    if kind == "llama":
+        return llama(use_cache=False)
+    return gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
 
 
 def trainers(kind, **options):

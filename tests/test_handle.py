@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import kondo_hooks as kondo
-from tests.cases import FEATURES, LOSSES, MODELS, CnnBatchNorm, K, Mlp, PolicyAndValue, Recurrent, make_batch
+from tests.cases import (
+    FEATURES,
+    LOSSES,
+    MODELS,
+    CnnBatchNorm,
+    K,
+    Mlp,
+    PolicyAndValue,
+    Recurrent,
+    ScalarOutput,
+    make_batch,
+)
 from tests.reference import copies, grads, kept_mask, largest_relative_difference
 
 CASES = {case.name: case for case in MODELS}
@@ -455,12 +466,7 @@ def test_integer_outputs_and_none_come_back_in_full_size_after_a_screen():
 
 
 def test_a_scalar_output_that_the_loss_uses_is_refused_after_a_screen():
-    class WithAux(Mlp):
-        def forward(self, x):
-            logits = super().forward(x)
-            return logits, logits.pow(2).mean()
-
-    model = WithAux().double()
+    model = ScalarOutput().double()
     batch = make_batch(12, False, torch.float64)
     with kondo.gated(model, rate=0.25) as gate:
         gate.screen(delight=torch.arange(12.0))
