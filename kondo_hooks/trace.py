@@ -154,38 +154,33 @@ def _place(call: Any, output: int, kind: Kind, shaped: tuple[Node, ...]) -> Sour
     offset = 0
     for node in shaped:
         name = node.name()
-        merged = positions == rows
         if name.startswith(("View", "UnsafeView", "ReshapeAlias")):
             before, after = tuple(node._saved_self_sym_sizes), tuple(node._input_metadata[0].shape)
             rows, positions = _through_view(before, after, rows, positions)
+        elif positions == rows:
+            rows = positions = _moved(node, name, rows)
         else:
-            if name.startswith("Slice") and not merged and positions is not None:
-                sizes = node._saved_self_sym_sizes
-                if _signed(node._saved_dim) % len(sizes) == positions:
-                    if node._saved_step != 1:
-                        positions = None
-                    else:
-                        offset += _signed(node._saved_start) % max(sizes[positions], 1)
-            elif name.startswith("Select") and positions is not None and not merged:
-                sizes = node._saved_self_sym_sizes
-                if _signed(node._saved_dim) % len(sizes) == positions:
-                    offset += _signed(node._saved_index) % sizes[positions]
-                    rows = _moved(node, name, rows)
-                    positions = rows
-                    if rows is None:
-                        return None
-                    continue
-            elif name.startswith("Split") and positions is not None and _axis(node, node._saved_dim) == positions:
-                positions = rows if merged else None
             rows = _moved(node, name, rows)
-            if merged:
-                positions = rows
-            elif not name.startswith(("Slice", "Split")):
+            if positions is None or _cut_axis(node, name) != positions:
                 positions = _moved(node, name, positions)
+            elif name.startswith("Select"):
+                offset += _signed(node._saved_index) % node._saved_self_sym_sizes[positions]
+                positions = rows
+            elif name.startswith("Slice") and node._saved_step == 1:
+                offset += _signed(node._saved_start) % max(node._saved_self_sym_sizes[positions], 1)
+            else:
+                positions = None
         if rows is None:
             return None
     assert rows is not None
     return Source(call, output, kind, rows, positions, offset)
+
+
+def _cut_axis(node: Node, name: str) -> int | None:
+    """The axis of its input that a slice, split or select goes along."""
+    if name.startswith(("Slice", "Split")):
+        return _axis(node, node._saved_dim)
+    return _signed(node._saved_dim) % len(node._saved_self_sym_sizes) if name.startswith("Select") else None
 
 
 def _through_view(
