@@ -1,4 +1,5 @@
-"""What happens in a backward: calls arrive, are decided on as one population, and their kept rows are replayed."""
+"""What happens in a backward: calls arrive, wait until their window is full, are decided on as one population, and
+their kept rows are replayed."""
 
 import contextlib
 import weakref
@@ -9,22 +10,26 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from kondo_hooks import passes, world
 from kondo_hooks.batch import Layout
+from kondo_hooks.engines import Engine
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.node import Call
-from kondo_hooks.population import Arrival, find_scales, find_signal, overflow_mask
-from kondo_hooks.replay import AmbiguousRowsError, Part, Replayed, input_grads, pack, replay, taking_draws
-from kondo_hooks.selection import Decision, Selector, Signal, forced_mask
+from kondo_hooks.parts import Part
+from kondo_hooks.population import Arrival, find_scales, find_signal
+from kondo_hooks.replay import Replayed, input_grads
+from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.trace import find_loss_scales, selects_log_prob
 from kondo_hooks.watch import LossWatcher
+from kondo_hooks.window import Spread, Window, gone
 
 _RESIDUAL = 0.1
 
 
 class _Population:
-    """The calls of one backward, until its end; goes with the backward if that fails."""
+    """The calls that one backward has reached; goes with the backward if that fails."""
 
     def __init__(self) -> None:
         self.arrivals: list[Arrival] = []
@@ -35,41 +40,65 @@ class Backward:
 
     Attributes:
         state: the model's.
+        engine: that runs the model.
+        spread: which rows form a population.
         selector: decides.
         stats: counts.
         last: the last decision.
         forced: rows of the next population that are kept whatever their delight.
         anchor: the leaf that every node hangs on, so that a backward reaches it.
         watcher: sees the loss code and every call of a backward.
+        window: what waits.
         copy_outputs: whether the user's code has been seen to write into outputs.
         running: whether the model runs in a replay.
         learned: by their paths, where inputs keep their rows, as it was found by replaying.
     """
 
-    def __init__(self, state: ModuleState, selector: Selector, warn: WarnOnce):
+    def __init__(self, state: ModuleState, engine: Engine, spread: Spread, selector: Selector, warn: WarnOnce):
         self.state = state
+        self.engine = engine
+        self.spread = spread
         self.selector = selector
         self.stats = Stats()
         self.last: Decision | None = None
         self.forced: Tensor | None = None
         self.anchor = torch.zeros((), requires_grad=True)
         self.watcher = LossWatcher(self._called)
+        self.window = Window(spread.window)
         self.copy_outputs = False
         self.running = False
         self._warn = warn
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
+        self._ended: list[_Population] | None = None
         self.learned: dict[tuple[str, ...], Layout] = {}
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._selected: dict[str, bool] = {}
 
     def flush(self) -> int:
-        """Settle every population that waits; returns how many calls that were."""
+        """Decide on what waits and replay it; returns how many calls that were."""
         populations = list(self._populations.values())
-        waiting = sum(len(population.arrivals) for population in populations)
+        waiting = sum(len(population.arrivals) for population in populations) + len(self.window.arrivals)
         for population in populations:
             self._settle(population)
+        if self.window.arrivals:
+            self._finish()
         return waiting
+
+    def waits(self) -> bool:
+        """Whether a backward may leave its calls waiting for others."""
+        return self.spread.window != 1
+
+    def check_step(self) -> None:
+        """Refuse a step of the optimizer while backwards wait: it would step without their gradients."""
+        if waiting := self.window.backwards:
+            raise RuntimeError(
+                f"gated: optimizer.step() while {waiting} of window={self.spread.window!r} backwards wait for their "
+                "decision, so their gradients are not there yet. Call gate.flush() before clipping and stepping, let "
+                "window divide the accumulation steps, or use window='auto' where a host accumulates."
+            )
+
+    # The backward itself.
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
@@ -83,16 +112,45 @@ class Backward:
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
             wanted = kwargs.get("inputs")
-            if wanted is None:
+            if wanted is not None:
+                wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
+                mine = {id(p) for p in self.state.parameters()}
+                only = [leaf for leaf in wanted if id(leaf) in mine]
+                if only:
+                    self._only = only
+                    kwargs = {**kwargs, "inputs": [*wanted, self.anchor]}
+            with self._settled_after():
                 return func(*args, **kwargs)
-            wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
-            mine = {id(p) for p in self.state.parameters()}
-            self._only = [leaf for leaf in wanted if id(leaf) in mine]
-            if not self._only:
-                return func(*args, **kwargs)
-            return func(*args, **{**kwargs, "inputs": [*wanted, self.anchor]})
         finally:
             self._only = None
+
+    def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
+        """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.
+
+        Args:
+            loss: the user's.
+            retain_graph: as the user asked.
+            to_calls_alone: leave what else the graph leads to for another backward.
+        """
+        if to_calls_alone:
+            torch.autograd.backward(loss, inputs=[self.anchor], retain_graph=True)
+        else:
+            loss.backward(retain_graph=retain_graph)
+
+    @contextlib.contextmanager
+    def _settled_after(self) -> Iterator[None]:
+        """Populations of a backward inside are settled when it has returned, out of autograd's engine.
+
+        FSDP takes a forward inside of it for a recomputation, and would keep all layers gathered.
+        """
+        outer, self._ended = self._ended, []
+        try:
+            yield
+            ended = self._ended
+        finally:
+            self._ended = outer
+        for population in ended:
+            self._settle(population)
 
     def _autograd_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``torch.autograd.grad``, where the model's parameters hang on the node and not on the graph."""
@@ -100,14 +158,16 @@ class Backward:
         mine = {id(p) for p in self.state.parameters()}
         wanted = [leaf for leaf in inputs if id(leaf) in mine]
         if not wanted:
-            return torch.autograd.grad(outputs, inputs, *args, **kwargs)
+            with self._settled_after():
+                return torch.autograd.grad(outputs, inputs, *args, **kwargs)
         names = ("grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused")
         options = {**dict(zip(names, args, strict=False)), **kwargs}
         allow_unused = options.pop("allow_unused", None)
         zeros = options.pop("materialize_grads", False)
         self._capture = {id(leaf): None for leaf in wanted}
         try:
-            grads = torch.autograd.grad(outputs, [*inputs, self.anchor], allow_unused=True, **options)[:-1]
+            with self._settled_after():
+                grads = torch.autograd.grad(outputs, [*inputs, self.anchor], allow_unused=True, **options)[:-1]
             captured = self._capture
         finally:
             self._capture = None
@@ -128,6 +188,8 @@ class Backward:
     @_disable_dynamo
     def receive(self, call: Call, node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The node's backward: wait for the end of the backward, or decide at once for an input's gradient."""
+        if self.running:
+            return ()  # an engine goes through the loss once more, for what else it leads to
         arrival = Arrival(
             call,
             node,
@@ -137,6 +199,11 @@ class Backward:
             torch._C._will_engine_execute_node(node.next_functions[0][0]),
         )
         if call.decides_at_once:
+            if self.waits():
+                raise RuntimeError(
+                    "gated: with window other than 1 no input of the model may require grad, for its gradient has to "
+                    "be returned in this backward; detach it, or use window=1"
+                )
             population = _Population()
             population.arrivals.append(arrival)
             return tuple(self._settle(population))
@@ -150,65 +217,176 @@ class Backward:
         return ()
 
     def _end(self, population: _Population) -> None:
-        self._settle(population)
+        if self._ended is None:
+            self._settle(population)
+        else:
+            self._ended.append(population)
+
+    # A population.
 
     @_disable_dynamo
     def _settle(self, population: _Population) -> list[Tensor | None]:
-        """Decide on a population and replay its kept rows; returns gradients for inputs that want one."""
+        """Read the calls of one backward, and decide if that fills the window; returns inputs' gradients."""
         arrivals = sorted(population.arrivals, key=lambda a: a.call.serial)
         population.arrivals = []
         if not arrivals:
             return []
+        ranks = self.engine.ranks
+        try:
+            self._read(arrivals)
+        except Exception as error:
+            if ranks.alone:
+                raise
+            ranks.announce(error)
+        self.window.add(arrivals)
+        if self.window.is_full(self.engine.ends_accumulation(arrivals[-1].call)):
+            return self._finish()
+        if self.forced is None:
+            together = ranks.size if self.spread.scope == "global" else 1
+            self.window.compact(self.selector, together, self.learned, self.engine.communicates)
+        self.stats.waiting_bytes = max(self.stats.waiting_bytes, self.window.nbytes())
+        return []
+
+    def _read(self, arrivals: list[Arrival]) -> None:
+        """Find each call's signal."""
+        for a in arrivals:
+            a.check()
+            if a.call.overwritten():
+                self.copy_outputs = True
+                with self._model_running():
+                    a.call.screen_again()
+        tokens = self.selector.config.unit == "token"
+        for a, scale in zip(arrivals, find_scales(arrivals), strict=True):
+            a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
+            a.scale = scale
+            a.forced = a.overflowed()
+            for observation in a.call.observations:
+                observation.release()
+
+    def _finish(self) -> list[Tensor | None]:
+        """Decide on the window's calls and replay their kept rows; returns gradients for inputs that want one."""
+        arrivals = self.window.take()
+        ranks, engine = self.engine.ranks, self.engine
+        reduces = engine.reduces(arrivals[-1].call)
         before = self.selector.state_dict()
         try:
-            for a in arrivals:
-                a.check()
-                if a.call.overwritten():
-                    self.copy_outputs = True
-                    with self._model_running():
-                        a.call.screen_again()
-            scales = find_scales(arrivals)
-            tokens = self.selector.config.unit == "token"
-            signals = [
-                find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
-                for a, scale in zip(arrivals, scales, strict=True)
-            ]
-            forced = overflow_mask(arrivals, [s for s, _ in signals], tokens)
-            decision, factors = self.decide([s for s, _ in signals], forced)
-            decision.scale = scales[0]
-            parts = [a.part(f, offset) for a, f, (_, offset) in zip(arrivals, factors, signals, strict=True)]
-            chosen = [part for part in parts if part is not None] or [arrivals[0].silent_part()]
-            chosen = [part.whole() if part.call.whole else part for part in chosen]
-            inputs = self._replay(arrivals[0], chosen)
+            decision: Decision | None = None
+            parts: list[Part | None] = [None] * len(arrivals)
+            slots = passes.find_slots(arrivals)
+            counts: Tensor | None = None
+            try:
+                decision, parts, counts = self._decide(arrivals, slots)
+                decision.scale = arrivals[0].scale
+            except Exception as error:
+                if ranks.alone or self.spread.scope == "global":
+                    raise
+                ranks.announce(error)
+            inputs = self._replay(arrivals, slots, parts, counts, reduces)
+            if counts is not None and not engine.wrappers:
+                ranks.meet()  # no reduction of gradients comes after which all ranks could look
+            if reduces:
+                ranks.raise_failures()
         except BaseException:
             self.selector.load_state_dict(before)
             raise
+        if decision is None or ranks.failed:
+            return inputs
         self.last = decision
         self.stats.decision(decision)
         self.stats.replayed(0, sum(a.call.batch for a in arrivals))
         for a in arrivals:
-            for observation in a.call.observations:
-                observation.release()
             if not a.keep_graph:
                 a.call.release()
         return inputs
 
-    def decide(self, signals: list[Signal], forced: Tensor | None = None) -> tuple[Decision, list[Tensor]]:
-        """Choose; ``forced`` rows, and those that the user forced, are kept."""
-        if self.forced is not None:
-            tokens = self.selector.config.unit == "token"
-            n = sum(s.valid.numel() if tokens else len(s.valid) for s in signals)
-            rows, self.forced = self.forced.to(signals[0].valid.device), None
-            mine = forced_mask(rows, n)
-            forced = mine if forced is None else mine | forced
-        return self.selector.decide(signals, forced)
+    def _decide(self, arrivals: list[Arrival], slots: list[int]) -> tuple[Decision, list[Part | None], Tensor | None]:
+        """The decision, each call's kept rows, and with all ranks as one batch how many each rank keeps."""
+        signals = [a.signal for a in arrivals if a.signal is not None]
+        found: Signals = signals if len(signals) == len(arrivals) and not self.engine.ranks.failed else None
+        forced = None if found is None else self._forced(arrivals, found)
+        decision, factors, counts = self.choose(found, forced, slots)
+        for a, f in zip(arrivals, factors, strict=True):
+            if a.held is None:
+                continue
+            rows = f if f.dim() == 1 else f.ne(0).any(1)
+            if (missing := gone(a, rows != 0)).any():
+                f[missing] = 0
+                self._warn(
+                    "window",
+                    "gated: a window ended with more rows than its first backwards let expect, so fewer rows than rate "
+                    "are kept: rows that could have been chosen were no longer held.",
+                )
+        return decision, [a.part(f) for a, f in zip(arrivals, factors, strict=True)], counts
+
+    def _forced(self, arrivals: list[Arrival], signals: list[Signal]) -> Tensor | None:
+        """(N,) samples whose gradients overflowed float16, over the population; None if there are none."""
+        if all(a.forced is None for a in arrivals):
+            return None
+        rows = [
+            torch.zeros(a.call.batch, dtype=torch.bool, device=s.valid.device) if a.forced is None else a.forced
+            for a, s in zip(arrivals, signals, strict=True)
+        ]
+        if self.selector.config.unit == "token":
+            rows = [r.repeat_interleave(s.valid.numel() // len(r)) for r, s in zip(rows, signals, strict=True)]
+        return torch.cat(rows)
+
+    def choose(
+        self, signals: "Signals", forced: Tensor | None = None, slots: list[int] | None = None
+    ) -> tuple[Decision, list[Tensor], Tensor | None]:
+        """Choose; ``forced`` rows, and those that the user forced, are kept.
+
+        Args:
+            signals: of each call; None if this rank failed to read them.
+            forced: (N,) samples.
+            slots: which of the structures that ranks have in common each call has.
+        """
+        ranks, together = self.engine.ranks, self.spread.scope == "global" and self.engine.ranks.size > 1
+        samples: Samples | None = None
+        failure: Exception | None = None
+        try:
+            if signals is None:
+                raise RuntimeError("gated: a call of this window could not be read")
+            samples = self.selector.samples(signals)
+            if ranks.tensor_parallel:
+                samples = ranks.share_samples(samples)
+            forced = self._with_users(forced, samples)
+            if together and samples.scores is not None:
+                ignored = torch.zeros_like(samples.delight, dtype=torch.bool) if forced is None else forced
+                check_finite(samples.scores.masked_fill(ignored, 0), samples.delight.masked_fill(ignored, 0))
+        except Exception as error:
+            if not together:
+                raise
+            ranks.announce(error)
+            failure, samples = error, None
+        if not together:
+            assert samples is not None and signals is not None
+            decision = self.selector.choose(samples, forced)
+            return decision, self.selector.split(decision.factors(), signals), None
+        del failure
+        found = signals or []
+        all_ranks = world.decide(
+            self.selector, samples, found, slots or [0] * len(found), forced, ranks, self._device(found)
+        )
+        return all_ranks.decision, all_ranks.factors, all_ranks.counts
+
+    def _device(self, signals: list[Signal]) -> torch.device:
+        return signals[0].valid.device if signals else self.state.device()
+
+    def _with_users(self, forced: Tensor | None, samples: Samples) -> Tensor | None:
+        if self.forced is None:
+            return forced
+        rows, self.forced = self.forced.to(samples.delight.device), None
+        mine = forced_mask(rows, len(samples.delight))
+        return mine if forced is None else mine | forced
 
     def _is_selected(self, arrival: Arrival) -> bool:
         """Whether the output that the loss used was picked from log-probs: one row is run with a graph to see."""
+        if self.engine.communicates:
+            return False  # one more pass, that other ranks might not make
         key = arrival.call.paths[0]
         if key not in self._selected:
             with self._model_running():
-                outputs = [output for r in self._forward([arrival.silent_part()]) for output in r.outputs]
+                outputs = [o for r in passes.forward([arrival.stand_in()], self.learned) for o in r.outputs]
             self._selected[key] = len(outputs) == 1 and selects_log_prob(outputs[0])
         return self._selected[key]
 
@@ -230,22 +408,35 @@ class Backward:
         finally:
             self.running = False
 
-    def _replay(self, first: Arrival, parts: list[Part]) -> list[Tensor | None]:
-        """Forward all parts with a graph and check them; only then run one backward through them."""
+    def _replay(
+        self,
+        arrivals: list[Arrival],
+        slots: list[int],
+        parts: list[Part | None],
+        counts: Tensor | None,
+        reduces: bool,
+    ) -> list[Tensor | None]:
+        """Run the kept rows again with a graph, check them, and run the backward through them."""
+        engine, first = self.engine, arrivals[0]
+        planned = passes.plan(arrivals, slots, parts, counts, engine, self.spread, self.learned)
+        if counts is not None:
+            self.stats.spread(world.imbalance(counts), world.imbalance(planned.counts))
+        done: list[Replayed] = []
         with self._model_running():
-            groups = pack(parts)
-            if _share_draws(parts):
-                # Checkpointing repeats draws in the backward by the generator's state alone: one group at a time.
-                replayed = []
-                for group in groups:
-                    replayed += (done := self._forward(group))
-                    with taking_draws(group):
-                        self._backward(first, done)
+            if not engine.wrappers and self.spread.micro_batch_size is None and not passes.share_draws(planned.groups):
+                done = [r for group in planned.groups for r in passes.forward(group, self.learned)]
+                with passes.as_in_screen(done):
+                    self._backward(first, done)
             else:
-                replayed = [r for group in groups for r in self._forward(group)]
-                with taking_draws(parts):
-                    self._backward(first, replayed)
-        for call in {id(part.call): part.call for part in parts}.values():
+                # One pass at a time: a graph holds no more than one, and only the last reduces gradients.
+                for n, group in enumerate(planned.groups):
+                    last = n == len(planned.groups) - 1
+                    with engine.one_pass(reduces and last):
+                        replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
+                        with passes.as_in_screen(replayed):
+                            self._backward(first, replayed)
+                    done += [r.summary() for r in replayed] if not last else replayed
+        for call in {id(part.call): part.call for r in done for part in r.group}.values():
             if call.left_behind:
                 self._warn(
                     "attribute",
@@ -253,15 +444,8 @@ class Backward:
                     f"({', '.join(call.left_behind)}). A loss that uses them gets no gradient through them; return "
                     "them from forward instead.",
                 )
-        forwarded = sum(len(part.rows) for r in replayed for part in r.group)
-        self.stats.replayed(forwarded, 0)
-        return input_grads(replayed[0])
-
-    def _forward(self, group: list[Part]) -> list[Replayed]:
-        try:
-            return [replay(group, self.learned)]
-        except AmbiguousRowsError:
-            return [replay([part.whole()], self.learned) for part in group]
+        self.stats.replayed(sum(len(part) for r in done for part in r.group), 0)
+        return input_grads(done[-1])
 
     def _backward(self, first: Arrival, replayed: list[Replayed]) -> None:
         """Into ``.grad``, or into what ``torch.autograd.grad`` asked for."""
@@ -272,7 +456,7 @@ class Backward:
             return
         if first.to_parameters and self._capture is None:
             only = None if self._only is None else [*self._only, *leaves]
-            torch.autograd.backward(outputs, grads, inputs=only)
+            self.engine.backward(outputs, grads, only)
             return
         capture = self._capture or {}
         wanted = [p for p in self.state.parameters() if id(p) in capture and first.to_parameters]
@@ -285,7 +469,4 @@ class Backward:
                 capture[id(leaf)] = grad if held is None else held + grad
 
 
-def _share_draws(parts: list[Part]) -> bool:
-    """Whether two calls drew from the same state of a generator: the user had seeded it alike."""
-    keys = [key for part in parts for key in part.call.draws.shapes]
-    return len(set(keys)) < len(keys)
+Signals = list[Signal] | None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tree = Any
@@ -137,6 +138,24 @@ def fill_index(rows: Tensor, batch: int) -> Tensor:
     index = torch.zeros(batch, dtype=torch.long, device=rows.device)
     index[rows] = torch.arange(len(rows), device=rows.device)
     return index
+
+
+def pad_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """``tensor`` with zeros at the end of every axis that is shorter than ``shape``."""
+    missing = [after - before for before, after in zip(tensor.shape, shape, strict=True)]
+    if not any(missing):
+        return tensor
+    return F.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
+
+
+def join_rows(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """Rows of several batches as one; where other axes differ in size, the shorter ones get zeros at their end."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({t.shape[:axis] + t.shape[axis + 1 :] for t in tensors}) > 1:
+        largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+        tensors = [pad_to(t, [*largest[:axis], t.shape[axis], *largest[axis + 1 :]]) for t in tensors]
+    return torch.cat(list(tensors), axis)
 
 
 def fits(layout: Layout, tensors: Sequence[Tensor], batch: int) -> bool:

@@ -10,16 +10,18 @@ chooses, and the kept rows are replayed with a graph and drive the backward.
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kondo_hooks.attach import attach
 from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, Tree, flatten, infer_batch_size, map_tensors
+from kondo_hooks.engines import Engine, find_engine
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call, differentiable
 from kondo_hooks.screened import Screened
@@ -38,6 +40,7 @@ from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.trace import find_sources
 from kondo_hooks.watch import observe_logp
+from kondo_hooks.window import Spread
 
 Name = str | int | Callable[[Any], Tensor]
 
@@ -63,6 +66,8 @@ class Gated:
         method: str | None,
         named: tuple[str, Name] | None,
         batch_dim: int,
+        engine: Engine,
+        spread: Spread,
     ):
         self.model = model
         self.enabled = enabled and os.environ.get("KONDO_DISABLE", "").lower() not in ("1", "true", "yes", "on")
@@ -71,9 +76,11 @@ class Gated:
         self._named = named
         self._batch_dim = batch_dim
         self._warn = WarnOnce()
-        self._selector = Selector(config)
-        self._backward = Backward(ModuleState(model), self._selector, self._warn)
+        self._selector = Selector(config, engine.ranks.rank if spread.scope == "local" else 0)
+        self._backward = Backward(self._state(engine), engine, spread, self._selector, self._warn)
+        self._engine = engine
         self._detach: Callable[[], bool] | None = None
+        self._close: list[Callable[[], None]] = []
         self._screened: Screened | None = None
         self._outputs_learned: dict[str, Rows] = {}
         self._record = True
@@ -107,10 +114,24 @@ class Gated:
                     f"(of {type(other).__name__}); contexts may nest only around separate models"
                 )
         _active.add(self.model)
-        self._backward.state = ModuleState(self.model)
+        self._backward.state = self._state(self._engine)
         self._detach = attach(self.model, self._method, self._intercept)
+        self._close = [
+            self._engine.open(self._backward),
+            register_optimizer_step_pre_hook(self._before_step).remove,
+        ]
         self._backward.watcher.__enter__()
         return self
+
+    def _state(self, engine: Engine) -> ModuleState:
+        return ModuleState(self.model, engine.swaps_parameters)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Look for waiting backwards if the optimizer is this model's."""
+        if self._backward.window.backwards:
+            mine = {id(p) for p in (*self._backward.state.parameters(), *self.model.parameters())}
+            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+                self._backward.check_step()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
@@ -118,10 +139,21 @@ class Gated:
         self._backward.watcher.take_off()
         ours = self._detach()
         self._detach = None
+        for close in self._close:
+            close()
         _active.discard(self.model)
         self._screened = None
+        waiting = self._backward.window.backwards
+        self._backward.window.take()
         if kind is not None:
             return
+        self._engine.ranks.raise_own()
+        if waiting:
+            raise RuntimeError(
+                f"gated: the context ended while {waiting} of window={self._backward.spread.window!r} backwards waited "
+                "for their decision; they are lost. Call gate.flush() before the end, or let window divide "
+                "their number."
+            )
         if not ours:
             raise RuntimeError(
                 "gated: the model was compiled or patched inside the context, which took the gate off without "
@@ -187,7 +219,7 @@ class Gated:
             signal = Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
         if self._passes_through() or not self.enabled:
             return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
-        decision, factors = self._backward.decide([signal])
+        decision, factors, _ = self._backward.choose([signal])
         self._screened = Screened(factors[0], signal.valid)
         self._backward.last = decision
         self.stats.decision(decision)
@@ -218,7 +250,7 @@ class Gated:
     def flush(self) -> int:
         """Decide and replay what waits now; returns how many calls that were.
 
-        The end of every backward does it, so between backwards nothing waits.
+        With ``window=1`` the end of every backward does it. On several ranks, all of them must call it.
         """
         return self._backward.flush()
 
@@ -278,6 +310,7 @@ class Gated:
 
     def _screen_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
         call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
+        call.syncs = self._engine.syncs()
         result = call.screen(self._batch_dim, self._record, self._backward.copy_outputs)
         if not call.outputs:
             return result
@@ -415,6 +448,11 @@ def gated(
     logits: Name | None = None,
     probs: Name | None = None,
     batch_dim: int = 0,
+    window: int | Literal["auto"] = 1,
+    scope: Literal["local", "global"] = "local",
+    balance: bool = False,
+    micro_batch_size: int | None = None,
+    tensor_parallel_group: Any = None,
 ) -> Gated:
     """Skip most backward passes of ``model`` in whatever training loop runs inside the context.
 
@@ -442,6 +480,13 @@ def gated(
         logp, logits, probs: the output that holds the policy, where the gate cannot tell: a field name, an
             index, or a function of the model's output. At most one.
         batch_dim: axis of the inputs and outputs that holds the samples.
+        window: how many backwards form one population, whose kept rows are replayed together at the end of the last:
+            3% of 8 rows is no row, 3% of 8 backwards of 32 is 8. "auto" takes the host's gradient accumulation
+            (accelerate, DeepSpeed, ``no_sync``). What has not been decided when the optimizer steps is an error.
+        scope: "local", each rank chooses among its own rows, or "global", among the rows of all ranks as one batch.
+        balance: with ``scope="global"``, move kept rows between ranks so that each replays as many, within one.
+        micro_batch_size: most rows in one pass of the replay; by default all kept rows are one pass.
+        tensor_parallel_group: process group of the ranks that see the same rows as this one; they share its decisions.
 
     Raises:
         ValueError, TypeError: on an argument that cannot be right, naming it.
@@ -476,9 +521,14 @@ def gated(
         raise ValueError(f"method={method!r} is no method of {type(model).__name__}")
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
+    spread = Spread(window, scope, balance, micro_batch_size)
+    engine = find_engine(model, tensor_parallel_group, scope == "global")
+    engine.check_window(window)
     return Gated(
         model,
         config,
+        engine=engine,
+        spread=spread,
         warmup_steps=warmup_steps,
         enabled=enabled,
         method=method,

@@ -43,6 +43,7 @@ class Call:
         whole: why only a replay of the whole batch can be exact, if so.
         paths: of the outputs in what the model returned.
         named: which output the user named, and as what.
+        syncs: whether the host meant to reduce gradients in the backward of this call, at its forward.
     """
 
     run: Callable[..., Any]
@@ -60,6 +61,7 @@ class Call:
     rows: Layout = field(default_factory=list)
     batch: int = 0
     named: Any = None
+    syncs: bool = True
 
     def __post_init__(self) -> None:
         self.serial = next(_serial)
@@ -165,6 +167,18 @@ class Call:
         if self.state.versions() != self._parameter_versions:
             return "the parameters were changed between the call and its backward (an optimizer step?)"
         return None
+
+    def slim(self) -> None:
+        """Let go of the tensors, and keep what tells how the call was made."""
+
+        def stub(leaf: Tensor) -> Tensor:
+            return torch.empty((0,) * leaf.dim(), dtype=leaf.dtype, device=leaf.device)
+
+        self.inputs = [stub(leaf) for leaf in self.inputs]
+        self.args = unflatten(self.args, self.inputs)
+        self.outputs = [stub(leaf) for leaf in self.outputs]
+        self._input_versions = [leaf._version for leaf in self.inputs]
+        self._output_versions = [leaf._version for leaf in self.outputs]
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import kept_rows
+from kondo_hooks.batch import Layout, kept_rows
 from kondo_hooks.delight import Boundary, read_boundary, read_field
 from kondo_hooks.errors import DelightError, no_batch_axis
 from kondo_hooks.node import Call
-from kondo_hooks.replay import Part
+from kondo_hooks.parts import Part
 from kondo_hooks.selection import Signal
 from kondo_hooks.trace import Scale
 from kondo_hooks.watch import join
@@ -28,6 +28,11 @@ class Arrival:
         keep_graph: whether the graph is retained for another backward.
         task: id of the backward.
         to_parameters: whether the backward wants the parameters' gradients, or only some input's.
+        signal: (B, P) what is known of its samples, once it was read.
+        offset: position on the outputs' second axis where the signal starts.
+        scale: the loss's own scale, which was divided out of the signal.
+        forced: (B,) rows that are kept whatever their delight; None if there are none.
+        held: the rows that can still be chosen, where the call has let go of the rest.
     """
 
     call: Call
@@ -36,6 +41,11 @@ class Arrival:
     keep_graph: bool
     task: int
     to_parameters: bool
+    signal: Signal | None = None
+    offset: int = 0
+    scale: float = 1.0
+    forced: Tensor | None = None
+    held: Part | None = None
 
     def check(self) -> None:
         """Refuse gradients that cannot be split into rows."""
@@ -43,14 +53,16 @@ class Arrival:
             if rows is None and grad is not None:
                 raise RuntimeError(no_batch_axis(path, self.call.batch))
 
-    def overflowed(self) -> Tensor:
+    def overflowed(self) -> Tensor | None:
         """(B,) rows whose gradient left the range of float16: they are kept, for a GradScaler has to see them."""
         call = self.call
+        if not any(grad is not None and grad.dtype == torch.float16 for grad in self.grads):
+            return None
         rows = torch.zeros(call.batch, dtype=torch.bool, device=call.outputs[0].device)
         for where, grad in zip(call.rows, self.grads, strict=True):
             if where is not None and grad is not None and grad.dtype == torch.float16:
                 rows |= ~where.first(grad).flatten(1).isfinite().all(1) if grad.dim() > 1 else ~grad.isfinite()
-        return rows
+        return rows if rows.any() else None
 
     def boundaries(self) -> list[Boundary]:
         """The outputs that the loss used, rows first."""
@@ -64,31 +76,40 @@ class Arrival:
             if grad is not None and where is not None
         ]
 
-    def part(self, factors: Tensor, offset: int) -> Part | None:
+    def part(self, factors: Tensor) -> Part | None:
         """The kept rows with their weighted gradients; None if no row is kept.
 
         Args:
             factors: (B,) or (B, P), 0 where dropped.
-            offset: position on the outputs' second axis where the P positions start.
         """
-        rows = kept_rows(factors).to(self.call.outputs[0].device)
+        rows = kept_rows(factors).to(self._device)
         if not len(rows):
             return None
-        gains = factors.to(rows.device)[rows]
-        plain = bool((gains == 1).all())
-        grads: list[Tensor | None] = []
-        for where, grad in zip(self.call.rows, self.grads, strict=True):
-            if grad is None or where is None:
-                grads.append(None)
-            else:
-                taken = where.take(grad, rows)
-                grads.append(taken if plain else where.weighted(taken, gains, offset))
-        return Part(self.call, rows, grads)
+        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset)
 
-    def silent_part(self) -> Part:
+    def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
-        row = torch.zeros(1, dtype=torch.long, device=self.call.outputs[0].device)
-        return Part.silent(self.call, row, self.grads)
+        if self.held is not None:
+            return self.held.select(torch.zeros(1, dtype=torch.long, device=self._device)).silenced()
+        return Part.stand_in(self.call, torch.zeros(1, dtype=torch.long, device=self._device), self.grads)
+
+    def hold(self, rows: Tensor, layout: Layout) -> None:
+        """Keep these rows, at least one, and let go of the others and of the call's tensors."""
+        if not len(rows):
+            rows = torch.zeros(1, dtype=torch.long) if self.held is None else self.held.rows[:1]
+        self.held = self._take(rows.to(self._device)).hold(layout)
+        self.grads = [None] * len(self.grads)
+        if not self.keep_graph:
+            self.call.slim()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.call.outputs[0].device
+
+    def _take(self, rows: Tensor) -> Part:
+        if self.held is not None:
+            return self.held.select(torch.searchsorted(self.held.rows, rows))
+        return Part.of(self.call, rows, self.grads)
 
 
 def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
@@ -111,18 +132,6 @@ def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
 
 def _alike(values: Sequence[float]) -> bool:
     return max(values) - min(values) <= 1e-5 * max(values)
-
-
-def overflow_mask(arrivals: Sequence[Arrival], signals: Sequence[Signal], tokens: bool) -> Tensor | None:
-    """(N,) samples whose gradients overflowed float16, over the population; None if there are none."""
-    if not any(g is not None and g.dtype == torch.float16 for a in arrivals for g in a.grads):
-        return None
-    rows = [a.overflowed() for a in arrivals]
-    if not any(bool(r.any()) for r in rows):
-        return None
-    if tokens:
-        rows = [r.repeat_interleave(s.valid.numel() // len(r)) for r, s in zip(rows, signals, strict=True)]
-    return torch.cat(rows)
 
 
 def find_signal(

@@ -2,48 +2,29 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, Tree, candidate_rows, fits, flatten, is_doubtful, layouts, unflatten
+from kondo_hooks.batch import (
+    Layout,
+    Rows,
+    candidate_rows,
+    fits,
+    flatten,
+    is_doubtful,
+    join_rows,
+    layouts,
+    pad_to,
+    unflatten,
+)
 from kondo_hooks.draws import TakeDraws
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.node import Call, differentiable
-
-
-@dataclass
-class Part:
-    """Rows of a call that are to be replayed, and the gradient at each output's rows."""
-
-    call: Call
-    rows: Tensor
-    grads: list[Tensor | None]
-
-    @classmethod
-    def silent(cls, call: Call, rows: Tensor, like: Sequence[Tensor | None]) -> "Part":
-        """Rows with a gradient of zero at every output that has rows and that ``like`` has a tensor for."""
-        zeros = [
-            None if full is None or where is None else where.take(full, rows).zero_()
-            for where, full in zip(call.rows, like, strict=True)
-        ]
-        return cls(call, rows, zeros)
-
-    def whole(self) -> "Part":
-        """The whole call, with a gradient of zero at the rows that were not in this part."""
-        grads: list[Tensor | None] = []
-        for output, where, grad in zip(self.call.outputs, self.call.rows, self.grads, strict=True):
-            if grad is None or where is None:
-                grads.append(None)
-            else:
-                grads.append(where.put(torch.zeros_like(output, dtype=grad.dtype), self.rows, grad))
-        return Part(self.call, torch.arange(self.call.batch, device=self.rows.device), grads)
-
-    @property
-    def all_rows(self) -> bool:
-        """Whether it is the whole call."""
-        return len(self.rows) == self.call.batch
+from kondo_hooks.parts import Part
+from kondo_hooks.rank_one import RankOne
 
 
 @dataclass
@@ -54,58 +35,21 @@ class Replayed:
     outputs: list[Tensor]
     grads: list[Tensor]
     leaves: list[tuple[Tensor, Rows | None]]
+    all_outputs: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def silent(self) -> bool:
+        """Whether no row of it is kept."""
+        return all(part.silent for part in self.group)
 
-def pack(parts: list[Part]) -> list[list[Part]]:
-    """Group parts whose rows can go through the model as one batch."""
-    groups: list[list[Part]] = []
-    for part in parts:
-        for group in groups:
-            if _fits(group[0].call, part.call):
-                group.append(part)
-                break
-        else:
-            groups.append([part])
-    return groups
+    def summary(self) -> "Replayed":
+        """Without its graph."""
+        return Replayed(self.group, [], [], [])
 
-
-def _fits(a: Call, b: Call) -> bool:
-    if any(c.random or c.whole or c.buffers.entries or c.decides_at_once for c in (a, b)) or a.run != b.run:
-        return False
-    if a.input_paths != b.input_paths or a.flags != b.flags or a.autocast != b.autocast:
-        return False
-    first, second = (next(layouts(c.inputs, c.batch, c.batch_dim)) for c in (a, b))
-    if first != second or a.rows != b.rows:
-        return False
-    for x, y, rows in zip(a.inputs, b.inputs, first, strict=True):
-        if x.dtype != y.dtype or x.device != y.device or x.dim() != y.dim():
-            return False
-        if rows is None:
-            if x is not y and not torch.equal(x, y):
-                return False
-        elif _without(x.shape, rows.axis) != _without(y.shape, rows.axis):
-            return False
-    return _same_constants(a.args, b.args)
-
-
-def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], *shape[axis + 1 :])
-
-
-def _same_constants(a: Tree, b: Tree) -> bool:
-    """Whether two trees differ in nothing but their tensors."""
-    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same_constants, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same_constants(a[key], b[key]) for key in a)
-    try:
-        return bool(a == b)
-    except Exception:
-        return False
+    def hush(self) -> None:
+        """Make it stand in for a pass that failed: its gradient is zero."""
+        self.group = [replace(part, silent=True) for part in self.group]
+        self.grads = [torch.zeros_like(grad) for grad in self.grads]
 
 
 def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replayed:
@@ -119,8 +63,11 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
         ReplayMismatchError: if no reading does.
     """
     call = group[0].call
-    if (cause := call.changed_since()) is not None:
-        raise ReplayMismatchError(f"gated: {cause}: the kept rows cannot be replayed. Clone it first.")
+    check_unchanged(group)
+    if (held := _held_layout(group)) is not None:
+        replayed = run(group, held)
+        verify(replayed)
+        return replayed
     key = tuple(call.input_paths)
     readings = list(layouts(call.inputs, call.batch, call.batch_dim))
     everything = len(group) == 1 and group[0].all_rows
@@ -132,8 +79,8 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     failure: Exception | None = None
     for layout in readings:
         try:
-            replayed = _run(group, layout)
-            _verify(group, replayed[1])
+            replayed = run(group, layout)
+            verify(replayed)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -143,9 +90,20 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
             if _another_fits(group, layout, readings):
                 raise AmbiguousRowsError
             learned[key] = layout
-        return replayed[0]
+        return replayed
     assert failure is not None
     raise failure
+
+
+def check_unchanged(group: list[Part]) -> None:
+    """Refuse to replay what can be seen to have changed since the screen."""
+    for call in {id(part.call): part.call for part in group}.values():
+        if (cause := call.changed_since()) is not None:
+            raise ReplayMismatchError(f"gated: {cause}: the kept rows cannot be replayed. Clone it first.")
+
+
+def _held_layout(group: list[Part]) -> Layout | None:
+    return next((part.held.layout for part in group if part.held is not None), None)
 
 
 class AmbiguousRowsError(Exception):
@@ -160,28 +118,38 @@ def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> 
         differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
             try:
-                _verify(group, _run(group, other)[1])
+                verify(run(group, other))
             except (RuntimeError, ValueError, IndexError):
                 continue
             return True
     return False
 
 
-def _run(group: list[Part], layout: Layout) -> tuple[Replayed, list[Tensor]]:
+def assemble(group: list[Part], layout: Layout) -> tuple[list[Tensor], list[tuple[Tensor, Rows | None]]]:
+    """The inputs of a replay, and those of them that want a gradient."""
     call = group[0].call
+    lone = len(group) == 1 and group[0].all_rows
     leaves: list[tuple[Tensor, Rows | None]] = []
     inputs = []
-    for i, rows in enumerate(layout):
-        taken = group[0].call.inputs[i].detach()
-        if rows is not None and not (len(group) == 1 and group[0].all_rows):
-            taken = torch.cat(
-                [rows.take(part.call.inputs[i].detach(), part.rows.to(taken.device)) for part in group],
-                rows.axis,
-            )
+    for i, (leaf, rows) in enumerate(zip(group[0].inputs(), layout, strict=True)):
+        taken = leaf.detach()
+        if rows is not None and not lone:
+            taken = join_rows([part.input(i, rows) for part in group], rows.axis)
         if call.inputs[i].requires_grad:
             taken.requires_grad_()
             leaves.append((taken, rows))
         inputs.append(taken)
+    return inputs, leaves
+
+
+def run(group: list[Part], layout: Layout) -> Replayed:
+    """Run the rows of a group with a graph, each input read by ``layout``."""
+    return forward(group, *assemble(group, layout))
+
+
+def forward(group: list[Part], inputs: list[Tensor], leaves: list[tuple[Tensor, Rows | None]]) -> Replayed:
+    """Run the model on what ``assemble`` put together."""
+    call = group[0].call
     args, kwargs = unflatten(call.args, inputs)
     with call.as_screened(), torch.enable_grad(), taking_draws(group):
         result = call.run(*args, **kwargs)
@@ -191,20 +159,43 @@ def _run(group: list[Part], layout: Layout) -> tuple[Replayed, list[Tensor]]:
             f"gated: the model returned {len(call.outputs)} tensors for the whole batch but {len(outputs)} for "
             "the kept rows; its output must not depend on how many rows it gets"
         )
-    used: list[tuple[Tensor, Tensor]] = []
+    replayed = Replayed(group, [], [], leaves)
     for i, output in enumerate(outputs):
-        grads = [part.grads[i] for part in group]
-        if all(grad is None for grad in grads) or not output.requires_grad:
+        if call.rows[i] is None or all(part.grads[i] is None for part in group):
             continue
-        where = call.rows[i]
-        assert where is not None
-        filled = [
-            where.take(part.call.outputs[i].detach(), part.rows).zero_() if grad is None else grad
-            for part, grad in zip(group, grads, strict=True)
-        ]
-        used.append((output, filled[0] if len(filled) == 1 else torch.cat(filled, where.axis)))
-    replayed = Replayed(group, [o for o, _ in used], [g for _, g in used], leaves)
-    return replayed, outputs
+        replayed.all_outputs[i] = output
+        if output.requires_grad:
+            replayed.outputs.append(output)
+            replayed.grads.append(_gradient(group, i, output))
+    return replayed
+
+
+def _gradient(group: list[Part], i: int, output: Tensor) -> Tensor:
+    """What the loss sent to the rows of an output, in the output's shape."""
+    where = group[0].call.rows[i]
+    assert where is not None
+    pieces = []
+    for part, rows in zip(group, _rows_of(group, i, output), strict=True):
+        grad = part.grads[i]
+        if isinstance(grad, RankOne):
+            grad = grad.grad(rows[tuple(slice(n) for n in grad.shape)])
+        elif grad is None:
+            expected = part.output(i)
+            grad = torch.zeros_like(rows if expected is None else expected)
+        pieces.append(grad)
+    joined = join_rows(pieces, where.axis)
+    return pad_to(joined, output.shape)
+
+
+def _rows_of(group: list[Part], i: int, output: Tensor) -> list[Tensor]:
+    """The output's rows, part by part; a reading on a wrong axis gives what it gives."""
+    where = group[0].call.rows[i]
+    assert where is not None
+    sizes = [len(part) * where.repeat for part in group]
+    if output.dim() <= where.axis or output.shape[where.axis] != sum(sizes):
+        shape = [*output.shape]
+        raise ReplayMismatchError(_wrong_axis(_name(group[0].call, i), shape, sum(sizes), where.axis))
+    return list(output.detach().split(sizes, where.axis)) if len(group) > 1 else [output.detach()]
 
 
 @contextlib.contextmanager
@@ -218,31 +209,54 @@ def taking_draws(group: Iterable[Part]) -> Iterator[None]:
         yield
 
 
-def _verify(group: list[Part], outputs: list[Tensor]) -> None:
+def verify(replayed: Replayed) -> None:
+    """Hold the replay's outputs against what the screen returned for the same rows."""
+    group = replayed.group
     call = group[0].call
-    for i, output in enumerate(outputs):
-        if all(part.grads[i] is None for part in group):
-            continue
+    for i, output in replayed.all_outputs.items():
         where = call.rows[i]
         assert where is not None
-        screen = torch.cat([where.take(part.call.outputs[i], part.rows) for part in group], where.axis)
-        name = f"output {call.paths[i]}" if call.paths[i] else "the output"
-        if screen.shape != output.shape:
-            raise ReplayMismatchError(
-                f"gated: for the kept rows {name} has shape {tuple(output.shape)} where {tuple(screen.shape)} was "
-                "expected: rows were taken on the wrong axis. Name the batch axis with batch_dim=."
-            )
-        difference, magnitude = largest_difference(screen, output.detach())
+        ours, theirs = [], []
+        for part, rows in zip(group, _rows_of(group, i, output), strict=True):
+            grad, expected = part.grads[i], part.output(i)
+            if isinstance(grad, RankOne):
+                ours.append(grad.log_probs(rows[tuple(slice(n) for n in grad.shape)]))
+                theirs.append(grad.logp)
+            elif expected is not None:
+                if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
+                    len(group) == 1 and expected.shape != rows.shape
+                ):
+                    raise ReplayMismatchError(_wrong_axis(_name(call, i), rows.shape, expected.shape, where.axis))
+                ours.append(rows[tuple(slice(n) for n in expected.shape)] if len(group) > 1 else rows)
+                theirs.append(expected)
+        if len(group) > 1:
+            ours, theirs = ([torch.cat([t.reshape(-1) for t in each])] if each else [] for each in (ours, theirs))
+        if not ours:
+            continue
+        difference, magnitude = largest_difference(theirs[0], ours[0])
         if not difference <= call.autocast.tolerance(output) * max(magnitude, 1e-30):
             raise ReplayMismatchError(
-                f"gated: replaying {sum(len(p.rows) for p in group)} of {sum(p.call.batch for p in group)} rows "
-                f"changed {name} by up to {difference:.3g} (its largest value is {magnitude:.3g}): in this model a "
-                "row's output depends on the other rows of the batch, or the model is not deterministic. Likely: "
-                "normalisation or attention over the batch axis, state that a forward updates, randomness from "
+                f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows "
+                f"changed {_name(call, i)} by up to {difference:.3g} (its largest value is {magnitude:.3g}): in this "
+                "model a row's output depends on the other rows of the batch, or the model is not deterministic. "
+                "Likely: normalisation or attention over the batch axis, state that a forward updates, randomness from "
                 "outside torch, inputs that are no tensors (arrays, objects of your own: they are not cut into rows), "
+                "rows of different lengths packed into one batch for a model that does not mask what is padded, "
                 "or a batch axis that is not the first one (then name it with batch_dim=). Make "
                 "the layer work row by row, or gate a part of the model that does. No gradient was changed."
             )
+
+
+def _name(call: Call, i: int) -> str:
+    return f"output {call.paths[i]}" if call.paths[i] else "the output"
+
+
+def _wrong_axis(name: str, shape: Sequence[int], expected: Any, axis: int) -> str:
+    wanted = tuple(expected) if isinstance(expected, torch.Size) else f"{expected} on axis {axis}"
+    return (
+        f"gated: for the kept rows {name} has shape {tuple(shape)} where {wanted} was "
+        "expected: rows were taken on the wrong axis. Name the batch axis with batch_dim=."
+    )
 
 
 def input_grads(replayed: Replayed) -> list[Tensor | None]:

@@ -26,7 +26,8 @@ from kondo_hooks.batch import (
 )
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
-from kondo_hooks.replay import AmbiguousRowsError, Part, replay
+from kondo_hooks.parts import Part
+from kondo_hooks.replay import AmbiguousRowsError, replay
 from kondo_hooks.state import forked_rng
 
 
@@ -140,7 +141,7 @@ class Screened:
         with forked_rng(call.rng), call.state.buffers_before().restored():
             call.screen(batch_dim, record=True, copy=False)
             if call.whole is None and call.batch == batch:
-                replay([Part.silent(call, rows, call.outputs)], learned)
+                replay([Part.stand_in(call, rows, call.outputs)], learned)
         return learned.get(key) or [options[0] for options in candidates]
 
     def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:

@@ -198,10 +198,40 @@ class Decision:
     price: float
     rate: float
     scale: float = 1.0
-    samples: int = 0
+    samples: int = -1
 
     def __post_init__(self) -> None:
-        self.samples = self.samples or len(self.delight)
+        if self.samples < 0:
+            self.samples = len(self.delight)
+
+    def factors(self) -> Tensor:
+        """(N,) factor on each sample's gradient, 0 where it was dropped."""
+        factors = self.delight.new_zeros(len(self.delight))
+        factors[self.kept] = 1 if self.weights is None else self.weights.to(factors.dtype)
+        return factors
+
+
+@dataclass
+class Samples:
+    """What a decision is taken on: (N,) delight, scores and validity.
+
+    ``scores`` is None where they are random, ``valid`` None where every sample is.
+    """
+
+    delight: Tensor
+    scores: Tensor | None
+    valid: Tensor | None
+
+
+def check_finite(scores: Tensor, delight: Tensor) -> None:
+    """Raise ValueError if a score or a delight is NaN or infinite."""
+    finite = scores.isfinite() if scores is delight else scores.isfinite() & delight.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(
+            f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
+            "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
+        )
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -237,12 +267,17 @@ def forced_mask(rows: Tensor, n: int) -> Tensor:
 
 
 class Selector:
-    """Applies a SelectionConfig, and holds the state that lasts: step, history, generator."""
+    """Applies a SelectionConfig, and holds the state that lasts: step, history, generator.
 
-    def __init__(self, config: SelectionConfig):
+    Args:
+        config: what to apply.
+        stream: number of the random stream, for ranks that draw on their own.
+    """
+
+    def __init__(self, config: SelectionConfig, stream: int = 0):
         self.config = config
         self.step = 0
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._generator = torch.Generator().manual_seed(config.seed + stream)
         self._history: deque[Tensor] = deque(maxlen=config.history)
         self._credit = 0.0
 
@@ -272,13 +307,7 @@ class Selector:
         if forced is not None and forced.any():
             ranked = scores.masked_fill(forced, torch.inf)
             scores, delight = (torch.where(forced & ~t.isfinite(), 0, t) for t in (scores, delight))
-        finite = scores.isfinite() if scores is delight else scores.isfinite() & delight.isfinite()
-        if not finite.all():
-            bad = (~finite).nonzero().flatten()
-            raise ValueError(
-                f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
-                "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
-            )
+        check_finite(scores, delight)
         kept, probability, price = self._choose(ranked, scores)
         weights = self._weights(delight, kept, probability)
         self.step += 1
@@ -295,42 +324,76 @@ class Selector:
             The decision, and for each batch the factors on its gradients, 0 where dropped: (B,), or the shape of
             its signal when ``unit="token"``.
         """
+        decision = self.choose(self.samples(signals), forced)
+        return decision, self.split(decision.factors(), signals)
+
+    def samples(self, signals: list[Signal]) -> "Samples":
+        """What is chosen among: one sample a row, or one a position when ``unit="token"``."""
         config = self.config
         tokens = config.unit == "token"
 
-        def samples(signal: Signal, values: Tensor) -> Tensor:
+        def each(signal: Signal, values: Tensor) -> Tensor:
             values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
             return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
 
-        delight = torch.cat([samples(s, s.delight) for s in signals])
+        delight = torch.cat([each(s, s.delight) for s in signals])
         if config.priority == "delight":
-            scores = delight
+            scores: Tensor | None = delight
         elif config.priority == "uniform":
-            scores = self.uniform(len(delight)).to(delight.device)
+            scores = None
         else:
-            scores = torch.cat([samples(s, s.score(config.priority)) for s in signals])
+            scores = torch.cat([each(s, s.score(config.priority)) for s in signals])
         valid = torch.cat([s.valid.reshape(-1) for s in signals]) if tokens else None
-        if valid is None or valid.all():
-            decision = self(delight, scores, forced)
-        else:
-            decision = self._decide_valid(delight, scores, forced, valid.nonzero().flatten())
-        factors = delight.new_zeros(len(delight))
-        factors[decision.kept] = 1 if decision.weights is None else decision.weights
-        shapes = [s.valid.shape if tokens else s.valid.shape[:1] for s in signals]
-        split = factors.split([shape.numel() for shape in shapes])
-        return decision, [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
+        return Samples(delight, scores, None if valid is None or valid.all() else valid)
 
-    def _decide_valid(self, delight: Tensor, scores: Tensor, forced: Tensor | None, index: Tensor) -> Decision:
-        """Decide on the samples at ``index`` alone; the decision's indices are into all of them."""
+    def choose(self, samples: "Samples", forced: Tensor | None = None) -> Decision:
+        """Decide on the valid samples; the decision's indices are into all of them."""
+        delight, scores = samples.delight, samples.scores
+        if scores is None:
+            scores = self.uniform(len(delight)).to(delight.device)
+        if samples.valid is None:
+            return self(delight, scores, forced)
+        index = samples.valid.nonzero().flatten()
         if not len(index):
             self.step += 1
-            return Decision(delight[:0], index, None, math.nan, math.nan)
+            return Decision(delight, index, None, math.nan, math.nan, samples=0)
         chosen = delight[index]
         decision = self(
             chosen, chosen if scores is delight else scores[index], None if forced is None else forced[index]
         )
         decision.delight, decision.kept = delight, index[decision.kept]
         return decision
+
+    def split(self, values: Tensor, signals: list[Signal]) -> list[Tensor]:
+        """Values of the samples, batch by batch, in the shape of its rows, or of its positions."""
+        tokens = self.config.unit == "token"
+        shapes = [s.valid.shape if tokens else s.valid.shape[:1] for s in signals]
+        parts = values.split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def contenders(self, samples: "Samples", expected: float) -> Tensor | None:
+        """(N,) bool: the samples that a later decision, over these and more to come, can still keep.
+
+        Args:
+            samples: those seen so far.
+            expected: how many there will be in the end, at most.
+
+        Returns:
+            None where that cannot be told before the decision: all of them can.
+        """
+        config = self.config
+        if not (config.hard and config.deterministic) or config.history or samples.scores is None:
+            return None
+        if config.price is not None:
+            return samples.scores > config.price
+        rate = self.rate()
+        assert rate is not None
+        scores = samples.scores
+        if samples.valid is not None:
+            scores = scores.masked_fill(~samples.valid, -torch.inf)
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[top_k(scores, max(1, math.ceil(rate * expected + 0.5)))] = True
+        return kept
 
     def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
         config, rate, n = self.config, self.rate(), len(scores)

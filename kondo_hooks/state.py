@@ -8,24 +8,32 @@ import torch
 from torch import Tensor, nn
 
 
-def _children(modules: list[nn.Module]) -> list[int]:
-    return [id(child) for m in modules for children in (m._modules, m._parameters) for child in children.values()]
-
-
 class ModuleState:
-    """The parts of a module that a replay must find as the screen did; lists are made once."""
+    """The parts of a module that a replay must find as the screen did; lists are made once.
 
-    def __init__(self, module: nn.Module):
+    Args:
+        module: the module.
+        swaps_parameters: an engine puts other parameters, or views of them, into the modules while they run. Then
+            parameters cannot be told by identity, nor tensors in attributes from them, and neither is looked at.
+    """
+
+    def __init__(self, module: nn.Module, swaps_parameters: bool = False):
+        self._swaps = swaps_parameters
         self._modules = list(module.modules())
         self._parameters = list(module.parameters())
-        self._children = _children(self._modules)
+        self._children = self._find_children()
         self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
+    def _find_children(self) -> list[int]:
+        kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
+        return [id(child) for m in self._modules for kind in kinds for child in getattr(m, kind).values()]
+
     def flags(self) -> tuple[list[bool], list[bool]]:
         """Training flags of the modules, requires-grad flags of the parameters."""
-        return [m.training for m in self._modules], [p.requires_grad for p in self._parameters]
+        parameters = [] if self._swaps else self._parameters
+        return [m.training for m in self._modules], [p.requires_grad for p in parameters]
 
     def trainable(self) -> bool:
         """Whether any parameter requires grad."""
@@ -35,17 +43,21 @@ class ModuleState:
         """The parameters, each once."""
         return self._parameters
 
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next((p.device for p in self._parameters), torch.device("cpu"))
+
     def versions(self) -> list[int]:
         """In-place version of each parameter."""
-        return [p._version for p in self._parameters]
+        return [] if self._swaps else [p._version for p in self._parameters]
 
     def same_parameters(self) -> bool:
         """Whether the module still has the children and parameters that it had."""
-        return self._children == _children(self._modules)
+        return self._children == self._find_children()
 
     def has_forward_hooks(self) -> bool:
-        """Whether any module has a forward hook, which may keep what it sees."""
-        return any(m._forward_hooks for m in self._modules)
+        """Whether any module has a forward hook of the user's, which may keep what it sees."""
+        return any(not _is_hosts(hook) for m in self._modules for hook in m._forward_hooks.values())
 
     @contextlib.contextmanager
     def kept_attributes(self) -> Iterator[list[str]]:
@@ -72,6 +84,8 @@ class ModuleState:
                     module.__dict__[name] = old
 
     def _tensors(self) -> dict[tuple[nn.Module, str], Tensor]:
+        if self._swaps:
+            return {}
         return {
             (m, name): value for m in self._modules for name, value in m.__dict__.items() if isinstance(value, Tensor)
         }
@@ -98,7 +112,7 @@ class ModuleState:
     def _set_flags(self, flags: tuple[list[bool], list[bool]]) -> None:
         for m, training in zip(self._modules, flags[0], strict=True):
             m.training = training
-        for p, requires_grad in zip(self._parameters, flags[1], strict=True):
+        for p, requires_grad in zip(self._parameters, flags[1], strict=False):  # none where they are swapped
             p.requires_grad_(requires_grad)
 
     def buffers_before(self) -> "BufferRecord":
@@ -147,6 +161,12 @@ class BufferRecord:
         finally:
             for module, name, buffer in now:
                 module._buffers[name] = buffer
+
+
+def _is_hosts(hook: object) -> bool:
+    """Whether a hook is part of an engine."""
+    function = getattr(hook, "func", hook)
+    return getattr(function, "__module__", "").split(".")[0] in ("torch", "deepspeed", "accelerate")
 
 
 def _changed(module: nn.Module, name: str, tensor: Tensor | None, values: Tensor | None) -> bool:

@@ -24,6 +24,10 @@ class Stats:
         decided_kept: samples kept of these.
         sum_delight: total delight of the samples decided on, advantage x nats.
         sum_delight_kept: total delight of the samples kept of these.
+        waiting_bytes: most bytes that rows waiting for their window held.
+        imbalance: with ``scope="global"``, the busiest rank's kept rows over the ranks' mean, at the last decision; 1
+            is even.
+        imbalance_balanced: the same of the rows that ranks replayed, after ``balance=True`` moved some.
     """
 
     steps: int = 0
@@ -36,6 +40,9 @@ class Stats:
     decided_kept: int = 0
     sum_delight: float = 0.0
     sum_delight_kept: float = 0.0
+    waiting_bytes: int = 0
+    imbalance: float = _NAN
+    imbalance_balanced: float = _NAN
 
     @property
     def rate(self) -> float:
@@ -70,6 +77,10 @@ class Stats:
         self.sum_delight += total
         self.sum_delight_kept += kept
         self.price = decision.price
+
+    def spread(self, kept: float, replayed: float) -> None:
+        """Note how unevenly kept and replayed rows were spread over ranks."""
+        self.imbalance, self.imbalance_balanced = kept, replayed
 
     def replayed(self, forwarded: int, screened: int) -> None:
         """Count rows run with a graph, of rows screened."""

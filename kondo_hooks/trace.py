@@ -3,6 +3,7 @@
 The graph's nodes are torch's own; their names and saved attributes are read here and nowhere else.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -277,6 +278,46 @@ def _origins(nodes: list[Node]) -> set[str]:
         if node is not None:
             names.add(node.name())
     return names
+
+
+def reaches(loss: Any) -> tuple[bool, list[Tensor]]:
+    """Whether a loss comes from gated calls, and the other leaves that its graph leads to."""
+    calls, leaves, seen = False, [], set()
+    stack = [getattr(loss, "grad_fn", None)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "kondo_call", None) is not None:
+            calls = True
+        elif (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        else:
+            stack.extend(parent for parent, _ in node.next_functions)
+    return calls, leaves
+
+
+def silence(outputs: Iterable[Tensor]) -> list[Any]:
+    """Make whatever gradient reaches a leaf from these outputs exactly zero; returns the hooks, to be removed.
+
+    A gradient of zero at an output is not enough: times a NaN or an infinity inside the model it is NaN.
+    """
+    handles, seen = [], set()
+    stack = [output.grad_fn for output in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            handles.append(node.register_prehook(_zeros))
+        stack.extend(parent for parent, _ in node.next_functions)
+    return handles
+
+
+def _zeros(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,322 @@
+"""Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kondo_hooks.batch import Layout, Rows, Tree, layouts
+from kondo_hooks.node import Call
+from kondo_hooks.rank_one import RankOne
+
+Gradient = Tensor | RankOne
+
+
+@dataclass
+class Held:
+    """What a part keeps for itself, so that its call can let go of the rest.
+
+    Attributes:
+        layout: where the inputs keep their rows.
+        inputs: the rows of each input, or all of it where it is shared.
+        outputs: what the screen returned for the rows; None where the loss did not use it, or its gradient tells.
+    """
+
+    layout: Layout
+    inputs: list[Tensor]
+    outputs: list[Tensor | None]
+
+
+@dataclass
+class Part:
+    """Rows of a call that are to be replayed, and the gradient at each output's rows.
+
+    Attributes:
+        call: the call.
+        rows: indices into its batch; of no meaning for rows that came from another rank.
+        grads: per output, None where the loss did not use it.
+        held: set once the rows are no longer taken from the call.
+        silent: stands in where no row is kept: its gradient is zero, whatever its activations are.
+    """
+
+    call: Call
+    rows: Tensor
+    grads: list[Gradient | None]
+    held: Held | None = None
+    silent: bool = False
+
+    @classmethod
+    def of(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None]) -> "Part":
+        """Rows of a call, and theirs of the gradients at its whole outputs."""
+        taken: list[Gradient | None] = [
+            None if grad is None or where is None else where.take(grad, rows)
+            for where, grad in zip(call.rows, grads, strict=True)
+        ]
+        return cls(call, rows, taken)
+
+    @classmethod
+    def stand_in(cls, call: Call, rows: Tensor, like: Sequence[Tensor | None]) -> "Part":
+        """Rows with a gradient of zero at every output that has rows and that ``like`` has a tensor for."""
+        return cls.of(call, rows, like).silenced()
+
+    def silenced(self) -> "Part":
+        """The same rows with a gradient of zero."""
+        grads: list[Gradient | None] = []
+        for grad in self.grads:
+            if isinstance(grad, RankOne):
+                grads.append(replace(grad, coefficient=torch.zeros_like(grad.coefficient)))
+            else:
+                grads.append(None if grad is None else torch.zeros_like(grad))
+        return replace(self, grads=grads, silent=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether it is the whole call."""
+        return self.held is None and len(self.rows) == self.call.batch
+
+    def input(self, i: int, where: Rows) -> Tensor:
+        """Its rows of an input."""
+        if self.held is not None:
+            return self.held.inputs[i]
+        leaf = self.call.inputs[i].detach()
+        return where.take(leaf, self.rows.to(leaf.device))
+
+    def inputs(self) -> list[Tensor]:
+        """Tensors that have the shapes of the inputs, but for the number of rows."""
+        return self.call.inputs if self.held is None else self.held.inputs
+
+    def output(self, i: int) -> Tensor | None:
+        """What the screen returned for its rows."""
+        if self.held is not None:
+            return self.held.outputs[i]
+        where = self.call.rows[i]
+        assert where is not None
+        return where.take(self.call.outputs[i], self.rows)
+
+    def select(self, index: Tensor) -> "Part":
+        """Some of its rows, by position."""
+        grads: list[Gradient | None] = []
+        for where, grad in zip(self.call.rows, self.grads, strict=True):
+            if isinstance(grad, RankOne):
+                grads.append(grad.take(index))
+            else:
+                grads.append(None if grad is None or where is None else where.take(grad, index))
+        held = self.held
+        if held is not None:
+            inputs = [
+                leaf if where is None else where.take(leaf, index.to(leaf.device))
+                for where, leaf in zip(held.layout, held.inputs, strict=True)
+            ]
+            outputs = [
+                None if leaf is None or where is None else where.take(leaf, index)
+                for where, leaf in zip(self.call.rows, held.outputs, strict=True)
+            ]
+            held = Held(held.layout, inputs, outputs)
+        return replace(self, rows=self.rows[index], grads=grads, held=held)
+
+    def weighted(self, factors: Tensor, offset: int) -> "Part":
+        """Its gradients times (n,) or (n, P) factors; ``offset`` is the outputs' position where the P start."""
+        if bool((factors == 1).all()):
+            return self
+        grads: list[Gradient | None] = []
+        for where, grad in zip(self.call.rows, self.grads, strict=True):
+            if isinstance(grad, RankOne):
+                grads.append(grad.weighted(factors, offset))
+            else:
+                grads.append(None if grad is None or where is None else where.weighted(grad, factors, offset))
+        return replace(self, grads=grads)
+
+    def whole(self) -> "Part":
+        """The whole call, with a gradient of zero at the rows that were not in this part."""
+        grads: list[Gradient | None] = []
+        for output, where, grad in zip(self.call.outputs, self.call.rows, self.grads, strict=True):
+            if grad is None or where is None:
+                grads.append(None)
+            else:
+                assert isinstance(grad, Tensor)
+                grads.append(where.put(torch.zeros_like(output, dtype=grad.dtype), self.rows, grad))
+        return replace(self, rows=torch.arange(self.call.batch, device=self.rows.device), grads=grads)
+
+    def hold(self, layout: Layout) -> "Part":
+        """The same with its own copy of what a replay needs, in the least space that is exact."""
+        if self.held is not None:
+            return self
+        inputs = [
+            leaf.detach() if where is None else self.input(i, where)
+            for i, (leaf, where) in enumerate(zip(self.call.inputs, layout, strict=True))
+        ]
+        grads, outputs = list(self.grads), []
+        for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
+            output = None if grad is None or where is None else self.output(i)
+            if output is not None and where == Rows(0) and isinstance(grad, Tensor):
+                form = RankOne.of(output, grad)
+                if form is not None:
+                    grads[i], output = form, None
+            outputs.append(output)
+        return replace(self, grads=grads, held=Held(layout, inputs, outputs))
+
+    def nbytes(self) -> int:
+        """Bytes that it holds of its own."""
+        if self.held is None:
+            return 0
+        tensors = [leaf for leaf, where in zip(self.held.inputs, self.held.layout, strict=True) if where is not None]
+        tensors += [leaf for leaf in self.held.outputs if leaf is not None]
+        for grad in self.grads:
+            tensors += grad.tensors() if isinstance(grad, RankOne) else [] if grad is None else [grad]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # As a list of tensors, for another rank.
+
+    def to_tensors(self) -> list[Tensor]:
+        """Its rows' inputs, gradients and outputs; it must be held."""
+        assert self.held is not None
+        tensors = [leaf for leaf, where in zip(self.held.inputs, self.held.layout, strict=True) if where is not None]
+        kinds, sent = [], []
+        for grad, output in zip(self.grads, self.held.outputs, strict=True):
+            if isinstance(grad, RankOne):
+                kinds.append(2)
+                sent += [torch.tensor(grad.shape), torch.empty(0, dtype=grad.dtype), *grad.tensors()]
+            elif grad is not None and output is not None:
+                kinds.append(1)
+                sent += [grad, output]
+            else:
+                kinds.append(0)
+        return [torch.tensor(kinds), *tensors, *sent]
+
+    @classmethod
+    def from_tensors(cls, template: "Part", tensors: Sequence[Tensor]) -> "Part":
+        """Rows of another rank, as a part of ``template``'s call, whose shared inputs are taken to be the same."""
+        assert template.held is not None
+        received = iter(tensors)
+        kinds = next(received).tolist()
+        inputs = [
+            leaf if where is None else next(received).to(leaf.device)
+            for leaf, where in zip(template.held.inputs, template.held.layout, strict=True)
+        ]
+        grads: list[Gradient | None] = []
+        outputs: list[Tensor | None] = []
+        device = template.rows.device
+        n = 0
+        for kind in kinds:
+            grad: Gradient | None = None
+            output = None
+            if kind == 2:
+                shape, dtype = torch.Size(next(received).tolist()), next(received).dtype
+                coefficient, action, logp = (next(received).to(device) for _ in range(3))
+                grad = RankOne(coefficient, action, logp, shape, dtype)
+                n = shape[0]
+            elif kind == 1:
+                grad, output = next(received).to(device), next(received).to(device)
+            grads.append(grad)
+            outputs.append(output)
+        for leaf, where in zip(inputs, template.held.layout, strict=True):
+            n = n if where is None else leaf.shape[where.axis] // where.repeat
+        return cls(template.call, torch.arange(n, device=device), grads, Held(template.held.layout, inputs, outputs))
+
+
+def pack(parts: list[Part], limit: int | None = None) -> list[list[Part]]:
+    """Group parts whose rows can go through the model as one batch of at most ``limit`` rows."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        for group in groups:
+            if _fits(group[0], part):
+                group.append(part)
+                break
+        else:
+            groups.append([part])
+    return [cut for group in groups for cut in split(group, limit)]
+
+
+def split(group: list[Part], limit: int | None) -> list[list[Part]]:
+    """Cut a group into as few as possible of at most ``limit`` rows, alike in size."""
+    total = sum(map(len, group))
+    if limit is None or total <= limit or any(part.call.whole or part.call.decides_at_once for part in group):
+        return [group]
+    return cut(group, -(-total // limit))
+
+
+def cut(group: list[Part], pieces: int) -> list[list[Part]]:
+    """Cut a group into this many of nearly equal size; some are empty where there are fewer rows."""
+    total, result = sum(map(len, group)), []
+    for piece in range(pieces):
+        first, last = total * piece // pieces, total * (piece + 1) // pieces
+        taken, start = [], 0
+        for part in group:
+            low, high = max(first - start, 0), min(last - start, len(part))
+            start += len(part)
+            if low < high:
+                everything = high - low == len(part)
+                taken.append(part if everything else part.select(torch.arange(low, high, device=part.rows.device)))
+        result.append(taken)
+    return result
+
+
+def same_structure(a: Call, b: Call) -> bool:
+    """Whether two calls are alike in everything but sizes and values, so on every rank or on none."""
+    return (
+        a.run == b.run
+        and a.input_paths == b.input_paths
+        and a.paths == b.paths
+        and a.flags == b.flags
+        and a.autocast == b.autocast
+        and [(x.dtype, x.dim()) for x in a.inputs] == [(x.dtype, x.dim()) for x in b.inputs]
+        and [(x.dtype, x.dim()) for x in a.outputs] == [(x.dtype, x.dim()) for x in b.outputs]
+    )
+
+
+def stands_alone(call: Call) -> bool:
+    """Whether its rows cannot go through the model together with another call's."""
+    return bool(call.random or call.whole or call.buffers.entries or call.decides_at_once)
+
+
+def _fits(first: Part, second: Part) -> bool:
+    a, b = first.call, second.call
+    if stands_alone(a) or stands_alone(b) or not same_structure(a, b) or a.rows != b.rows:
+        return False
+    layout, other = _layout(first), _layout(second)
+    if layout != other:
+        return False
+    for x, y, rows in zip(first.inputs(), second.inputs(), layout, strict=True):
+        if x.device != y.device:
+            return False
+        if rows is None:
+            if x is not y and not same_values(x, y):
+                return False
+        elif _without(x.shape, rows.axis) != _without(y.shape, rows.axis):
+            return False
+    return same_constants(a.args, b.args)
+
+
+def _layout(part: Part) -> Layout:
+    if part.held is not None:
+        return part.held.layout
+    return next(layouts(part.call.inputs, part.call.batch, part.call.batch_dim))
+
+
+def same_values(x: Tensor, y: Tensor) -> bool:
+    """Whether two shared inputs are the same."""
+    return x is y or (x.shape == y.shape and torch.equal(x, y))
+
+
+def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def same_constants(a: Tree, b: Tree) -> bool:
+    """Whether two trees differ in nothing but their tensors."""
+    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same_constants, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_constants(a[key], b[key]) for key in a)
+    try:
+        return bool(a == b)
+    except Exception:
+        return False

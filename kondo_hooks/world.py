@@ -1,0 +1,182 @@
+"""All ranks as one batch: one decision over their rows, and kept rows moved so that each replays as many.
+
+Every rank computes the same from the same table, so nothing has to be agreed on afterwards.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kondo_hooks.parts import Part
+from kondo_hooks.ranks import Ranks
+from kondo_hooks.selection import Decision, Samples, Selector, Signal
+
+_COLUMNS = 6  # delight, score, valid, forced, slot, row
+
+
+@dataclass
+class World:
+    """A decision over all ranks.
+
+    Attributes:
+        decision: this rank's part of it; ``price`` and ``rate`` are the world's.
+        factors: for each of this rank's calls, factors on its gradients.
+        counts: (ranks, slots) kept rows of each rank in each slot.
+    """
+
+    decision: Decision
+    factors: list[Tensor]
+    counts: Tensor
+
+
+def decide(
+    selector: Selector,
+    samples: Samples | None,
+    signals: list[Signal],
+    slots: list[int],
+    forced: Tensor | None,
+    ranks: Ranks,
+    device: torch.device,
+) -> World:
+    """Choose among the rows of all ranks, as one batch in the order of the ranks.
+
+    Args:
+        selector: the same on every rank.
+        samples: this rank's; None if it failed, and then every rank raises.
+        signals: of each of its calls, (B,) or (B, P).
+        slots: for each call, which of the structures it has that all ranks have in common.
+        forced: (N,) samples of this rank that are kept.
+        ranks: who decides.
+        device: where collectives run.
+    """
+    if samples is None:
+        ranks.gather(None, _COLUMNS, device)
+        raise AssertionError("unreachable: a failed rank raises in gather")
+    tables = ranks.gather(_table(samples, signals, slots, forced).to(device), _COLUMNS, device)
+    union = torch.cat(tables)
+    scores = None if samples.scores is None else union[:, 1]
+    everything = Samples(union[:, 0], scores, union[:, 2] != 0)
+    decision = selector.choose(everything, union[:, 3] != 0)
+    factors = decision.factors()
+    start = sum(map(len, tables[: ranks.rank]))
+    mine = slice(start, start + len(tables[ranks.rank]))
+    here = (decision.kept >= mine.start) & (decision.kept < mine.stop)
+    local = Decision(
+        samples.delight,
+        (decision.kept[here] - mine.start).to(samples.delight.device),
+        None if decision.weights is None else decision.weights[here].to(samples.delight),
+        decision.price,
+        decision.rate,
+        samples=int((tables[ranks.rank][:, 2] != 0).sum()),
+    )
+    own = factors[mine].to(samples.delight)
+    return World(local, selector.split(own, signals), _counts(tables, factors, max(slots) + 1))
+
+
+def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:
+    n = len(samples.delight)
+    valid = torch.ones(n) if samples.valid is None else samples.valid
+    rows, slot, first = [], [], 0
+    tokens = n == sum(s.valid.numel() for s in signals)
+    for signal, number in zip(signals, slots, strict=True):
+        batch = len(signal.valid)
+        per_row = signal.valid.numel() // batch if tokens else 1
+        rows.append(torch.arange(first, first + batch).repeat_interleave(per_row))
+        slot.append(torch.full((batch * per_row,), number))
+        first += batch
+    columns = [
+        samples.delight,
+        samples.delight if samples.scores is None else samples.scores,
+        valid,
+        torch.zeros(n) if forced is None else forced,
+        torch.cat(slot),
+        torch.cat(rows),
+    ]
+    return torch.stack([c.to(samples.delight.device, torch.float64) for c in columns], 1)
+
+
+def _counts(tables: list[Tensor], factors: Tensor, slots: int) -> Tensor:
+    counts = torch.zeros(len(tables), slots, dtype=torch.long)
+    start = 0
+    for rank, table in enumerate(tables):
+        kept = factors[start : start + len(table)] != 0
+        start += len(table)
+        rows = table[kept][:, 4:].unique(dim=0)
+        counts[rank] = torch.bincount(rows[:, 0].long().cpu(), minlength=slots)
+    return counts
+
+
+def imbalance(counts: Tensor) -> float:
+    """The busiest rank's kept rows over the mean: 1 is even."""
+    rows = counts.sum(1).double()
+    return float(rows.max() / rows.mean()) if rows.any() else 1.0
+
+
+def even_counts(counts: Tensor, movable: list[bool]) -> Tensor:
+    """(ranks, slots) rows after moving: within one row of each other in each movable slot, and in their sum."""
+    target = counts.clone()
+    ranks, extra = len(counts), 0
+    for slot, can in enumerate(movable):
+        if not can:
+            continue
+        total = int(counts[:, slot].sum())
+        target[:, slot] = total // ranks
+        for _ in range(total % ranks):
+            target[extra % ranks, slot] += 1
+            extra += 1
+    return target
+
+
+def balance(
+    parts: list[list[Part]], templates: list[Part], counts: Tensor, target: Tensor, ranks: Ranks, device: torch.device
+) -> list[list[Part]]:
+    """Move rows from ranks that kept more than their share to those that kept fewer.
+
+    Args:
+        parts: this rank's kept rows in each slot, held.
+        templates: for each slot a held part of this rank, whatever its rows.
+        counts: (ranks, slots) kept rows.
+        target: (ranks, slots) rows to replay.
+        ranks: who takes part.
+        device: where collectives run.
+    """
+    parcels: list[list[list[Tensor]]] = [[] for _ in range(ranks.size)]
+    staying = [list(slot) for slot in parts]
+    for slot in range(counts.shape[1]):
+        for giver, taker, n in _transfers((counts - target)[:, slot].tolist()):
+            if giver == ranks.rank:
+                staying[slot], leaving = _take_last(staying[slot], n)
+                for part in leaving:
+                    parcels[taker].append([torch.tensor(slot), *part.to_tensors()])
+    for parcel in ranks.exchange(parcels, device):
+        for slot_number, *tensors in parcel:
+            slot = int(slot_number)
+            staying[slot].append(Part.from_tensors(templates[slot], tensors))
+    return staying
+
+
+def _transfers(surplus: list[int]) -> list[tuple[int, int, int]]:
+    """(giver, taker, rows) that bring every surplus to zero, the same on every rank."""
+    left, moves = list(surplus), []
+    for giver in range(len(left)):
+        for taker in range(len(left)):
+            if (n := min(left[giver], -left[taker])) > 0:
+                moves.append((giver, taker, n))
+                left[giver] -= n
+                left[taker] += n
+    return moves
+
+
+def _take_last(parts: list[Part], n: int) -> tuple[list[Part], list[Part]]:
+    """The parts without their last ``n`` rows, and those."""
+    staying, leaving = list(parts), []
+    while n:
+        last = staying.pop()
+        if len(last) > n:
+            index = torch.arange(len(last), device=last.rows.device)
+            staying.append(last.select(index[: len(last) - n]))
+            last = last.select(index[len(last) - n :])
+        leaving.append(last)
+        n -= len(last)
+    return staying, leaving

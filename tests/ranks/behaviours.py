@@ -1,0 +1,419 @@
+"""What a gate does on real ranks besides the numbers: failures, emptiness, collectives, waiting, resuming."""
+
+import collections
+import contextlib
+import copy
+import random
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import kondo_hooks as kondo
+from tests.ranks.exactness import Batch, difference, loss_of, update_difference
+from tests.ranks.hosts import FEATURES, HOSTS, LR, Host, K, Net, build, make_net
+from tests.ranks.launch import at
+
+
+def one_step(host: Host, batch: Batch) -> None:
+    with host.micro(0, 1):
+        host.backward(loss_of(host.model(batch.x), batch))
+    host.step()
+
+
+def random_batch(seed: int, n: int, shift: float = 0.0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    advantages = torch.randn(n, generator=g) + shift
+    return Batch(torch.randn(n, FEATURES, generator=g), torch.randint(0, K, (n,), generator=g), advantages)
+
+
+def delight(net: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        logp = net(batch.x).log_softmax(-1).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+    return -batch.advantages * logp
+
+
+def random_loop(name: str) -> dict[str, Any]:
+    """50 steps of random prices, sizes, emptiness and scopes: never a hang, and exact at the end."""
+    host = build(HOSTS[name], make_net(), 1)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    clip = HOSTS[name].options.get("clip")
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    dice = random.Random(7)
+    empty = nothing = 0
+    for step in range(50):
+        at(f"{name}, rank {rank}, step {step}")
+        sizes = [dice.randint(1, 8) for _ in range(ranks)]
+        shifts = [dice.choice([0.0, 0.0, -9.0, 2.0]) for _ in range(ranks)]
+        if dice.random() < 0.1:
+            shifts = [-9.0] * ranks
+        price = dice.choice([0.0, 0.0, 0.5, 3.0, 50.0])
+        options: dict[str, Any] = {"scope": dice.choice(["local", "global"])}
+        options["balance"] = options["scope"] == "global" and dice.random() < 0.5
+        if dice.random() < 0.3:
+            options["micro_batch_size"] = dice.randint(1, 3)
+        batches = [random_batch(1000 * step + r, sizes[r], shifts[r]) for r in range(ranks)]
+        with kondo.gated(host.model, price=price, **options):
+            one_step(host, batches[rank])
+        kept = [(delight(net, b) > price).float() for b in batches]
+        empty += any(not k.any() for k in kept)
+        nothing += not any(k.any() for k in kept)
+        for b, k in zip(batches, kept, strict=True):
+            (loss_of(net(b.x), b, k) / ranks).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = {n: p.detach() for n, p in net.named_parameters()}
+    return {"difference": difference(host.full(), expected), "empty": empty, "nothing": nothing}
+
+
+class Mixing(Net):
+    """On a rank where ``mixes`` is set, a row's output depends on the others."""
+
+    mixes = False
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out + out.mean(0) if self.mixes else out
+
+
+def failing_rank(name: str) -> dict[str, Any]:
+    """One rank fails, in its decision or its replay: all raise, and afterwards all go on."""
+    rank = dist.get_rank() if dist.is_initialized() else None
+    result: dict[str, Any] = {}
+    torch.manual_seed(0)
+    net = Mixing()
+    for scope in ("local", "global"):
+        for kind in ("decision", "replay"):
+            host = build(HOSTS[name], copy.deepcopy(net), 1)
+            rank = dist.get_rank()
+            batch = random_batch(rank, 6)
+            with kondo.gated(host.model, rate=0.5, scope=scope) as gate:
+                one_step(host, batch)
+                bad = copy.deepcopy(batch)
+                if rank == 1 and kind == "decision":
+                    bad.advantages[2] = torch.nan
+                mixing = [m for m in host.model.modules() if isinstance(m, Mixing)]
+                for m in mixing:
+                    m.mixes = rank == 1 and kind == "replay"
+                at(f"{name}: {scope} {kind}, rank {rank}")
+                try:
+                    one_step(host, bad)
+                    message = None
+                except (RuntimeError, ValueError) as error:
+                    message = f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}"
+                for m in mixing:
+                    m.mixes = False
+                for p in host.model.parameters():
+                    p.grad = None
+                steps = gate.stats.steps
+                at(f"{name}: after {scope} {kind}, rank {rank}")
+                if not name.startswith("zero"):  # its engine has no way back from a backward that failed
+                    one_step(host, batch)
+                    steps = gate.stats.steps - steps
+            result[f"{scope} {kind}"] = [message, steps]
+    return result
+
+
+def late_failure(name: str) -> dict[str, Any]:
+    """A rank fails in a micro-batch that reduces nothing: all raise when they next reduce."""
+    net = make_net()
+    host = build(HOSTS[name], net, 2)
+    rank = dist.get_rank()
+    raised = None
+    with kondo.gated(host.model, rate=0.5):
+        for i in range(2):
+            batch = random_batch(i, 6)
+            if rank == 1 and i == 0:
+                batch.advantages[0] = torch.inf
+            at(f"{name}, rank {rank}, micro-batch {i}")
+            try:
+                with host.micro(i, 2):
+                    host.backward(loss_of(host.model(batch.x), batch))
+                    if host.divides:
+                        host.step()
+            except (RuntimeError, ValueError) as error:
+                raised = (i, str(error))
+                break
+    return {"raised": raised}
+
+
+class Poisoned(Net):
+    """A row of huge inputs has a finite output, and derivatives that are NaN."""
+
+    def forward(self, x):
+        big = x.abs().amax(-1, keepdim=True) > 1e3
+        root = torch.where(big, (x - x).sum(-1, keepdim=True) * self.embed.bias.sum(), x[..., :1])
+        return super().forward(torch.where(big, 0, x)) + torch.where(big, torch.sqrt(root.abs()), 0 * root)
+
+
+def silent_rank(name: str) -> dict[str, Any]:
+    """A rank that keeps nothing, and whose rows have NaN in their derivatives, adds exactly nothing."""
+    torch.manual_seed(0)
+    net = Poisoned()
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    host = build(HOSTS[name], net, 1)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batches = [random_batch(r, 4, 5.0 if r == 0 else -9.0) for r in range(ranks)]
+    for b in batches[1:]:
+        b.x[:] = 1e6
+    with kondo.gated(host.model, price=0.0):
+        one_step(host, batches[rank])
+    # By hand: rank 0's rows alone.
+    kept = (delight(net, batches[0]) > 0).float()
+    (loss_of(net(batches[0].x), batches[0], kept) / ranks).backward()
+    if clip := HOSTS[name].options.get("clip"):
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+    with torch.no_grad():
+        expected = {n: start[n] - LR * p.grad for n, p in net.named_parameters()}
+    # The trap is there: a gradient of zero sent into such a row comes out as NaN.
+    logits = net(batches[-1].x)
+    grads = torch.autograd.grad(logits, list(net.parameters()), torch.zeros_like(logits), allow_unused=True)
+    trap = any(g is not None and g.isnan().any().item() for g in grads)
+    return {"difference": difference(host.full(), expected), "trap": trap}
+
+
+@contextlib.contextmanager
+def counted_deepspeed() -> Any:
+    """DeepSpeed sends what it can through shared memory on one machine, past gloo: counted at its own door."""
+    found: collections.Counter[str] = collections.Counter()
+    if "deepspeed" not in sys.modules:
+        yield found
+        return
+    from deepspeed.comm import comm
+
+    own, inside = comm.cdb, False
+
+    class Counting:
+        def __getattr__(self, attribute: str) -> Any:
+            value = getattr(own, attribute)
+            if not attribute.startswith(("all_", "reduce", "broadcast", "inference_all", "allgather", "gather")):
+                return value
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                if not inside:
+                    found[f"deepspeed {attribute}"] += 1
+                inside, before = True, inside
+                try:
+                    return value(*args, **kwargs)
+                finally:
+                    inside = before
+
+            return call
+
+    comm.cdb = Counting()
+    try:
+        yield found
+    finally:
+        comm.cdb = own
+
+
+def collectives(name: str) -> dict[str, Any]:
+    """Collectives of one full step, and of gated ones, by the backend's own names."""
+    host = build(HOSTS[name], make_net(), 1)
+    batch = random_batch(dist.get_rank(), 8)
+
+    def count(**options: Any) -> dict[str, int]:
+        context = kondo.gated(host.model, **options) if options else contextlib.nullcontext()
+        with context:
+            for _ in range(3):
+                one_step(host, batch)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                with counted_deepspeed() as found:
+                    one_step(host, batch)
+        found.update(e.name.removeprefix("gloo:") for e in profile.events() if e.name.startswith("gloo:"))
+        return dict(found)
+
+    return {
+        "full": count(),
+        "local": count(rate=0.25),
+        "global": count(rate=0.25, scope="global"),
+        "balanced": count(rate=0.25, scope="global", balance=True),
+        "bounded": count(rate=0.25, micro_batch_size=1),
+    }
+
+
+def sequences(seed: int, length: int) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    shape = (4, length)
+    return Batch(
+        torch.randn(*shape, FEATURES, generator=g),
+        torch.randint(0, K, shape, generator=g),
+        torch.randn(4, 1, generator=g).expand(shape).contiguous(),
+    )
+
+
+def sequence_loss(logits: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
+    logp = logits.float().log_softmax(-1).gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+    terms = -batch.advantages * logp
+    return (terms if weights is None else terms * weights.unsqueeze(1)).mean()
+
+
+def ragged_window(name: str) -> dict[str, Any]:
+    """Sequences of other lengths on every rank and in every backward of a window."""
+    host = build(HOSTS[name], make_net(), 3)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batches = [[sequences(10 * r + i, 3 + (r + 2 * i) % 5) for i in range(3)] for r in range(ranks)]
+    result = {}
+    for scope, balance in (("local", False), ("global", False), ("global", True)):
+        host = build(HOSTS[name], make_net(), 3)
+        at(f"{name}, rank {rank}, {scope}, balance {balance}")
+        with kondo.gated(host.model, rate=0.25, window=3, scope=scope, balance=balance) as gate:
+            for i in range(3):
+                with host.micro(i, 3):
+                    loss = sequence_loss(host.model(batches[rank][i].x), batches[rank][i])
+                    host.backward(loss if host.divides else loss / 3)
+                    if host.divides:
+                        host.step()
+            if not host.divides:
+                host.step()
+        net = make_net()
+        chi = [[_sequence_delight(net, b) for b in row] for row in batches]
+        sizes = [[len(c) for c in row] for row in chi]
+        groups = [range(ranks)] if scope == "global" else [[r] for r in range(ranks)]
+        weights = [[torch.zeros(n) for n in row] for row in sizes]
+        for group in groups:
+            places = [(r, i, j) for r in group for i in range(3) for j in range(sizes[r][i])]
+            scores = torch.stack([chi[r][i][j] for r, i, j in places])
+            chosen = scores.sort(descending=True, stable=True).indices[: max(1, round(0.25 * len(places)))]
+            for index in chosen.tolist():
+                r, i, j = places[index]
+                weights[r][i][j] = 1
+        for r in range(ranks):
+            for i in range(3):
+                (sequence_loss(net(batches[r][i].x), batches[r][i], weights[r][i]) / (3 * ranks)).backward()
+        if clip := HOSTS[name].options.get("clip"):
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        with torch.no_grad():
+            expected = {n: p - LR * p.grad for n, p in net.named_parameters()}
+        result[f"{scope} {balance}"] = [difference(host.full(), expected), gate.stats.forwarded]
+    return result
+
+
+def _sequence_delight(net: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        logp = net(batch.x).log_softmax(-1).gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+    return (-batch.advantages * logp).sum(1)
+
+
+def resume(name: str) -> dict[str, Any]:
+    """Stop after 4 of 8 steps, load what was saved into fresh objects, and end as the uninterrupted run does."""
+    options: dict[str, Any] = {"rate": 0.25, "priority": "uniform", "scope": "global", "balance": True, "history": 3}
+    rank = 0
+
+    def run(host: Host, gate_state: Any, steps: range) -> tuple[Any, list[list[int]]]:
+        kept = []
+        with kondo.gated(host.model, **options) as gate:
+            if gate_state is not None:
+                gate.load_state_dict(gate_state)
+            for step in steps:
+                one_step(host, random_batch(100 * step + dist.get_rank(), 6))
+                kept.append(gate.last.kept.tolist())
+            return gate.state_dict(), kept
+
+    whole = build(HOSTS[name], make_net(), 1)
+    rank = dist.get_rank()
+    _, kept = run(whole, None, range(8))
+    first = build(HOSTS[name], make_net(), 1)
+    state, kept_first = run(first, None, range(4))
+    saved = first.full()
+    net = make_net(1)
+    net.load_state_dict(saved, strict=False)
+    second = build(HOSTS[name], net, 1)
+    _, kept_second = run(second, state, range(4, 8))
+    return {
+        "difference": difference(second.full(), whole.full()),
+        "same_rows": kept == kept_first + kept_second,
+        "rank": rank,
+    }
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """Ranks that share a batch: refused unless told, and then of one mind although they differ by rounding."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, K))
+    reference = copy.deepcopy(net)
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    try:
+        kondo.gated(net, rate=0.25)
+        refused = None
+    except ValueError as error:
+        refused = str(error)
+    batch = random_batch(0, 8)
+    # Two rows of the same delight, to rounding, and only one may be kept: the ranks see them in other orders.
+    batch.x[1] = batch.x[0]
+    batch.actions[1] = batch.actions[0]
+    batch.advantages[0] = batch.advantages[1] = 50.0
+    if dist.get_rank() == 1:
+        batch.advantages[1] *= 1 + 1e-6
+    with kondo.gated(net, rate=0.125, tensor_parallel_group=mesh["tp"].get_group()) as gate:
+        loss_of(net(batch.x), batch).backward()
+    kept = gate.last.kept.tolist()
+    mask = torch.zeros(8)
+    mask[kept] = 1
+    loss_of(reference(batch.x), batch, mask).backward()
+    ours = {n: p.grad.full_tensor() for n, p in net.named_parameters()}
+    return {
+        "refused": refused,
+        "kept": kept,
+        "difference": difference(ours, {n: p.grad for n, p in reference.named_parameters()}),
+    }
+
+
+def plain_world() -> dict[str, Any]:
+    """No wrapper: the user reduces gradients; all ranks choose as one."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    net, reference = make_net(), make_net()
+    batches = [random_batch(r, 8 - r) for r in range(ranks)]
+    with kondo.gated(net, rate=0.2, scope="global", balance=True) as gate:
+        loss_of(net(batches[rank].x), batches[rank]).backward()
+        for p in net.parameters():
+            dist.all_reduce(p.grad)
+    chi = torch.cat([delight(reference, b) for b in batches])
+    mask = torch.zeros(len(chi))
+    mask[chi.sort(descending=True, stable=True).indices[: round(0.2 * len(chi))]] = 1
+    for b, m in zip(batches, mask.split([len(b.x) for b in batches]), strict=True):
+        loss_of(reference(b.x), b, m).backward()
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (net, reference))
+    return {"difference": difference(ours, theirs), "forwarded": gate.stats.forwarded, "kept": len(gate.last.kept)}
+
+
+def naive_nesting(name: str) -> dict[str, Any]:
+    """DeepSpeed with two accumulation steps, and no driver of its own: what the driver is there against."""
+    from kondo_hooks.integrations.deepspeed import DeepSpeed
+
+    from tests.ranks.exactness import STEPS, Case, run_gated, run_reference
+
+    case = Case(2, "local", False, False)
+    result = {}
+    for driven in (True, False):
+        host = build(HOSTS[name], make_net(), 2)
+        own = DeepSpeed.open
+        if not driven:
+            DeepSpeed.open = lambda self, gate: lambda: None
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, DeepSpeed, "open", own)
+            run_gated(host, case, dist.get_rank())
+        expected, _ = run_reference(case, dist.get_world_size(), HOSTS[name].options.get("clip"))
+        result["driven" if driven else "naive"] = difference(host.full(), expected)
+        result["update" if driven else "naive update"] = update_difference(host.full(), expected)
+    assert STEPS == 3
+    return result
+
+
+def main(argument: list[Any]) -> Any:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return globals()[argument[0]](*argument[1:])
