@@ -224,9 +224,9 @@ def collectives(name: str) -> dict[str, Any]:
         with context:
             for _ in range(3):
                 one_step(host, batch)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                with counted_deepspeed() as found:
-                    one_step(host, batch)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities) as profile, counted_deepspeed() as found:
+                one_step(host, batch)
         found.update(e.name.removeprefix("gloo:") for e in profile.events() if e.name.startswith("gloo:"))
         return dict(found)
 
@@ -411,6 +411,28 @@ def naive_nesting(name: str) -> dict[str, Any]:
         result["update" if driven else "naive update"] = update_difference(host.full(), expected)
     assert STEPS == 3
     return result
+
+
+def refused_engines() -> dict[str, str]:
+    """Kinds of parallelism without a loss of the user's to gate, or without rows of a rank's own."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed("gloo")
+    layers = [nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, K)]
+    module = PipelineModule(layers=layers, num_stages=2, loss_fn=nn.functional.cross_entropy)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.SGD(list(module.parameters()), lr=LR)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    try:
+        kondo.gated(engine)
+    except ValueError as error:
+        return {"pipeline": str(error)}
+    return {}
+
+
+def several(name: str, *behaviours: str) -> dict[str, Any]:
+    return {behaviour: globals()[behaviour](name) for behaviour in behaviours}
 
 
 def main(argument: list[Any]) -> Any:

@@ -1,0 +1,291 @@
+"""Windows in one process: several backwards as one population, what waits for it, and what is never lost."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import kondo_hooks as kondo
+from kondo_hooks.rank_one import RankOne
+from tests.cases import FEATURES, K, Mlp, make_batch
+from tests.reference import grads, kept_mask, largest_relative_difference
+
+
+def micro_batches(n: int, rows: int = 12, seed: int = 0):
+    return [make_batch(rows, False, torch.float64, seed + i) for i in range(n)]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return Mlp().double()
+
+
+def reinforce(logits, batch, weights=1.0):
+    logp = logits.log_softmax(-1).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+    return (-weights * batch.advantages * logp).mean()
+
+
+def run(model, batches, **options):
+    with kondo.gated(model, **options) as gate:
+        for batch in batches:
+            (reinforce(model(batch.x), batch) / len(batches)).backward()
+    return gate
+
+
+def masked(model, batches, kept):
+    reference = copy.deepcopy(model)
+    for p in reference.parameters():
+        p.grad = None
+    mask = kept_mask(kept, sum(len(b.x) for b in batches), torch.float64)
+    for batch, weights in zip(batches, mask.split([len(b.x) for b in batches]), strict=True):
+        (reinforce(reference(batch.x), batch, weights) / len(batches)).backward()
+    return grads(reference)
+
+
+OPTIONS = [
+    {"rate": 0.1},
+    {"price": 0.5},
+    {"rate": 0.1, "unit": "token"},
+    {"rate": 0.1, "history": 2},
+    {"rate": 0.1, "priority": "uniform"},
+    {"rate": 0.1, "deterministic": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_the_window_is_one_population_and_its_gradient_that_of_a_masked_backward(options, micro_batch_size):
+    model, batches = mlp(), micro_batches(4)
+    gate = run(model, batches, window=4, micro_batch_size=micro_batch_size, **options)
+    assert gate.stats.steps == 1
+    assert len(gate.last.delight) == 48
+    if options == {"rate": 0.1}:
+        delight = gate.last.delight
+        assert gate.last.kept.tolist() == delight.sort(descending=True, stable=True).indices[:5].sort().values.tolist()
+        assert gate.stats.forwarded == 5
+    assert largest_relative_difference(grads(model), masked(model, batches, gate.last.kept)) < 1e-10
+
+
+def test_kept_rows_are_replayed_in_passes_of_at_most_micro_batch_size_rows():
+    model, sizes = mlp(), []
+    model.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])) if torch.is_grad_enabled() else None)
+    run(model, micro_batches(4), window=4, rate=0.25, micro_batch_size=5)
+    assert sum(sizes) == 12 and max(sizes) <= 5 and max(sizes) - min(sizes) <= 1
+
+
+def test_decisions_come_every_window_backwards_and_leave_the_other_steps_without_gradient():
+    model, batches = mlp(), micro_batches(4)
+    with kondo.gated(model, rate=0.25, window=2) as gate:
+        for i, batch in enumerate(batches):
+            reinforce(model(batch.x), batch).backward()
+            assert gate.stats.steps == (i + 1) // 2
+            assert all((p.grad is None) == (i == 0) for p in model.parameters())
+
+
+def test_flush_decides_on_a_window_that_is_not_full():
+    model, batches = mlp(), micro_batches(3)
+    with kondo.gated(model, rate=0.25, window=8) as gate:
+        for batch in batches:
+            (reinforce(model(batch.x), batch) / 3).backward()
+        assert gate.flush() == 3
+        assert gate.flush() == 0
+    assert len(gate.last.kept) == 9
+    assert largest_relative_difference(grads(model), masked(model, batches, gate.last.kept)) < 1e-10
+
+
+def test_a_step_while_backwards_wait_is_an_error_and_another_models_step_is_none():
+    model, critic = mlp(), nn.Linear(FEATURES, 1).double()
+    own, other = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(critic.parameters(), lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    with kondo.gated(model, rate=0.25, window=2) as gate:
+        batch = micro_batches(1)[0]
+        reinforce(model(batch.x), batch).backward()
+        critic(batch.x).sum().backward()
+        other.step()
+        with pytest.raises(RuntimeError, match=r"1 of window=2 backwards wait.*flush"):
+            own.step()
+        assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+        gate.flush()
+        own.step()
+
+
+def test_a_context_that_ends_while_backwards_wait_says_so():
+    model, batch = mlp(), micro_batches(1)[0]
+    with (
+        pytest.raises(RuntimeError, match=r"ended while 1 of window=2 backwards waited"),
+        kondo.gated(model, rate=0.25, window=2),
+    ):
+        reinforce(model(batch.x), batch).backward()
+    assert "_compiled_call_impl" not in model.__dict__
+    with pytest.raises(ZeroDivisionError), kondo.gated(model, rate=0.25, window=2):
+        reinforce(model(batch.x), batch).backward()
+        raise ZeroDivisionError
+
+
+def test_inputs_that_want_a_gradient_are_refused_in_a_window():
+    model, batch = mlp(), micro_batches(1)[0]
+    with (
+        kondo.gated(model, rate=0.25, window=2),
+        pytest.raises(RuntimeError, match="no input of the model"),
+    ):
+        reinforce(model(batch.x.requires_grad_()), batch).backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 0},
+        {"window": True},
+        {"window": "always"},
+        {"window": 2.0},
+        {"scope": "world"},
+        {"micro_batch_size": 0},
+        {"balance": True},
+        {"balance": 1, "scope": "global"},
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        kondo.gated(mlp(), rate=0.1, **options)
+
+
+def test_auto_needs_a_host_that_accumulates():
+    from accelerate.state import GradientState
+
+    GradientState._reset_state()
+    with pytest.raises(ValueError, match=r"window='auto'.*number of backwards"):
+        kondo.gated(mlp(), rate=0.1, window="auto")
+
+
+def test_auto_follows_accelerate_also_at_the_ragged_end_of_an_epoch():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    model = mlp()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    batches = micro_batches(6)
+    loader = torch.utils.data.DataLoader(range(6), batch_size=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    seen = []
+    with kondo.gated(prepared, rate=0.1, window="auto") as gate:
+        for index in loader:
+            batch = batches[int(index)]
+            with accelerator.accumulate(prepared):
+                accelerator.backward(reinforce(prepared(batch.x), batch))
+                optimizer.step()
+                optimizer.zero_grad()
+            seen.append((gate.stats.steps, None if gate.last is None else len(gate.last.delight)))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    assert seen == [(0, None)] * 3 + [(1, 48), (1, 48), (2, 24)]
+
+
+class Wide(nn.Module):
+    """A policy over many actions: its logits are what waiting costs."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, vocabulary)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_waits_is_a_running_top_k_in_the_form_of_rank_one(dtype):
+    torch.manual_seed(0)
+    vocabulary, length, rows, window = 500, 6, 32, 8
+    model = Wide(vocabulary).to(dtype)
+    reference = copy.deepcopy(model)
+    data = [
+        (torch.randint(0, 11, (rows, length)), torch.randint(0, vocabulary, (rows, length)), torch.randn(rows, 1))
+        for _ in range(window)
+    ]
+
+    def loss_of(logits, actions, advantages, weights=1.0):
+        logits = logits if dtype == torch.float64 else logits.float()
+        logp = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return (-weights * advantages * logp).mean()
+
+    with kondo.gated(model, rate=1 / 32, window=window) as gate:
+        for ids, actions, advantages in data:
+            loss_of(model(ids), actions, advantages).backward()
+    mask = kept_mask(gate.last.kept, window * rows, torch.float32).view(window, rows, 1)
+    for (ids, actions, advantages), weights in zip(data, mask, strict=True):
+        loss_of(reference(ids), actions, advantages, weights).backward()
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+    assert largest_relative_difference(grads(model), grads(reference)) < tolerance
+    # Eight rows of ids, and of coefficients, actions and log-probs, against one micro-batch of logits and gradients.
+    kept_bytes = 9 * length * 40
+    assert gate.stats.waiting_bytes <= kept_bytes
+    assert gate.stats.waiting_bytes < rows * length * vocabulary * dtype.itemsize / 50
+
+
+def test_a_loss_that_is_no_policy_gradient_keeps_its_whole_gradient_while_it_waits():
+    model, batches = mlp(), micro_batches(3)
+
+    def loss_of(logits, batch, weights=1.0):
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+        return (weights * (-batch.advantages * chosen + 0.5 * (logp.exp() * logp).sum(-1))).mean()
+
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.2, window=3) as gate:
+        for batch in batches:
+            loss_of(model(batch.x), batch).backward()
+    mask = kept_mask(gate.last.kept, 36, torch.float64).view(3, 12)
+    for batch, weights in zip(batches, mask, strict=True):
+        loss_of(reference(batch.x), batch, weights).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_rank_one_is_refused_where_it_is_not_exact():
+    logits = torch.randn(3, 4, 9, dtype=torch.float64, requires_grad=True)
+    action = torch.randint(0, 9, (3, 4))
+    logp = logits.log_softmax(-1)
+    (logp.gather(-1, action.unsqueeze(-1)).squeeze(-1) * torch.randn(3, 4)).sum().backward(retain_graph=True)
+    form = RankOne.of(logits.detach(), logits.grad)
+    assert form is not None
+    torch.testing.assert_close(form.grad(logits), logits.grad)
+    (1e-6 * (logp.exp() * logp).sum()).backward()
+    assert RankOne.of(logits.detach(), logits.grad) is None
+
+
+def test_a_larger_backward_than_expected_keeps_what_is_still_held_and_says_so():
+    model = mlp()
+    batches = [*micro_batches(2, rows=4), *micro_batches(1, rows=400, seed=9)]
+    # What came first is worth most, and was let go when no large backward was in sight.
+    for batch in batches[:2]:
+        batch.advantages.fill_(100.0)
+    batches[2].advantages.fill_(1e-3)
+    with pytest.warns(kondo.KondoWarning, match="fewer rows than rate"), kondo.gated(model, rate=0.1, window=3) as gate:
+        for batch in batches:
+            reinforce(model(batch.x), batch).backward()
+    assert 0 < gate.stats.forwarded < 41
+
+
+def test_a_doubtful_input_waits_whole_until_it_was_read():
+    """The batch has as many rows as features: which axis holds them is found out by the first replay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, K)).double()
+    batches = [make_batch(6, False, torch.float64, i) for i in range(6)]
+    with kondo.gated(model, rate=0.2, window=3):
+        for batch in batches:
+            (reinforce(model(batch.x), batch) / 3).backward()
+
+
+def test_state_is_kept_over_a_window():
+    model, batches = mlp(), micro_batches(8)
+    options = {"rate": 0.2, "window": 2, "priority": "uniform"}
+    whole = run(copy.deepcopy(model), batches, **options)
+    first = run(copy.deepcopy(model), batches[:4], **options)
+    with kondo.gated(model, **options) as second:
+        second.load_state_dict(first.state_dict())
+        for batch in batches[4:]:
+            reinforce(model(batch.x), batch).backward()
+    assert second.last.kept.tolist() == whole.last.kept.tolist()
+    assert second.stats.kept == whole.stats.kept
