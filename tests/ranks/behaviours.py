@@ -1,10 +1,8 @@
 """What a gate does on real ranks besides the numbers: failures, emptiness, collectives, waiting, resuming."""
 
-import collections
 import contextlib
 import copy
 import random
-import sys
 import warnings
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import kondo_hooks as kondo
+from benchmarks.communication import recorded
 from tests.ranks.exactness import Batch, difference, loss_of, update_difference
 from tests.ranks.hosts import FEATURES, HOSTS, LR, Host, K, Net, build, make_net
 from tests.ranks.launch import at
@@ -178,44 +177,8 @@ def silent_rank(name: str) -> dict[str, Any]:
     return {"difference": difference(host.full(), expected), "trap": trap}
 
 
-@contextlib.contextmanager
-def counted_deepspeed() -> Any:
-    """DeepSpeed sends what it can through shared memory on one machine, past gloo: counted at its own door."""
-    found: collections.Counter[str] = collections.Counter()
-    if "deepspeed" not in sys.modules:
-        yield found
-        return
-    from deepspeed.comm import comm
-
-    own, inside = comm.cdb, False
-
-    class Counting:
-        def __getattr__(self, attribute: str) -> Any:
-            value = getattr(own, attribute)
-            if not attribute.startswith(("all_", "reduce", "broadcast", "inference_all", "allgather", "gather")):
-                return value
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal inside
-                if not inside:
-                    found[f"deepspeed {attribute}"] += 1
-                inside, before = True, inside
-                try:
-                    return value(*args, **kwargs)
-                finally:
-                    inside = before
-
-            return call
-
-    comm.cdb = Counting()
-    try:
-        yield found
-    finally:
-        comm.cdb = own
-
-
 def collectives(name: str) -> dict[str, Any]:
-    """Collectives of one full step, and of gated ones, by the backend's own names."""
+    """Collectives of one full step, and of gated ones."""
     host = build(HOSTS[name], make_net(), 1)
     batch = random_batch(dist.get_rank(), 8)
 
@@ -224,11 +187,9 @@ def collectives(name: str) -> dict[str, Any]:
         with context:
             for _ in range(3):
                 one_step(host, batch)
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            with torch.profiler.profile(activities=activities) as profile, counted_deepspeed() as found:
+            with recorded() as found:
                 one_step(host, batch)
-        found.update(e.name.removeprefix("gloo:") for e in profile.events() if e.name.startswith("gloo:"))
-        return dict(found)
+        return dict(found.calls)
 
     return {
         "full": count(),
