@@ -70,6 +70,8 @@ class Backward:
         self._warn = warn
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
         self._ended: list[_Population] | None = None
+        self._hooks: list[Any] = []
+        self._screened_first = False
         self.learned: dict[tuple[str, ...], Layout] = {}
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
@@ -137,6 +139,21 @@ class Backward:
         else:
             loss.backward(retain_graph=retain_graph)
 
+    def ran_first(self, hooks: list[Any]) -> None:
+        """A call that was screened before it ran has built its graph.
+
+        Args:
+            hooks: on rows that stand in, to be removed after the next backward.
+        """
+        self._hooks += hooks
+        self._screened_first = True
+
+    def unhook(self) -> None:
+        """Take off what made rows that stand in silent."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     @contextlib.contextmanager
     def _settled_after(self) -> Iterator[None]:
         """Populations of a backward inside are settled when it has returned, out of autograd's engine.
@@ -149,8 +166,12 @@ class Backward:
             ended = self._ended
         finally:
             self._ended = outer
+            self.unhook()
         for population in ended:
             self._settle(population)
+        if self._screened_first and self.engine.syncs():
+            self._screened_first = False
+            self.engine.ranks.raise_failures()
 
     def _autograd_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``torch.autograd.grad``, where the model's parameters hang on the node and not on the graph."""

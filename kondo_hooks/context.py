@@ -141,6 +141,7 @@ class Gated:
         self._detach = None
         for close in self._close:
             close()
+        self._backward.unhook()
         _active.discard(self.model)
         self._screened = None
         waiting = self._backward.window.backwards
@@ -219,8 +220,17 @@ class Gated:
             signal = Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
         if self._passes_through() or not self.enabled:
             return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
-        decision, factors, _ = self._backward.choose([signal])
-        self._screened = Screened(factors[0], signal.valid)
+        ranks = self._engine.ranks
+        try:
+            decision, factors, _ = self._backward.choose([signal])
+        except Exception as error:
+            if ranks.alone or self._backward.spread.scope == "global":
+                raise
+            ranks.announce(error)  # and keep nothing, until the others know
+            self._screened = Screened(torch.zeros(len(signal.delight)), signal.valid, self._engine.communicates)
+            nothing = torch.arange(0)
+            return Decision(signal.delight, nothing, None, float("nan"), 0.0)
+        self._screened = Screened(factors[0], signal.valid, self._engine.communicates)
         self._backward.last = decision
         self.stats.decision(decision)
         return decision
@@ -289,6 +299,7 @@ class Gated:
                     )
                 call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
                 result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
+                self._backward.ran_first(screened.hooks)
                 self.stats.replayed(screened.forwarded, len(screened.factors))
                 return result
             return self._screen_call(original, args, kwargs)

@@ -5,7 +5,7 @@ run once, without a graph, to find out; what was found is remembered.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.replay import AmbiguousRowsError, replay
 from kondo_hooks.state import forked_rng
+from kondo_hooks.trace import silence
 
 
 class _Spread(torch.autograd.Function):
@@ -72,11 +73,15 @@ class Screened:
     Attributes:
         factors: (B,) or (B, T) factors on the gradients, 0 where dropped.
         valid: (B,) or (B, T), False on masked tokens.
+        one_pass: every rank makes this pass and no other, so doubtful shapes are read in the likeliest way.
+        hooks: that make the gradient of a row which stands in exactly zero, to be removed after the backward.
     """
 
     factors: Tensor
     valid: Tensor
+    one_pass: bool = False
     forwarded: int = 0
+    hooks: list[Any] = field(default_factory=list)
 
     def run(
         self, call: Call, batch_dim: int, learned: dict[tuple[str, ...], Layout], learned_outputs: dict[str, Rows]
@@ -98,7 +103,8 @@ class Screened:
             )
         rows = kept_rows(self.factors)
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
-        rows = rows if len(rows) else rows.new_zeros(1)
+        nothing = not len(rows)
+        rows = rows.new_zeros(1) if nothing else rows
         try:
             layout = self._inputs(call, rows, batch_dim, learned)
         except AmbiguousRowsError:
@@ -111,6 +117,8 @@ class Screened:
         ]
         args, kwargs = unflatten(call.args, taken)
         result = call.run(*args, **kwargs)
+        if nothing:
+            self.hooks = silence(leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None)
         wheres = self._outputs(call, result, rows, batch_dim, learned_outputs)
 
         source = fill_index(rows, batch)
@@ -135,7 +143,7 @@ class Screened:
         if known is not None and any(known) and fits(known, call.inputs, batch):
             return known
         candidates = [candidate_rows(leaf, batch, batch_dim) for leaf in call.inputs]
-        if not _doubtful(call.inputs, candidates, batch_dim) or len(rows) == batch:
+        if self.one_pass or not _doubtful(call.inputs, candidates, batch_dim) or len(rows) == batch:
             return [options[0] for options in candidates]
         # The readings are told apart as a replay tells them: by what comes out.
         with forked_rng(call.rng), call.state.buffers_before().restored():
@@ -157,6 +165,9 @@ class Screened:
                 layout.append(Rows(batch_dim) if axes else None)
             elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
                 layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
+            elif self.one_pass:
+                fits_axis = leaf.dim() > batch_dim and leaf.shape[batch_dim] % len(rows) == 0
+                layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
                 if full is None:
                     with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():

@@ -69,7 +69,7 @@ def test_fifty_random_steps_on_three_ranks_neither_hang_nor_drift(host: str):
 @pytest.mark.parametrize("host", KINDS)
 def test_behaviour(host: str, subtests):
     """Several in one start of the processes, which takes longer than they do."""
-    names = ["failing_rank", "late_failure", "silent_rank", "collectives", "ragged_window", "resume"]
+    names = ["screen_first", "failing_rank", "late_failure", "silent_rank", "collectives", "ragged_window", "resume"]
     for rank, found in enumerate(behaviour("several", host, *names, timeout=200)):
         for name in names:
             with subtests.test(name, rank=rank):
@@ -84,6 +84,13 @@ def check_failing_rank(host: str, rank: int, found):
         assert message is not None and "rank 1" in message and cause in message, (kind, message)
         assert "RankError" in message if rank == 0 else "RankError" not in message
         assert steps == 1
+
+
+def check_screen_first(host: str, rank: int, found):
+    """Exact, silent where nothing is kept, and a rank whose log-probs are NaN takes the others with it."""
+    assert found["difference"] < 1e-5
+    assert found["forwarded"] == (6 if rank == 0 else 1) or rank == 0
+    assert "delight is NaN" in found["raised"]
 
 
 def check_late_failure(host: str, rank: int, found):

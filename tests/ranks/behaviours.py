@@ -332,6 +332,43 @@ def tensor_parallel() -> dict[str, Any]:
     }
 
 
+def screen_first(name: str) -> dict[str, Any]:
+    """The sampler's log-probs decide before the forward; a rank with nothing kept, and one that fails, run along."""
+    torch.manual_seed(0)
+    net = Poisoned()
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    host = build(HOSTS[name], copy.deepcopy(net), 1)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batches = [random_batch(r, 6 - r, 5.0 if r == 0 else -9.0) for r in range(ranks)]
+    for b in batches[1:]:
+        b.x[:] = 1e6
+    with torch.no_grad():
+        sampled = [
+            net(b.x).log_softmax(-1).gather(1, b.actions.unsqueeze(1)).squeeze(1).nan_to_num(-1.0) for b in batches
+        ]
+    with kondo.gated(host.model, price=0.0) as gate:
+        gate.screen(logp=sampled[rank], advantages=batches[rank].advantages)
+        one_step(host, batches[rank])
+    kept = (-sampled[0] * batches[0].advantages > 0).float()
+    (loss_of(net(batches[0].x), batches[0], kept) / ranks).backward()
+    if clip := HOSTS[name].options.get("clip"):
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+    with torch.no_grad():
+        expected = {n: start[n] - LR * p.grad for n, p in net.named_parameters()}
+    found = {"difference": difference(host.full(), expected), "forwarded": gate.stats.forwarded}
+    with kondo.gated(host.model, price=0.0) as gate:
+        logp = sampled[rank].clone()
+        if rank == 1:
+            logp[0] = torch.nan
+        try:
+            gate.screen(logp=logp, advantages=batches[rank].advantages)
+            one_step(host, batches[rank])
+            found["raised"] = None
+        except (RuntimeError, ValueError) as error:
+            found["raised"] = str(error)
+    return found
+
+
 def plain_world() -> dict[str, Any]:
     """No wrapper: the user reduces gradients; all ranks choose as one."""
     dist.init_process_group("gloo")
