@@ -7,7 +7,7 @@ with kondo.gated(model, rate=0.03):
 """
 
 from kondo_hooks.context import Gated, gated
-from kondo_hooks.errors import DelightError, KondoWarning, ReplayMismatchError
+from kondo_hooks.errors import DelightError, KondoWarning, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,
     KondoGateConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "KondoGateOutput",
     "KondoTrainer",
     "KondoWarning",
+    "RankError",
     "ReplayMismatchError",
     "SelectionConfig",
     "Selector",

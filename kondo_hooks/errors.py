@@ -12,6 +12,10 @@ class ReplayMismatchError(RuntimeError):
     """The replay of the kept rows did not reproduce what the screen returned for them."""
 
 
+class RankError(RuntimeError):
+    """Another rank could not take its step; the message names it and says why."""
+
+
 def no_batch_axis(path: str, batch: int) -> str:
     """The message for a loss that uses an output which has no rows."""
     return (

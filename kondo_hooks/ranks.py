@@ -15,11 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kondo_hooks.errors import RankError
 from kondo_hooks.selection import Samples
-
-
-class RankError(RuntimeError):
-    """Another rank could not take its step; the message names it and says why."""
 
 
 def _default_store() -> Any:
@@ -27,8 +24,9 @@ def _default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-# How often the ranks of a group have failed together: the next failure is announced under another name.
-_failures: Counter[str] = Counter()
+# How often the ranks of a group have looked for failures together. A failure is announced for the next look: a rank
+# that is still at an earlier one does not see it, and comes along.
+_looks: Counter[str] = Counter()
 
 
 class Ranks:
@@ -69,7 +67,7 @@ class Ranks:
         return self._failed is not None
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others, before the next collective, that this rank failed; the first announcement counts."""
+        """Tell the others, before the next collective, that this rank failed."""
         if self._failed is None:
             self._failed = error
             rank = dist.get_rank()
@@ -78,7 +76,7 @@ class Ranks:
             self._store.set(f"{key}/{number}", f"rank {rank}: {type(error).__name__}: {error}")
 
     def _key(self) -> str:
-        return f"{self._prefix}/{_failures[self._prefix]}"
+        return f"{self._prefix}/{_looks[self._prefix]}"
 
     def raise_failures(self) -> None:
         """Raise on every rank if one failed; to be called where a collective that all of them entered has ended."""
@@ -86,10 +84,11 @@ class Ranks:
             return
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # a collective on the device has ended only then
-        if not self._store.add(f"{self._key()}/count", 0):
+        announced = f"{self._key()}/1"
+        _looks[self._prefix] += 1
+        if not self._store.check([announced]):
             return
-        first = self._store.get(f"{self._key()}/1").decode()
-        _failures[self._prefix] += 1
+        first = self._store.get(announced).decode()
         mine, self._failed = self._failed, None
         advice = "Gradients of this step are incomplete: zero them before another."
         if mine is not None:
