@@ -46,15 +46,16 @@ class Plan:
 def find_slots(arrivals: list[Arrival]) -> list[int]:
     """For each call the number of its structure, alike on all ranks; a call that cannot be packed has its own."""
     slots: list[int] = []
-    kinds: list[Arrival] = []
+    kinds: dict[int, Arrival] = {}
+    following = 0
     for a in arrivals:
-        for number, kind in enumerate(kinds):
-            if not stands_alone(a.call) and not stands_alone(kind.call) and same_structure(a.call, kind.call):
-                slots.append(number)
-                break
-        else:
-            slots.append(len(kinds))
-            kinds.append(a)
+        alone = stands_alone(a.call)
+        same = None if alone else next((n for n, kind in kinds.items() if same_structure(a.call, kind.call)), None)
+        if same is None:
+            same, following = following, following + 1
+            if not alone:
+                kinds[same] = a
+        slots.append(same)
     return slots
 
 

@@ -82,7 +82,7 @@ class Window:
     def compact(
         self, selector: Selector, ranks: int, learned: dict[tuple[str, ...], Layout], communicates: bool
     ) -> None:
-        """Let go of the rows that cannot be chosen any more.
+        """Let go of the rows that cannot be chosen any more, and hold the others in the least space.
 
         Args:
             selector: of the decision to come.
@@ -92,16 +92,17 @@ class Window:
         """
         length = self._longest if self.size == "auto" else self.size
         arrivals = [a for a in self.arrivals if a.signal is not None]
-        if not length or len(arrivals) < len(self.arrivals):
+        if len(arrivals) < len(self.arrivals):
             return
         signals = [a.signal for a in arrivals if a.signal is not None]
         samples = selector.samples(signals)
-        rows = sum(a.call.batch for a in arrivals)
-        coming = max(length - self.backwards, 0) * self._largest
-        per_row = len(samples.delight) / rows
-        contenders = selector.contenders(samples, (rows + coming) * per_row * ranks)
+        contenders = None
+        if length:
+            rows = sum(a.call.batch for a in arrivals)
+            coming = max(length - self.backwards, 0) * self._largest
+            contenders = selector.contenders(samples, (rows + coming) * len(samples.delight) / rows * ranks)
         if contenders is None:
-            return
+            contenders = torch.ones_like(samples.delight, dtype=torch.bool)
         for arrival, mine in zip(arrivals, selector.split(contenders, signals), strict=True):
             mine = mine if mine.dim() == 1 else mine.any(1)
             if arrival.forced is not None:
@@ -110,6 +111,8 @@ class Window:
                 still = torch.zeros_like(mine)
                 still[arrival.held.rows] = True
                 mine = mine & still
+                if int(mine.sum()) == len(arrival.held):
+                    continue
             if arrival.call.whole is None and (layout := _layout(arrival, learned, communicates)) is not None:
                 arrival.hold(mine.nonzero().flatten(), layout)
 

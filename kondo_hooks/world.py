@@ -116,15 +116,18 @@ def imbalance(counts: Tensor) -> float:
 def even_counts(counts: Tensor, movable: list[bool]) -> Tensor:
     """(ranks, slots) rows after moving: within one row of each other in each movable slot, and in their sum."""
     target = counts.clone()
-    ranks, extra = len(counts), 0
+    ranks = len(counts)
+    extras = [0] * ranks
     for slot, can in enumerate(movable):
         if not can:
             continue
-        total = int(counts[:, slot].sum())
-        target[:, slot] = total // ranks
-        for _ in range(total % ranks):
-            target[extra % ranks, slot] += 1
-            extra += 1
+        kept = counts[:, slot].tolist()
+        target[:, slot] = sum(kept) // ranks
+        # One more for those that had the fewest extra rows so far; of these, for those that kept the most.
+        order = sorted(range(ranks), key=lambda rank: (extras[rank], -kept[rank], rank))
+        for rank in order[: sum(kept) % ranks]:
+            target[rank, slot] += 1
+            extras[rank] += 1
     return target
 
 

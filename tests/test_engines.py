@@ -71,6 +71,7 @@ def test_behaviour(host: str, subtests):
     """Several in one start of the processes, which takes longer than they do."""
     names = ["screen_first", "failing_rank", "late_failure", "silent_rank", "collectives", "ragged_window", "resume"]
     for rank, found in enumerate(behaviour("several", host, *names, timeout=200)):
+        assert found["warnings"] == []  # the engines' own hooks are none of the user's
         for name in names:
             with subtests.test(name, rank=rank):
                 globals()[f"check_{name}"](host, rank, found[name])

@@ -225,6 +225,17 @@ def test_what_waits_is_a_running_top_k_in_the_form_of_rank_one(dtype):
     assert gate.stats.waiting_bytes < rows * length * vocabulary * dtype.itemsize / 50
 
 
+def test_random_rows_wait_in_the_form_of_rank_one_too():
+    torch.manual_seed(0)
+    model = Wide(500)
+    with kondo.gated(model, rate=0.1, window=3, priority="uniform") as gate:
+        for _ in range(3):
+            ids, actions = torch.randint(0, 11, (16, 4)), torch.randint(0, 500, (16, 4))
+            logp = model(ids).log_softmax(-1).gather(-1, actions.unsqueeze(-1))
+            (-logp.squeeze(-1) * torch.randn(16, 1)).mean().backward()
+    assert gate.stats.waiting_bytes < 2 * 16 * 4 * 500 * 4 / 20
+
+
 def test_a_loss_that_is_no_policy_gradient_keeps_its_whole_gradient_while_it_waits():
     model, batches = mlp(), micro_batches(3)
 

@@ -430,7 +430,10 @@ def refused_engines() -> dict[str, str]:
 
 
 def several(name: str, *behaviours: str) -> dict[str, Any]:
-    return {behaviour: globals()[behaviour](name) for behaviour in behaviours}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", kondo.KondoWarning)
+        found = {behaviour: globals()[behaviour](name) for behaviour in behaviours}
+    return {**found, "warnings": [str(w.message) for w in caught if issubclass(w.category, kondo.KondoWarning)]}
 
 
 def main(argument: list[Any]) -> Any:
