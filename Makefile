@@ -21,6 +21,8 @@ test: .venv/installed
 figures: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py --out docs
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
+	$(BIN)/python benchmarks/ranks.py --out benchmarks/results
+	$(BIN)/python benchmarks/scaling.py --out benchmarks/results --figure docs/scaling.png
 
 clean:
 	rm -rf .venv build dist *.egg-info

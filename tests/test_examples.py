@@ -1,6 +1,7 @@
 """The programs a user copies run as they are, and show what they claim."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,51 @@ def test_benchmark_of_a_step(tmp_path):
     assert "x floor" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["fsdp2", "deepspeed_zero", "accelerate_loop"])
+def test_programs_on_two_ranks_learn_and_report(script):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = ROOT / "examples" / f"{script}.py"
+    done = subprocess.run([*launch, str(path)], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(path.read_text().splitlines()) < 120
+    rewards = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines() if "reward" in line]
+    assert rewards[-1] > rewards[0] + 0.15, rewards
+    lines = done.stdout.splitlines()
+    gated = float(next(line for line in lines if line.startswith("gated")).split()[-1])
+    assert gated < 0.9, done.stdout
+    first = next(i for i, line in enumerate(lines) if line.startswith("rank"))
+    replayed = [[int(n) for n in line.split()] for line in lines[first + 1 : first + 3]]
+    assert all(forwarded < 0.2 * rows for _, rows, _, forwarded in replayed), replayed
+
+
+@pytest.mark.slow
+def test_benchmark_of_ranks(tmp_path):
+    small = ["--rounds", "1", "--width", "32", "--depth", "1", "--length", "16"]
+    run("benchmarks/ranks.py", "--engines", "fsdp2", *small, "--out", str(tmp_path))
+    with (tmp_path / "ranks.csv").open() as file:
+        assert file.readline().startswith("# python benchmarks/ranks.py")
+        rows = {(row["window"], row["step"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 18
+    for window in ("1", "8"):
+        full, balanced = rows[window, "full step"], rows[window, "gated, global, all kept on one rank, balanced"]
+        assert float(full["of_full"]) == 1 and int(full["collectives"]) > 0 and float(full["peak_mb"]) > 0
+        assert len(set(balanced["rows_a_rank"].split("/"))) == 1
+    assert float(rows["8", "gated, local"]["received_mb"]) < 0.8 * float(rows["8", "full step"]["received_mb"])
+
+
+@pytest.mark.slow
+def test_cost_model_of_ranks(tmp_path):
+    out = run("benchmarks/scaling.py", "--rounds", "1", "--ranks", "2", "--out", str(tmp_path))
+    with (tmp_path / "scaling_predicted.csv").open() as file:
+        file.readline()
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 3 * 6 and "model/measured" in out
+    ratio = {(r["model"], r["gpus"], r["tokens"], r["window"]): float(r["of_full"]) for r in rows}
+    assert ratio["8B", "1024", "2048", "1"] > 1 > ratio["8B", "1024", "2048", "8"]
+
+
 def test_help_of_every_program():
-    for script in ("examples/mnist_bandit.py", "benchmarks/step.py"):
+    for script in ("examples/mnist_bandit.py", "benchmarks/step.py", "benchmarks/ranks.py", "benchmarks/scaling.py"):
         assert "usage:" in run(script, "--help")
