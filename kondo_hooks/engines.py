@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kondo_hooks.integrations.accelerate import accelerate_syncs
 from kondo_hooks.node import Call
 from kondo_hooks.ranks import Ranks
 
@@ -48,12 +47,12 @@ class Engine:
 
     def ends_accumulation(self, call: Call) -> bool:
         """Whether the host's gradient accumulation ends with the backward of this call."""
-        told = accelerate_syncs()
+        told = _accelerate_syncs()
         return self.reduces(call) and told is not False
 
     def check_window(self, window: int | str) -> None:
         """Refuse a window that nobody would ever end."""
-        if window == "auto" and not self.wrappers and accelerate_syncs() is None:
+        if window == "auto" and not self.wrappers and _accelerate_syncs() is None:
             raise ValueError(
                 "window='auto' takes the end of gradient accumulation from the host, and there is none: the model is "
                 "not wrapped by DDP, FSDP or DeepSpeed and accelerate is not in use. Give the number of backwards."
@@ -182,6 +181,15 @@ def _is_fsdp1(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(module, FullyShardedDataParallel)
+
+
+def _accelerate_syncs() -> bool | None:
+    """Whether accelerate means the coming backward to be followed by a step; None where it is not in use."""
+    if "accelerate" not in sys.modules:
+        return None
+    from kondo_hooks.integrations.accelerate import accelerate_syncs
+
+    return accelerate_syncs()
 
 
 def _is_deepspeed(module: nn.Module) -> bool:

@@ -19,15 +19,16 @@ def behaviour(name: str, *arguments: str, ranks: int = 2, timeout: float = 120):
 @pytest.mark.parametrize("host", HOSTS)
 def test_parameters_equal_those_of_one_process_that_masks_the_union_of_the_batches(host: str):
     """After 3 optimizer steps, over the table of accumulation, scope, ragged batches, windows and balance."""
-    results = launch("tests.ranks.exactness", 2, {"host": host}, 230)
+    stride = 1 if HOSTS[host].exact else 3  # those that are not run every case twice
+    results = launch("tests.ranks.exactness", 2, {"host": host, "stride": stride}, 230)
     check_exact(host, results)
-    assert len(results[0]) > 50
+    assert len(results[0]) > 50 / stride
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["ddp", "fsdp2", "zero3-clip"])
 def test_three_ranks(host: str):
-    check_exact(host, launch("tests.ranks.exactness", 3, {"host": host}, 230))
+    check_exact(host, launch("tests.ranks.exactness", 3, {"host": host, "stride": 3}, 230))
 
 
 def check_exact(host: str, results):
@@ -58,7 +59,7 @@ def test_a_replay_under_deepspeed_is_scaled_and_reduced_once(host: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", [*KINDS, "ddp-unused", "ddp-static", "fsdp2-checkpointed", "accelerate-fsdp2"])
+@pytest.mark.parametrize("host", [*KINDS, "ddp-static"])
 def test_fifty_random_steps_on_three_ranks_neither_hang_nor_drift(host: str):
     for found in behaviour("random_loop", host, ranks=3, timeout=200):
         assert found["difference"] < 1e-5
