@@ -110,6 +110,7 @@ def main() -> None:
         for r, (rows, kept, replayed) in enumerate(stats):
             print(f"{r:<12}{rows:14}{kept:9}{replayed:10}")
     dist.destroy_process_group()
+    time.sleep(0.5)  # gloo's threads let go of their last tensors, which they cannot do once Python shuts down
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from kondo_hooks.replay import (
     assemble,
     check_unchanged,
     replay,
-    run,
+    silenced,
     taking_draws,
     verify,
+    with_gradients,
 )
 from kondo_hooks.replay import forward as run_assembled
 from kondo_hooks.trace import silence
@@ -147,8 +148,9 @@ def forward_as_one_of_many(group: list[Part], first: Arrival, engine: Engine, le
         if ranks.alone:
             raise
         ranks.announce(error)
-        stand_in = _complete(first.stand_in())
-        done = [run([stand_in], _reading(stand_in, learned))]
+        group = [_complete(first.stand_in())]
+        inputs, _ = assemble(group, _reading(group[0], learned))
+        done = [silenced(group, run_assembled(group, inputs))]
     if ranks.failed:
         for replayed in done:
             replayed.hush()
@@ -168,13 +170,15 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
         ranks.announce(error)
         group = [_complete(first.stand_in())]
         inputs, leaves = assemble(group, _reading(group[0], learned))
-    replayed = run_assembled(group, inputs, leaves)
+    outputs = run_assembled(group, inputs)
     try:
+        replayed = with_gradients(group, outputs, leaves)
         verify(replayed)
-    except ReplayMismatchError as error:
+    except Exception as error:
         if ranks.alone:
             raise
         ranks.announce(error)
+        replayed = silenced(group, outputs)
     if ranks.failed:
         replayed.hush()
     return replayed

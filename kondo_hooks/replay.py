@@ -144,16 +144,30 @@ def assemble(group: list[Part], layout: Layout) -> tuple[list[Tensor], list[tupl
 
 def run(group: list[Part], layout: Layout) -> Replayed:
     """Run the rows of a group with a graph, each input read by ``layout``."""
-    return forward(group, *assemble(group, layout))
+    inputs, leaves = assemble(group, layout)
+    return with_gradients(group, forward(group, inputs), leaves)
 
 
-def forward(group: list[Part], inputs: list[Tensor], leaves: list[tuple[Tensor, Rows | None]]) -> Replayed:
-    """Run the model on what ``assemble`` put together."""
+def forward(group: list[Part], inputs: list[Tensor]) -> list[Tensor]:
+    """Run the model on what ``assemble`` put together; returns its differentiable outputs."""
     call = group[0].call
     args, kwargs = unflatten(call.args, inputs)
     with call.as_screened(), torch.enable_grad(), taking_draws(group):
         result = call.run(*args, **kwargs)
-    outputs = [leaf for leaf in flatten(result)[1] if differentiable(leaf)]
+    return [leaf for leaf in flatten(result)[1] if differentiable(leaf)]
+
+
+def silenced(group: list[Part], outputs: list[Tensor]) -> Replayed:
+    """A pass whose rows failed: its gradient is zero, and its backward goes everywhere it would have gone."""
+    used = [output for output in outputs if output.requires_grad]
+    replayed = Replayed(group, used, [torch.zeros_like(output) for output in used], [])
+    replayed.hush()
+    return replayed
+
+
+def with_gradients(group: list[Part], outputs: list[Tensor], leaves: list[tuple[Tensor, Rows | None]]) -> Replayed:
+    """The outputs of a replay and what the loss sent to them."""
+    call = group[0].call
     if len(outputs) != len(call.outputs):
         raise ReplayMismatchError(
             f"gated: the model returned {len(call.outputs)} tensors for the whole batch but {len(outputs)} for "

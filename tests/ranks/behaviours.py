@@ -72,13 +72,15 @@ def random_loop(name: str) -> dict[str, Any]:
 
 
 class Mixing(Net):
-    """On a rank where ``mixes`` is set, a row's output depends on the others."""
+    """On a rank where ``mixes`` says so, a row's output depends on the others, or a replay has other rows."""
 
-    mixes = False
+    mixes: str | None = None
 
     def forward(self, x):
         out = super().forward(x)
-        return out + out.mean(0) if self.mixes else out
+        if self.mixes == "shape" and torch.is_grad_enabled():
+            return out.repeat(2, 1)
+        return out + out.mean(0) if self.mixes == "replay" else out
 
 
 def failing_rank(name: str) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def failing_rank(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     net = Mixing()
     for scope in ("local", "global"):
-        for kind in ("decision", "replay"):
+        for kind in ("decision", "replay", "shape"):
             host = build(HOSTS[name], copy.deepcopy(net), 1)
             rank = dist.get_rank()
             batch = random_batch(rank, 6)
@@ -99,7 +101,7 @@ def failing_rank(name: str) -> dict[str, Any]:
                     bad.advantages[2] = torch.nan
                 mixing = [m for m in host.model.modules() if isinstance(m, Mixing)]
                 for m in mixing:
-                    m.mixes = rank == 1 and kind == "replay"
+                    m.mixes = kind if rank == 1 else None
                 at(f"{name}: {scope} {kind}, rank {rank}")
                 try:
                     one_step(host, bad)
@@ -107,7 +109,7 @@ def failing_rank(name: str) -> dict[str, Any]:
                 except (RuntimeError, ValueError) as error:
                     message = f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}"
                 for m in mixing:
-                    m.mixes = False
+                    m.mixes = None
                 for p in host.model.parameters():
                     p.grad = None
                 steps = gate.stats.steps
