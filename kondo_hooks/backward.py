@@ -363,7 +363,6 @@ class Backward:
         """
         ranks, together = self.engine.ranks, self.spread.scope == "global" and self.engine.ranks.size > 1
         samples: Samples | None = None
-        failure: Exception | None = None
         try:
             if signals is None:
                 raise RuntimeError("gated: a call of this window could not be read")
@@ -378,12 +377,11 @@ class Backward:
             if not together:
                 raise
             ranks.announce(error)
-            failure, samples = error, None
+            samples = None
         if not together:
             assert samples is not None and signals is not None
             decision = self.selector.choose(samples, forced)
             return decision, self.selector.split(decision.factors(), signals), None
-        del failure
         found = signals or []
         all_ranks = world.decide(
             self.selector, samples, found, slots or [0] * len(found), forced, ranks, self._device(found)

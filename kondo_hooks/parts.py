@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, Tree, layouts
+from kondo_hooks.batch import Layout, Rows, Tree, fits, layouts
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
 
@@ -277,7 +277,7 @@ def _fits(first: Part, second: Part) -> bool:
     a, b = first.call, second.call
     if stands_alone(a) or stands_alone(b) or not same_structure(a, b) or a.rows != b.rows:
         return False
-    layout, other = _layout(first), _layout(second)
+    layout, other = reading(first, {}), reading(second, {})
     if layout != other:
         return False
     for x, y, rows in zip(first.inputs(), second.inputs(), layout, strict=True):
@@ -291,10 +291,18 @@ def _fits(first: Part, second: Part) -> bool:
     return same_constants(a.args, b.args)
 
 
-def _layout(part: Part) -> Layout:
+def known_layout(call: Call, learned: dict[tuple[str, ...], Layout]) -> Layout | None:
+    """Where a call's inputs keep their rows, if a replay has found out for inputs of these paths."""
+    known = learned.get(tuple(call.input_paths))
+    return known if known is not None and fits(known, call.inputs, call.batch) else None
+
+
+def reading(part: Part, learned: dict[tuple[str, ...], Layout]) -> Layout:
+    """Where a part's inputs keep their rows: as it is held, as it was found, else the likeliest."""
     if part.held is not None:
         return part.held.layout
-    return next(layouts(part.call.inputs, part.call.batch, part.call.batch_dim))
+    call = part.call
+    return known_layout(call, learned) or next(layouts(call.inputs, call.batch, call.batch_dim))
 
 
 def same_values(x: Tensor, y: Tensor) -> bool:

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from kondo_hooks import world
-from kondo_hooks.batch import Layout, fits, layouts
+from kondo_hooks.batch import Layout, Rows
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import ReplayMismatchError
-from kondo_hooks.parts import Part, cut, pack, same_constants, same_structure, same_values, stands_alone
+from kondo_hooks.parts import Part, cut, pack, reading, same_constants, same_structure, same_values, stands_alone
 from kondo_hooks.population import Arrival
 from kondo_hooks.replay import (
     AmbiguousRowsError,
     Replayed,
     assemble,
     check_unchanged,
+    held_layout,
     replay,
     silenced,
     taking_draws,
@@ -115,18 +116,7 @@ def _complete(part: Part) -> Part:
 
 
 def _held(part: Part, learned: Learned) -> Part:
-    return part if part.held is not None or stands_alone(part.call) else part.hold(_reading(part, learned))
-
-
-def _reading(part: Part, learned: Learned) -> Layout:
-    """Where a call's inputs keep their rows: as it was found, else the likeliest."""
-    if part.held is not None:
-        return part.held.layout
-    call = part.call
-    known = learned.get(tuple(call.input_paths))
-    if known is not None and fits(known, call.inputs, call.batch):
-        return known
-    return next(layouts(call.inputs, call.batch, call.batch_dim))
+    return part if part.held is not None or stands_alone(part.call) else part.hold(reading(part, learned))
 
 
 def forward(group: list[Part], learned: Learned) -> list[Replayed]:
@@ -148,13 +138,18 @@ def forward_as_one_of_many(group: list[Part], first: Arrival, engine: Engine, le
         if ranks.alone:
             raise
         ranks.announce(error)
-        group = [_complete(first.stand_in())]
-        inputs, _ = assemble(group, _reading(group[0], learned))
+        group, inputs, _ = _standing_in(first, learned)
         done = [silenced(group, run_assembled(group, inputs))]
     if ranks.failed:
         for replayed in done:
             replayed.hush()
     return done
+
+
+def _standing_in(first: Arrival, learned: Learned) -> tuple[list[Part], list[Tensor], list[tuple[Tensor, Rows | None]]]:
+    """A row in place of rows that failed, with its inputs and those of them that want a gradient."""
+    part = _complete(first.stand_in())
+    return [part], *assemble([part], reading(part, learned))
 
 
 def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Learned) -> Replayed:
@@ -168,8 +163,7 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
         if ranks.alone:
             raise
         ranks.announce(error)
-        group = [_complete(first.stand_in())]
-        inputs, leaves = assemble(group, _reading(group[0], learned))
+        group, inputs, leaves = _standing_in(first, learned)
     outputs = run_assembled(group, inputs)
     try:
         replayed = with_gradients(group, outputs, leaves)
@@ -187,7 +181,7 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
 def _common_reading(group: list[Part], learned: Learned) -> Layout:
     """The reading of a group's calls, which have one structure; refuses what else they differ in."""
     first = group[0]
-    layout = next((part.held.layout for part in group if part.held is not None), None) or _reading(first, learned)
+    layout = held_layout(group) or reading(first, learned)
     for part in group[1:]:
         differs = None
         if part.call.rows != first.call.rows:
@@ -199,7 +193,7 @@ def _common_reading(group: list[Part], learned: Learned) -> Layout:
             for rows, x, y in zip(layout, part.inputs(), first.inputs(), strict=True)
         ):
             differs = "were given different values of an input that all rows share"
-        elif part.held is None and _reading(part, learned) != layout:
+        elif part.held is None and reading(part, learned) != layout:
             differs = "keep their rows on different axes"
         if differs is not None:
             raise ReplayMismatchError(

@@ -64,7 +64,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     """
     call = group[0].call
     check_unchanged(group)
-    if (held := _held_layout(group)) is not None:
+    if (held := held_layout(group)) is not None:
         replayed = run(group, held)
         verify(replayed)
         return replayed
@@ -102,7 +102,8 @@ def check_unchanged(group: list[Part]) -> None:
             raise ReplayMismatchError(f"gated: {cause}: the kept rows cannot be replayed. Clone it first.")
 
 
-def _held_layout(group: list[Part]) -> Layout | None:
+def held_layout(group: list[Part]) -> Layout | None:
+    """The layout of a group's parts that are held; None if none is."""
     return next((part.held.layout for part in group if part.held is not None), None)
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, candidate_rows, fits, is_doubtful, layouts
+from kondo_hooks.batch import Layout, candidate_rows, is_doubtful, layouts
+from kondo_hooks.parts import known_layout
 from kondo_hooks.population import Arrival
 from kondo_hooks.selection import Selector
 
@@ -134,8 +135,7 @@ def _layout(arrival: Arrival, learned: dict[tuple[str, ...], Layout], communicat
         assert arrival.held.held is not None
         return arrival.held.held.layout
     call = arrival.call
-    known = learned.get(tuple(call.input_paths))
-    if known is not None and fits(known, call.inputs, call.batch):
+    if (known := known_layout(call, learned)) is not None:
         return known
     axis = call.batch_dim
     doubtful = any(is_doubtful(candidate_rows(leaf, call.batch, axis), axis) for leaf in call.inputs)
