@@ -78,30 +78,44 @@ def unflatten(tree: Tree, leaves: Sequence[Any]) -> Tree:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a tensor keeps its rows: ``size[axis] == batch * repeat``, each row's block contiguous."""
+    """Where a tensor keeps its rows: ``size[axis] == batch * repeat``, each row's block contiguous.
+
+    With ``halves`` a row is a pair: half of its block is in the tensor's first half, the other in its second.
+    """
 
     axis: int
     repeat: int = 1
+    halves: bool = False
 
     def take(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """The rows, a copy; ``rows`` are indices on the tensor's device."""
         if self.repeat == 1:
             return tensor.index_select(self.axis, rows)
-        blocks = tensor.unflatten(self.axis, (-1, self.repeat))
-        return blocks.index_select(self.axis, rows).flatten(self.axis, self.axis + 1)
+        blocks, axis = self._blocks(tensor)
+        return blocks.index_select(axis, rows).flatten(self.axis, self.axis + blocks.dim() - tensor.dim())
 
     def put(self, full: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         """Write ``values`` into the rows of ``full``, in place."""
         if self.repeat == 1:
             return full.index_copy_(self.axis, rows, values)
-        split = (-1, self.repeat)
-        full.unflatten(self.axis, split).index_copy_(self.axis, rows, values.unflatten(self.axis, split))
+        blocks, axis = self._blocks(full)
+        blocks.index_copy_(axis, rows, self._blocks(values)[0])
         return full
 
     def first(self, tensor: Tensor) -> Tensor:
-        """A view with the rows on axis 0 and, where a row is a block, the block on axis 1."""
+        """The rows on axis 0 and, where a row is a block, the block on axis 1; a view but for pairs."""
         tensor = tensor.movedim(self.axis, 0)
-        return tensor if self.repeat == 1 else tensor.unflatten(0, (-1, self.repeat))
+        if self.repeat == 1:
+            return tensor
+        if not self.halves:
+            return tensor.unflatten(0, (-1, self.repeat))
+        return tensor.unflatten(0, (2, -1, self.repeat // 2)).transpose(0, 1).flatten(1, 2)
+
+    def _blocks(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """A view with the blocks on axes of their own, and the axis of the rows."""
+        if self.halves:
+            return tensor.unflatten(self.axis, (2, -1, self.repeat // 2)), self.axis + 1
+        return tensor.unflatten(self.axis, (-1, self.repeat)), self.axis
 
     def weighted(self, tensor: Tensor, factors: Tensor, offset: int = 0) -> Tensor:
         """``tensor`` with each row times a factor, or each position of a row.
@@ -122,6 +136,8 @@ class Rows:
             else:
                 factors = factors.amax(1)
         rows = rows * factors.to(rows.dtype).view(*factors.shape, *[1] * (rows.dim() - factors.dim()))
+        if self.halves:
+            rows = rows.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)
         return (rows if self.repeat == 1 else rows.flatten(0, 1)).movedim(0, self.axis)
 
 
@@ -188,48 +204,49 @@ def infer_batch_size(inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_
     return max((size for size in sizes if size), key=lambda size: (seen.count(size), -sizes.index(size)))
 
 
-def candidate_rows(tensor: Tensor, batch: int, batch_dim: int) -> Layout:
+def candidate_rows(tensor: Tensor, batch: int, batch_dim: int, pairs: bool = False) -> Layout:
     """Where an input may keep its rows, the likeliest first; None: it is shared by all rows."""
-    axes = [axis for axis, size in enumerate(tensor.shape) if size == batch]
+    each = 2 if pairs else 1
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == batch * each]
     axes.sort(key=lambda axis: axis != batch_dim)
     if tensor.dim() == 1:
         axes = [axis for axis in axes if axis == batch_dim]
-    return [*map(Rows, axes), None]
+    return [*(Rows(axis, each, pairs) for axis in axes), None]
 
 
 def is_doubtful(candidates: Layout, batch_dim: int) -> bool:
     """Whether the batch size stands on two axes of an input, or on another than expected: it can be read otherwise."""
-    return len(candidates) > 2 or candidates[0] not in (None, Rows(batch_dim))
+    return len(candidates) > 2 or (candidates[0] is not None and candidates[0].axis != batch_dim)
 
 
-def output_rows(tensor: Tensor, batch: int, batch_dim: int) -> Rows | None:
+def output_rows(tensor: Tensor, batch: int, batch_dim: int, pairs: bool = False) -> Rows | None:
     """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none."""
-    candidates = [rows for rows in candidate_rows(tensor, batch, batch_dim) if rows is not None]
+    candidates = [rows for rows in candidate_rows(tensor, batch, batch_dim, pairs) if rows is not None]
     if candidates and candidates[0].axis == batch_dim:
         return candidates[0]
-    if tensor.dim() and tensor.shape[0] and tensor.shape[0] % batch == 0:
+    if tensor.dim() and tensor.shape[0] and tensor.shape[0] % (batch * (2 if pairs else 1)) == 0:
         # (B * T, K) is likelier than (X, B), but (layers, B, H) likelier than (B * m, B, H).
-        candidates.insert(0 if tensor.dim() <= 2 else 1, Rows(0, tensor.shape[0] // batch))
+        candidates.insert(0 if tensor.dim() <= 2 else 1, Rows(0, tensor.shape[0] // batch, pairs))
     return candidates[0] if candidates else None
 
 
-def rows_between(full: torch.Size, part: torch.Size, batch: int, rows: int) -> Rows | None:
+def rows_between(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool = False) -> Rows | None:
     """Where a tensor keeps its rows, from its shape with ``batch`` rows and with fewer; None if that does not tell."""
     if len(full) != len(part):
         return None
     axes = [axis for axis, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
     if len(axes) != 1 or full[axes[0]] % batch or part[axes[0]] * batch != full[axes[0]] * rows:
         return None
-    return Rows(axes[0], full[axes[0]] // batch)
+    return Rows(axes[0], full[axes[0]] // batch, pairs)
 
 
-def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int) -> Iterator[Layout]:
+def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int, pairs: bool = False) -> Iterator[Layout]:
     """Readings of which inputs hold rows, the likeliest first.
 
     A shared tensor whose size happens to equal the batch size looks like rows. A reading that is wrong
     does not reproduce the screen's outputs, so the caller tries the next.
     """
-    candidates = [candidate_rows(leaf, batch, batch_dim) for leaf in inputs]
+    candidates = [candidate_rows(leaf, batch, batch_dim, pairs) for leaf in inputs]
     first = [options[0] for options in candidates]
     yield first
     for i, options in enumerate(candidates):

@@ -23,7 +23,8 @@ from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, Tree, flatten, infer_batch_size, map_tensors
 from kondo_hooks.engines import Engine, find_engine
 from kondo_hooks.errors import DelightError, WarnOnce
-from kondo_hooks.node import Call, differentiable
+from kondo_hooks.inner_loss import Tape
+from kondo_hooks.node import Call
 from kondo_hooks.screened import Screened
 from kondo_hooks.selection import (
     Decision,
@@ -36,7 +37,7 @@ from kondo_hooks.selection import (
     Weight,
     additive,
 )
-from kondo_hooks.state import ModuleState
+from kondo_hooks.state import ModuleState, forked_rng
 from kondo_hooks.stats import Stats
 from kondo_hooks.trace import find_sources
 from kondo_hooks.watch import observe_logp
@@ -66,6 +67,8 @@ class Gated:
         method: str | None,
         named: tuple[str, Name] | None,
         batch_dim: int,
+        pairs: bool,
+        shared_loss: bool,
         engine: Engine,
         spread: Spread,
     ):
@@ -75,6 +78,8 @@ class Gated:
         self._method = method
         self._named = named
         self._batch_dim = batch_dim
+        self._pairs = pairs
+        self._shared_loss = shared_loss
         self._warn = WarnOnce()
         self._selector = Selector(config, engine.ranks.rank if spread.scope == "local" else 0)
         self._backward = Backward(self._state(engine), engine, spread, self._selector, self._warn)
@@ -84,6 +89,8 @@ class Gated:
         self._screened: Screened | None = None
         self._outputs_learned: dict[str, Rows] = {}
         self._record = True
+        self._tape = True
+        self._learned_tape = False
         self._calls = 0
         self._ungated_task = -1
 
@@ -281,28 +288,42 @@ class Gated:
     @_disable_dynamo
     def _intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._backward.watcher.off():
-            if not torch.is_grad_enabled() or self._backward.running:
-                return original(*args, **kwargs)
-            self._calls += 1
-            inputs = flatten((args, kwargs))[1]
-            if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
-                return original(*args, **kwargs)
-            if self._passes_through():
-                return self._run_ungated(original, args, kwargs, inputs)
-            self._check_call()
-            if self._screened is not None:
-                screened, self._screened = self._screened, None
-                if (norm := self._backward.state.mixes_batch()) is not None:
-                    raise RuntimeError(
-                        f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
-                        "its statistics from them; put it in eval mode, or leave screen() away"
-                    )
-                call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
-                result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
-                self._backward.ran_first(screened.hooks)
-                self.stats.replayed(screened.forwarded, len(screened.factors))
-                return result
-            return self._screen_call(original, args, kwargs)
+            result, call, outputs = self._call(original, args, kwargs)
+        # The steps of the model's own loss are loss code: they run watched.
+        return result if call is None or call.inner is None else call.with_losses(result, outputs)
+
+    def _call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
+        """What the model returned and, where the call was screened, its record and the node's outputs."""
+        if not torch.is_grad_enabled() or self._backward.running:
+            return original(*args, **kwargs), None, ()
+        self._calls += 1
+        inputs = flatten((args, kwargs))[1]
+        if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
+            return original(*args, **kwargs), None, ()
+        if self._passes_through():
+            return self._run_ungated(original, args, kwargs, inputs), None, ()
+        self._check_call()
+        call = Call(
+            original, (args, kwargs), self._backward.state, self._backward.receive, self._pairs, self._shared_loss
+        )
+        if self._screened is not None:
+            return self._run_screened(call), None, ()
+        return self._screen_call(call)
+
+    def _run_screened(self, call: Call) -> Tree:
+        assert self._screened is not None
+        screened, self._screened = self._screened, None
+        if (norm := self._backward.state.mixes_batch()) is not None:
+            raise RuntimeError(
+                f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
+                "its statistics from them; put it in eval mode, or leave screen() away"
+            )
+        result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
+        self._backward.ran_first(screened.hooks)
+        self.stats.replayed(screened.forwarded, len(screened.factors))
+        return result
 
     def _check_call(self) -> None:
         """Refuse what would take gradients past the parameters that the replay reaches."""
@@ -319,12 +340,18 @@ class Gated:
                 "model's forward, or leave it away"
             )
 
-    def _screen_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
-        call = Call(original, (args, kwargs), self._backward.state, self._backward.receive)
+    def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._engine.syncs()
-        result = call.screen(self._batch_dim, self._record, self._backward.copy_outputs)
+        copy = self._backward.copy_outputs
+        result = call.screen(self._batch_dim, self._record, copy, Tape() if self._tape else None)
+        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in flatten(result)[1])
+        if returns_loss and not self._tape:
+            with forked_rng(call.rng), call.buffers.restored():
+                result = call.screen(self._batch_dim, self._record, copy, Tape())
+        if not self._learned_tape or returns_loss:
+            self._tape, self._learned_tape = returns_loss, True
         if not call.outputs:
-            return result
+            return result, None, ()
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
         self._record = call.random
@@ -336,10 +363,10 @@ class Gated:
                 "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
                 "Put the whole sequence into one call (method=), or detach what is carried over.",
             )
-        live = call.attach_node(result, self._backward.anchor)
+        live, outputs = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
             call.named = self._resolve(call, live)
-        return live
+        return live, call, outputs
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
         """Pass straight through; only count, when a backward comes."""
@@ -376,6 +403,8 @@ class Gated:
 
         def look(value: Any) -> None:
             inside = getattr(value, "__dict__", None)
+            if type(value).__module__ == "transformers.cache_utils":
+                return  # every decoder returns one, and training uses none
             if inside and any(leaf.is_floating_point() for leaf in _tensors_within(inside, 3)):
                 hidden.append(type(value).__name__)
 
@@ -414,8 +443,7 @@ class Gated:
                 found = getattr(live, name)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{kind}={name!r} names no output of {type(self.model).__name__}") from error
-        leaves = [leaf for leaf in flatten(live)[1] if differentiable(leaf)]
-        for i, leaf in enumerate(leaves):
+        for i, leaf in enumerate(call.outputs_in(live)):
             if leaf is found:
                 return kind, i
         raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")
@@ -459,6 +487,8 @@ def gated(
     logits: Name | None = None,
     probs: Name | None = None,
     batch_dim: int = 0,
+    pairs: bool = False,
+    shared_loss: Literal["refuse", "kept"] = "refuse",
     window: int | Literal["auto"] = 1,
     scope: Literal["local", "global"] = "local",
     balance: bool = False,
@@ -491,6 +521,10 @@ def gated(
         logp, logits, probs: the output that holds the policy, where the gate cannot tell: a field name, an
             index, or a function of the model's output. At most one.
         batch_dim: axis of the inputs and outputs that holds the samples.
+        pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
+            answers, as DPO concatenates them.
+        shared_loss: what to do with a term of a loss computed inside the model that is no sum over rows (a router's
+            balancing loss): "refuse" it, or take it on the "kept" rows alone, which is another term.
         window: how many backwards form one population, whose kept rows are replayed together at the end of the last:
             3% of 8 rows is no row, 3% of 8 backwards of 32 is 8. "auto" takes the host's gradient accumulation
             (accelerate, DeepSpeed, ``no_sync``). What has not been decided when the optimizer steps is an error.
@@ -532,6 +566,14 @@ def gated(
         raise ValueError(f"method={method!r} is no method of {type(model).__name__}")
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
+    if not isinstance(pairs, bool):
+        raise ValueError(f"pairs must be True or False, got {pairs!r}")
+    if pairs and unit == "token":
+        raise ValueError("pairs are kept or dropped as one: they need unit='sample'")
+    if shared_loss not in ("refuse", "kept"):
+        raise ValueError(f"shared_loss must be 'refuse' or 'kept', got {shared_loss!r}")
+    if shared_loss == "kept" and balance:
+        raise ValueError("shared_loss='kept' takes a term on each rank's own kept rows, which balance=True moves away")
     spread = Spread(window, scope, balance, micro_batch_size)
     engine = find_engine(model, tensor_parallel_group, scope == "global")
     engine.check_window(window)
@@ -545,4 +587,6 @@ def gated(
         method=method,
         named=named[0] if named else None,
         batch_dim=batch_dim,
+        pairs=pairs,
+        shared_loss=shared_loss == "kept",
     )

@@ -84,10 +84,11 @@ class TakeDraws(TorchDispatchMode):
     """Repeats the random operations of a screen for the whole batch and hands out the kept rows' share.
 
     Args:
-        calls: the draws of each call in the replay, its batch size and the rows that are replayed.
+        calls: the draws of each call in the replay, its batch size, the rows that are replayed and whether these are
+            pairs.
     """
 
-    def __init__(self, calls: Sequence[tuple[Draws, int, Tensor]]):
+    def __init__(self, calls: Sequence[tuple[Draws, int, Tensor, bool]]):
         super().__init__()
         self._calls = calls
 
@@ -97,14 +98,14 @@ class TakeDraws(TorchDispatchMode):
         if not _draws_numbers(func):
             return func(*args, **kwargs)
         key = _key(func, _device(args, kwargs))
-        for draws, batch, rows in self._calls:
+        for draws, batch, rows, pairs in self._calls:
             if (full := draws.shapes.get(key)) is not None:
-                return _draw_rows(func, args, kwargs, full, batch, rows)
+                return _draw_rows(func, args, kwargs, full, batch, rows, pairs)
         return func(*args, **kwargs)
 
 
 def _draw_rows(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any], full: list[Any], batch: int, rows: Tensor
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], full: list[Any], batch: int, rows: Tensor, pairs: bool
 ) -> Any:
     whole = list(args)
     where = None
@@ -112,7 +113,7 @@ def _draw_rows(
     for i, (value, shape) in enumerate(zip(args, full, strict=True)):
         if shape is None or _shape(value)[0] == shape[0]:
             continue
-        if (rows_at := rows_between(shape[0], _shape(value)[0], batch, len(rows))) is None:
+        if (rows_at := rows_between(shape[0], _shape(value)[0], batch, len(rows), pairs)) is None:
             return func(*args, **kwargs)
         where = rows_at
         if isinstance(value, Tensor):
@@ -128,7 +129,7 @@ def _draw_rows(
     def take(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.dim():
             return tensor
-        return Rows(where.axis, tensor.shape[where.axis] // batch).take(tensor, rows.to(tensor.device))
+        return Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows.to(tensor.device))
 
     for i, argument in enumerate(func._schema.arguments[: len(args)]):
         if argument.alias_info is not None and argument.alias_info.is_write:

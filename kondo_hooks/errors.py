@@ -25,6 +25,23 @@ def no_batch_axis(path: str, batch: int) -> str:
     )
 
 
+def no_rows_in_loss(tensor: str) -> str:
+    """The message for a term of the model's own loss that is not a sum over rows."""
+    return (
+        f"gated: {tensor} has no row for each sample (a router's balancing loss?), so that term cannot be split into "
+        "rows. Leave it out, or take it on the kept rows alone: gated(..., shared_loss='kept')."
+    )
+
+
+def coupled_rows(tensor: str) -> str:
+    """The message for a loss of the model's own that comes out otherwise when fewer rows are there."""
+    return (
+        f"gated: {tensor} is not the same for the kept rows alone: the model's loss compares rows with each other (a "
+        "contrastive loss), or is no sum over rows. Call the model without its loss, and compute that outside of it "
+        "from the embeddings, which do have rows. No gradient was changed."
+    )
+
+
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of."""
 

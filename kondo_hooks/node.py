@@ -14,8 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Tree, flatten, infer_batch_size, output_rows, unflatten
+from kondo_hooks.batch import (
+    Layout,
+    Rows,
+    Tree,
+    candidate_rows,
+    flatten,
+    infer_batch_size,
+    is_doubtful,
+    layouts,
+    map_tensors,
+    output_rows,
+    unflatten,
+)
 from kondo_hooks.draws import Draws, RecordDraws
+from kondo_hooks.inner_loss import InnerLoss, Tape, find_losses
 from kondo_hooks.state import (
     Autocast,
     BufferRecord,
@@ -37,9 +50,13 @@ class Call:
     Attributes:
         run: the function that was called.
         args: positional and keyword arguments, tensors in nested containers.
-        outputs: the differentiable output tensors, as the screen returned them.
+        pairs: whether row i and the row half a batch below it are one sample, and so one row here.
+        shared_loss: whether a term without rows in a loss of the model's own is taken on the kept rows alone.
+        outputs: the differentiable output tensors, as the screen returned them; for a loss that the model computed, the
+            tensors that it was computed from.
         rows: where each output keeps its rows; None for an output without a batch axis.
         batch: number of rows.
+        inner: the losses that the model computed.
         whole: why only a replay of the whole batch can be exact, if so.
         paths: of the outputs in what the model returned.
         named: which output the user named, and as what.
@@ -50,6 +67,8 @@ class Call:
     args: Tree
     state: ModuleState
     receive: Callable[["Call", Any, Sequence[Tensor | None]], tuple[Tensor | None, ...]]
+    pairs: bool = False
+    shared_loss: bool = False
     flags: tuple[list[bool], list[bool]] = field(init=False)
     autocast: Autocast = field(init=False)
     rng: RngState = field(init=False)
@@ -62,6 +81,7 @@ class Call:
     batch: int = 0
     named: Any = None
     syncs: bool = True
+    inner: InnerLoss | None = None
 
     def __post_init__(self) -> None:
         self.serial = next(_serial)
@@ -91,16 +111,22 @@ class Call:
         """Whether an input wants its gradient back from the node's own backward."""
         return any(leaf.requires_grad for leaf in self.inputs)
 
-    def screen(self, batch_dim: int, record: bool, copy: bool) -> Tree:
+    def screen(self, batch_dim: int, record: bool, copy: bool, tape: Tape | None = None) -> Tree:
         """Run the whole batch without a graph; returns what the model returned.
 
         Args:
             batch_dim: axis that holds the rows.
             record: note random operations, so that a replay of some rows can repeat them.
             copy: keep a copy of the outputs, for a loss that writes into them.
+            tape: notes how the model computes a loss of its own.
         """
         self.buffers = self.state.buffers_before()
-        with torch.no_grad(), _no_fast_path(), RecordDraws(self.draws) if record else contextlib.nullcontext():
+        with (
+            torch.no_grad(),
+            _no_fast_path(),
+            RecordDraws(self.draws) if record else contextlib.nullcontext(),
+            tape or contextlib.nullcontext(),
+        ):
             result = self.run(*self.args[0], **self.args[1])
         self.state.note_changes(self.buffers)
         self._input_versions = [leaf._version for leaf in self.inputs]
@@ -113,28 +139,86 @@ class Call:
             self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
         elif (norm := self.state.mixes_batch()) is not None:
             self.whole = f"{norm} in training mode computes statistics over the batch"
-        self._take_outputs(result, batch_dim, copy)
+        self._take_outputs(result, batch_dim, copy, tape)
         return result
 
-    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool) -> None:
+    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None) -> None:
         every = list(zip(*flatten(result), strict=True))
         self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim)
+        if self.pairs and self.batch % 2:
+            raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
+        self.batch //= 2 if self.pairs else 1
         self.batch_dim = batch_dim
-        kept = [(path, leaf) for path, leaf in every if differentiable(leaf)]
+        if tape is not None:
+            self.inner = find_losses(tape.steps, every, self.inputs, self._is_shared)
+        kept = [(path, leaf) for path, leaf in every if self._is_output(path, leaf)]
+        if self.inner is not None:
+            # A tensor that the model also returned is one output.
+            self._own = [i for i, t in enumerate(self.inner.tensors) if not any(_is_alias(t, leaf) for _, leaf in kept)]
+            kept += [(self.inner.name(i), self.inner.tensors[i]) for i in self._own]
+            self._ends = [next(j for j, (_, leaf) in enumerate(kept) if _is_alias(t, leaf)) for t in self.inner.tensors]
         self.paths = [path for path, _ in kept]
         # Aliases that are no views: the user may write into what is returned, and `detach` shares the
         # version counter, which tells that it was done.
         self.returned = [leaf.data for _, leaf in kept]
         self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
-        self.rows = [output_rows(leaf, self.batch, batch_dim) for leaf in self.outputs]
+        self.rows = [self._rows(leaf) for leaf in self.outputs]
         self._output_versions = [leaf._version for leaf in self.outputs]
 
-    def attach_node(self, result: Tree, anchor: Tensor) -> Tree:
-        """``result`` with its differentiable tensors as outputs of this call's autograd node."""
+    def _rows(self, output: Tensor) -> Rows | None:
+        return output_rows(output, self.batch, self.batch_dim, self.pairs)
+
+    def _is_shared(self, reduced: Tensor) -> bool:
+        return self.shared_loss and self._rows(reduced) is None
+
+    def is_shared(self, i: int) -> bool:
+        """Whether output ``i`` is a term of a loss that all replayed rows share."""
+        return self.shared_loss and self.rows[i] is None and self.makes_loss(i)
+
+    def makes_loss(self, i: int) -> bool:
+        """Whether output ``i`` is what a loss of the model's own was made of."""
+        return self.inner is not None and i in self._ends
+
+    def _is_output(self, path: str, leaf: Tensor) -> bool:
+        return differentiable(leaf) and (self.inner is None or path not in self.inner.paths)
+
+    def outputs_in(self, result: Tree, tape: Tape | None = None) -> list[Tensor]:
+        """The outputs in what the model returned; ``tape`` of that run, where losses are to be taken apart."""
+        found = [leaf for path, leaf in zip(*flatten(result), strict=True) if self._is_output(path, leaf)]
+        if self.inner is not None and tape is not None:
+            cuts = self.inner.in_replay(tape.steps)
+            found += [cuts[i] for i in self._own]
+        return found
+
+    def tape(self) -> Tape | None:
+        """For another run of the model, if this one computed a loss."""
+        return None if self.inner is None else Tape()
+
+    def attach_node(self, result: Tree, anchor: Tensor) -> tuple[Tree, list[Tensor]]:
+        """``result`` with its differentiable tensors as outputs of this call's autograd node, and all of these."""
         inputs = [leaf for leaf in self.inputs if leaf.requires_grad]
-        returned = iter(_Node.apply(self, anchor.view_as(anchor), *inputs))
+        returned = list(_Node.apply(self, anchor.view_as(anchor), *inputs))
         self.returned = []
-        return unflatten(result, [next(returned) if differentiable(leaf) else leaf for leaf in flatten(result)[1]])
+        remaining = iter(returned)
+
+        def live(path: str, leaf: Tensor) -> Tensor:
+            return next(remaining) if self._is_output(path, leaf) else leaf
+
+        return map_tensors(live, result), returned
+
+    def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
+        """``result`` with the model's own losses computed from the node's outputs."""
+        assert self.inner is not None
+        return self.inner.run(result, [returned[i] for i in self._ends])
+
+    def readings(self) -> Iterator[Layout]:
+        """Which inputs hold rows, the likeliest reading first."""
+        return layouts(self.inputs, self.batch, self.batch_dim, self.pairs)
+
+    def doubtful(self) -> list[bool]:
+        """For each input, whether it can be read otherwise than as is likeliest."""
+        candidates = (candidate_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.inputs)
+        return [is_doubtful(options, self.batch_dim) for options in candidates]
 
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
@@ -142,9 +226,10 @@ class Call:
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""
-        with torch.no_grad(), _no_fast_path(), self.as_screened():
+        tape = self.tape()
+        with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
             result = self.run(*self.args[0], **self.args[1])
-        self.outputs = [leaf for leaf in flatten(result)[1] if differentiable(leaf)]
+        self.outputs = self.outputs_in(result, tape)
         self._output_versions = [leaf._version for leaf in self.outputs]
 
     @contextlib.contextmanager
@@ -199,6 +284,10 @@ def _no_fast_path() -> Iterator[None]:
 def differentiable(leaf: Tensor) -> bool:
     """Whether a loss could send a gradient into this output."""
     return leaf.dtype.is_floating_point or leaf.dtype.is_complex
+
+
+def _is_alias(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _argument(path: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, Tree, fits, layouts
+from kondo_hooks.batch import Layout, Rows, Tree, fits
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
 
@@ -49,11 +49,7 @@ class Part:
     @classmethod
     def of(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None]) -> "Part":
         """Rows of a call, and theirs of the gradients at its whole outputs."""
-        taken: list[Gradient | None] = [
-            None if grad is None or where is None else where.take(grad, rows)
-            for where, grad in zip(call.rows, grads, strict=True)
-        ]
-        return cls(call, rows, taken)
+        return cls(call, rows, [_take(call, i, grad, rows) for i, grad in enumerate(grads)])
 
     @classmethod
     def stand_in(cls, call: Call, rows: Tensor, like: Sequence[Tensor | None]) -> "Part":
@@ -99,12 +95,7 @@ class Part:
 
     def select(self, index: Tensor) -> "Part":
         """Some of its rows, by position."""
-        grads: list[Gradient | None] = []
-        for where, grad in zip(self.call.rows, self.grads, strict=True):
-            if isinstance(grad, RankOne):
-                grads.append(grad.take(index))
-            else:
-                grads.append(None if grad is None or where is None else where.take(grad, index))
+        grads = [_take(self.call, i, grad, index, len(index) / len(self)) for i, grad in enumerate(self.grads)]
         held = self.held
         if held is not None:
             inputs = [
@@ -127,7 +118,7 @@ class Part:
             if isinstance(grad, RankOne):
                 grads.append(grad.weighted(factors, offset))
             else:
-                grads.append(None if grad is None or where is None else where.weighted(grad, factors, offset))
+                grads.append(grad if grad is None or where is None else where.weighted(grad, factors, offset))
         return replace(self, grads=grads)
 
     def whole(self) -> "Part":
@@ -135,7 +126,7 @@ class Part:
         grads: list[Gradient | None] = []
         for output, where, grad in zip(self.call.outputs, self.call.rows, self.grads, strict=True):
             if grad is None or where is None:
-                grads.append(None)
+                grads.append(grad)
             else:
                 assert isinstance(grad, Tensor)
                 grads.append(where.put(torch.zeros_like(output, dtype=grad.dtype), self.rows, grad))
@@ -216,6 +207,16 @@ class Part:
         for leaf, where in zip(inputs, template.held.layout, strict=True):
             n = n if where is None else leaf.shape[where.axis] // where.repeat
         return cls(template.call, torch.arange(n, device=device), grads, Held(template.held.layout, inputs, outputs))
+
+
+def _take(call: Call, i: int, grad: Gradient | None, index: Tensor, share: float = 1.0) -> Gradient | None:
+    """Rows of a gradient; of one at a term that all rows share, a share."""
+    where = call.rows[i]
+    if grad is None or isinstance(grad, RankOne):
+        return None if grad is None else grad.take(index)
+    if where is None:
+        return grad * share if call.is_shared(i) else None
+    return where.take(grad, index)
 
 
 def pack(parts: list[Part], limit: int | None = None) -> list[list[Part]]:
@@ -302,7 +303,7 @@ def reading(part: Part, learned: dict[tuple[str, ...], Layout]) -> Layout:
     if part.held is not None:
         return part.held.layout
     call = part.call
-    return known_layout(call, learned) or next(layouts(call.inputs, call.batch, call.batch_dim))
+    return known_layout(call, learned) or next(call.readings())
 
 
 def same_values(x: Tensor, y: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kondo_hooks.batch import Layout, kept_rows
 from kondo_hooks.delight import Boundary, read_boundary, read_field
-from kondo_hooks.errors import DelightError, no_batch_axis
+from kondo_hooks.errors import DelightError, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.selection import Signal
@@ -49,9 +49,12 @@ class Arrival:
 
     def check(self) -> None:
         """Refuse gradients that cannot be split into rows."""
-        for path, rows, grad in zip(self.call.paths, self.call.rows, self.grads, strict=True):
-            if rows is None and grad is not None:
-                raise RuntimeError(no_batch_axis(path, self.call.batch))
+        call = self.call
+        for i, (path, rows, grad) in enumerate(zip(call.paths, call.rows, self.grads, strict=True)):
+            if rows is None and grad is not None and not call.is_shared(i):
+                raise RuntimeError(no_rows_in_loss(path) if call.makes_loss(i) else no_batch_axis(path, call.batch))
+        if call.inner is not None:
+            call.inner.check()
 
     def overflowed(self) -> Tensor | None:
         """(B,) rows whose gradient left the range of float16: they are kept, for a GradScaler has to see them."""

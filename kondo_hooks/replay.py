@@ -11,18 +11,14 @@ from torch import Tensor
 from kondo_hooks.batch import (
     Layout,
     Rows,
-    candidate_rows,
     fits,
-    flatten,
-    is_doubtful,
     join_rows,
-    layouts,
     pad_to,
     unflatten,
 )
 from kondo_hooks.draws import TakeDraws
-from kondo_hooks.errors import ReplayMismatchError
-from kondo_hooks.node import Call, differentiable
+from kondo_hooks.errors import ReplayMismatchError, coupled_rows
+from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.rank_one import RankOne
 
@@ -69,7 +65,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
         verify(replayed)
         return replayed
     key = tuple(call.input_paths)
-    readings = list(layouts(call.inputs, call.batch, call.batch_dim))
+    readings = list(call.readings())
     everything = len(group) == 1 and group[0].all_rows
     known = learned.get(key)
     if everything:
@@ -114,7 +110,7 @@ class AmbiguousRowsError(Exception):
 def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> bool:
     """Whether a doubtful input could be read otherwise: a zero-initialised path hides what is wrong."""
     call = group[0].call
-    doubtful = [is_doubtful(candidate_rows(leaf, call.batch, call.batch_dim), call.batch_dim) for leaf in call.inputs]
+    doubtful = call.doubtful()
     for other in readings:
         differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
@@ -153,9 +149,10 @@ def forward(group: list[Part], inputs: list[Tensor]) -> list[Tensor]:
     """Run the model on what ``assemble`` put together; returns its differentiable outputs."""
     call = group[0].call
     args, kwargs = unflatten(call.args, inputs)
-    with call.as_screened(), torch.enable_grad(), taking_draws(group):
+    tape = call.tape()
+    with call.as_screened(), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
         result = call.run(*args, **kwargs)
-    return [leaf for leaf in flatten(result)[1] if differentiable(leaf)]
+    return call.outputs_in(result, tape)
 
 
 def silenced(group: list[Part], outputs: list[Tensor]) -> Replayed:
@@ -176,7 +173,14 @@ def with_gradients(group: list[Part], outputs: list[Tensor], leaves: list[tuple[
         )
     replayed = Replayed(group, [], [], leaves)
     for i, output in enumerate(outputs):
-        if call.rows[i] is None or all(part.grads[i] is None for part in group):
+        if all(part.grads[i] is None for part in group):
+            continue
+        if call.is_shared(i):
+            replayed.outputs.append(output)
+            shares = [grad for part in group if isinstance(grad := part.grads[i], Tensor)]
+            replayed.grads.append(torch.stack(shares).sum(0))
+            continue
+        if call.rows[i] is None:
             continue
         replayed.all_outputs[i] = output
         if output.requires_grad:
@@ -209,14 +213,16 @@ def _rows_of(group: list[Part], i: int, output: Tensor) -> list[Tensor]:
     sizes = [len(part) * where.repeat for part in group]
     if output.dim() <= where.axis or output.shape[where.axis] != sum(sizes):
         shape = [*output.shape]
-        raise ReplayMismatchError(_wrong_axis(_name(group[0].call, i), shape, sum(sizes), where.axis))
+        raise ReplayMismatchError(_wrong_axis(group[0].call, i, shape, sum(sizes), where.axis))
     return list(output.detach().split(sizes, where.axis)) if len(group) > 1 else [output.detach()]
 
 
 @contextlib.contextmanager
 def taking_draws(group: Iterable[Part]) -> Iterator[None]:
     """Hand out the rows' share of the random numbers that the screen drew."""
-    calls = [(p.call.draws, p.call.batch, p.rows) for p in group if p.call.draws.shapes and not p.all_rows]
+    calls = [
+        (p.call.draws, p.call.batch, p.rows, p.call.pairs) for p in group if p.call.draws.shapes and not p.all_rows
+    ]
     if not calls:
         yield
         return
@@ -241,7 +247,7 @@ def verify(replayed: Replayed) -> None:
                 if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
                     len(group) == 1 and expected.shape != rows.shape
                 ):
-                    raise ReplayMismatchError(_wrong_axis(_name(call, i), rows.shape, expected.shape, where.axis))
+                    raise ReplayMismatchError(_wrong_axis(call, i, rows.shape, expected.shape, where.axis))
                 ours.append(rows[tuple(slice(n) for n in expected.shape)] if len(group) > 1 else rows)
                 theirs.append(expected)
         if len(group) > 1:
@@ -263,10 +269,14 @@ def verify(replayed: Replayed) -> None:
 
 
 def _name(call: Call, i: int) -> str:
-    return f"output {call.paths[i]}" if call.paths[i] else "the output"
+    path = call.paths[i]
+    return path if path.startswith("the ") else f"output {path}" if path else "the output"
 
 
-def _wrong_axis(name: str, shape: Sequence[int], expected: Any, axis: int) -> str:
+def _wrong_axis(call: Call, i: int, shape: Sequence[int], expected: Any, axis: int) -> str:
+    name = _name(call, i)
+    if call.makes_loss(i):
+        return coupled_rows(name)
     wanted = tuple(expected) if isinstance(expected, torch.Size) else f"{expected} on axis {axis}"
     return (
         f"gated: for the kept rows {name} has shape {tuple(shape)} where {wanted} was "

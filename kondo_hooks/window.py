@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, candidate_rows, is_doubtful, layouts
+from kondo_hooks.batch import Layout
 from kondo_hooks.parts import known_layout
 from kondo_hooks.population import Arrival
 from kondo_hooks.selection import Selector
@@ -137,9 +137,7 @@ def _layout(arrival: Arrival, learned: dict[tuple[str, ...], Layout], communicat
     call = arrival.call
     if (known := known_layout(call, learned)) is not None:
         return known
-    axis = call.batch_dim
-    doubtful = any(is_doubtful(candidate_rows(leaf, call.batch, axis), axis) for leaf in call.inputs)
-    return next(layouts(call.inputs, call.batch, call.batch_dim)) if communicates or not doubtful else None
+    return next(call.readings()) if communicates or not any(call.doubtful()) else None
 
 
 def gone(arrival: Arrival, kept: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ class Mlp(nn.Module):
 
 
 class ScalarOutput(Mlp):
-    """Returns a loss of its own beside the logits, which has no rows."""
+    """Returns a penalty of its own beside the logits, which has no rows."""
 
     def forward(self, x):
         logits = super().forward(x)
-        return logits, logits.pow(2).mean()
+        return logits, next(self.parameters()).pow(2).mean()
 
 
 class CnnBatchNorm(nn.Module):

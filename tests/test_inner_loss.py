@@ -1,0 +1,389 @@
+"""Losses that a model computes itself: exact against a backward masked at its logits, over families of models."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.trainer_pt_utils import LabelSmoother
+
+import kondo_hooks as kondo
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+B, T = 8, 12
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    sizes = SMALL
+    if name.startswith("GPT2"):
+        sizes = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
+    elif name.startswith("T5"):
+        sizes = {
+            "vocab_size": 50,
+            "d_model": 32,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "d_kv": 8,
+            "decoder_start_token_id": 0,
+        }
+    elif name.startswith("DistilBert"):
+        sizes = {"vocab_size": 50, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+    elif name.startswith("ViT"):
+        sizes = {**SMALL, "image_size": 8, "patch_size": 4}
+        sizes.pop("vocab_size")
+    elif name.startswith("Mixtral"):
+        sizes = {**SMALL, "num_local_experts": 4, "num_key_value_heads": 2}
+    if name.startswith("Llama"):
+        sizes = {**sizes, "pad_token_id": 0}
+    model = kind(kind.config_class(**{**sizes, **options}))
+    return model if name.startswith("Mixtral") else model.double()  # grouped matrix products are single
+
+
+def batch_for(name, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 50, (B, T), generator=generator)
+    if name.startswith("ViT"):
+        images = torch.randn(B, 3, 8, 8, dtype=torch.float64, generator=generator)
+        return {"pixel_values": images, "labels": torch.randint(0, 3, (B,), generator=generator)}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "SequenceClassification" in name:
+        batch["labels"] = torch.randint(0, 3, (B,), generator=generator)
+    elif "TokenClassification" in name:
+        batch["labels"] = torch.randint(0, 3, (B, T), generator=generator)
+    elif "QuestionAnswering" in name:
+        batch["start_positions"] = torch.randint(0, T, (B,), generator=generator)
+        batch["end_positions"] = torch.randint(0, T, (B,), generator=generator)
+    else:
+        batch["labels"] = ids.masked_fill(torch.rand(B, T, generator=generator) < 0.3, -100)
+    return batch
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def masked(model, batch, kept, loss_of=lambda out: out.loss, names=("logits",)):
+    """The gradient of the same loss with what it sends to dropped rows' logits set to zero."""
+    model.zero_grad()
+    out = model(**batch)
+    tensors = [out[name] for name in names]
+    found = torch.autograd.grad(loss_of(out), tensors, retain_graph=True)
+    dropped = torch.ones(B, dtype=torch.bool)
+    dropped[kept] = False
+    torch.autograd.backward(tensors, [g.masked_fill(dropped.view(-1, *[1] * (g.dim() - 1)), 0) for g in found])
+    wanted = gradients(model)
+    model.zero_grad()
+    return wanted
+
+
+def assert_same(found, wanted, bar=1e-10):
+    scale = max(g.abs().max() for g in wanted.values())
+    assert scale > 0
+    for name, grad in wanted.items():
+        assert (found[name] - grad).abs().max() <= bar * scale, name
+
+
+def check(model, batch, loss_of=lambda out: out.loss, names=("logits",), **options):
+    full = loss_of(model(**batch)).item()
+    with kondo.gated(model, **{"rate": 0.25, **options}) as gate:
+        torch.manual_seed(3)
+        loss = loss_of(model(**batch))
+        loss.backward()
+    found = gradients(model)
+    kept = gate.last.kept
+    assert len(kept) == 2 and gate.stats.forwarded == 2
+    assert loss.item() == pytest.approx(full)
+    assert_same(found, masked(model, batch, kept, loss_of, names))
+    return gate
+
+
+MODELS = {
+    "LlamaForCausalLM": {},
+    "GPT2LMHeadModel": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "Qwen3ForCausalLM": {"head_dim": 8, "num_key_value_heads": 2},
+    "T5ForConditionalGeneration": {"dropout_rate": 0},
+    "BertForMaskedLM": {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
+    "ModernBertForMaskedLM": {"pad_token_id": 0, "reference_compile": False},
+    "DistilBertForSequenceClassification": {
+        "num_labels": 3,
+        "dropout": 0,
+        "attention_dropout": 0,
+        "seq_classif_dropout": 0,
+    },
+    "LlamaForSequenceClassification": {"num_labels": 3},
+    "BertForTokenClassification": {"num_labels": 3, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
+    "ViTForImageClassification": {"num_labels": 3},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loss_computed_in_the_model_is_exact(name):
+    check(build(name, **MODELS[name]).train(), batch_for(name))
+
+
+def test_question_answering_has_two_terms():
+    name = "BertForQuestionAnswering"
+    model = build(name, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    check(model, batch_for(name), names=("start_logits", "end_logits"))
+
+
+@pytest.mark.parametrize("items", [37, torch.tensor(37)])
+def test_num_items_in_batch_and_a_factor_after_it(items):
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    batch["num_items_in_batch"] = items
+    gate = check(model, batch, lambda out: out.loss * 3)
+    assert gate.last.scale == pytest.approx(3 / 37)
+
+
+def test_logits_to_keep():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    batch["logits_to_keep"] = 5
+    batch["labels"] = batch["labels"][:, -5:]
+    check(model, batch)
+
+
+def test_shifted_labels():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    batch["shift_labels"] = batch["labels"]
+    check(model, batch)
+
+
+def test_tuples():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    wanted = check(model, batch).last.kept
+    model.zero_grad()
+    with kondo.gated(model, rate=0.25) as gate:
+        loss, *_ = model(**batch, return_dict=False)
+        loss.backward()
+    assert gate.last.kept.tolist() == wanted.tolist()
+    assert_same(gradients(model), masked(model, batch, wanted))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_label_smoothing_of_the_trainer(shift):
+    name = "LlamaForCausalLM" if shift else "BertForTokenClassification"
+    model, batch = build(name, **MODELS[name]), batch_for(name)
+    labels = batch.pop("labels")
+    smooth = LabelSmoother(epsilon=0.1)
+    check(model, batch, lambda out: smooth(out, labels, shift_labels=shift))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_other_problems(problem):
+    name = "BertForSequenceClassification"
+    sizes = {"num_labels": 3, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "problem_type": problem}
+    model, batch = build(name, **sizes), batch_for(name)
+    batch["labels"] = torch.rand(B, 3, dtype=torch.float64)
+    if problem == "regression":
+        with pytest.warns(kondo.KondoWarning, match="far from a policy gradient"):
+            check(model, batch)
+    else:
+        batch["labels"] = batch["labels"].round()
+        check(model, batch)
+
+
+def test_delight_is_the_surprisal_of_the_labels():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    gate = check(model, batch)
+    with torch.no_grad():
+        logp = model(**batch).logits.log_softmax(-1)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    picked = logp.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).masked_fill(labels < 0, 0)
+    torch.testing.assert_close(gate.last.delight.double(), -picked.sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_that_of_the_full_batch():
+    name = "BertForMaskedLM"
+    model, batch = build(name).train(), batch_for(name)
+    with kondo.gated(model, rate=0.25) as gate:
+        torch.manual_seed(3)
+        model(**batch).loss.backward()
+    found = gradients(model)
+    torch.manual_seed(3)
+    assert_same(found, masked(model, batch, gate.last.kept))
+
+
+def test_a_window_over_micro_batches():
+    model = build("LlamaForCausalLM")
+    batches = [batch_for("Llama", seed) for seed in range(4)]
+    with kondo.gated(model, rate=0.1, window=4) as gate:
+        for batch in batches:
+            model(**batch, num_items_in_batch=200).loss.backward()
+    found, kept = gradients(model), gate.last.kept
+    assert len(kept) == 3
+    total = {}
+    for i, batch in enumerate(batches):
+        mine = kept[(kept >= i * B) & (kept < (i + 1) * B)] - i * B
+        for name, grad in masked(model, {**batch, "num_items_in_batch": 200}, mine).items():
+            total[name] = total.get(name, 0) + grad
+    assert_same(found, total)
+
+
+def test_a_loss_that_comes_and_goes():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    labels = batch.pop("labels")
+    with kondo.gated(model, rate=0.25):
+        logits = model(**batch).logits
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        wanted = gradients(model)
+        model.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+    assert_same(gradients(model), wanted, 1e-6)  # the model computes its loss in float32
+
+
+def test_a_retained_graph_gives_the_gradient_twice():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    with kondo.gated(model, rate=0.25):
+        loss = model(**batch).loss
+        loss.backward(retain_graph=True)
+        once = gradients(model)
+        loss.backward()
+    assert_same(gradients(model), {name: 2 * grad for name, grad in once.items()})
+
+
+# What cannot be taken apart.
+
+
+def test_a_balancing_loss_is_refused_and_named():
+    model, batch = build("MixtralForCausalLM", output_router_logits=True), batch_for("Mixtral")
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match=r"tensor that sum .* shared_loss='kept'"):
+        model(**batch).loss.backward()
+    assert not gradients(model)
+
+
+def test_a_balancing_loss_on_the_kept_rows_alone():
+    model = build("MixtralForCausalLM", output_router_logits=True, router_aux_loss_coef=0.5)
+    batch = batch_for("Mixtral")
+    with kondo.gated(model, rate=0.25, shared_loss="kept") as gate:
+        loss = model(**batch).loss
+        loss.backward()
+    found, kept = gradients(model), gate.last.kept
+    assert loss.item() == pytest.approx(model(**batch).loss.item())
+    model.zero_grad()
+    # The same: cross-entropy of the whole batch, masked, and the balancing loss of a batch of the kept rows.
+    wanted = masked(model, {**batch, "output_router_logits": False}, kept)
+    few = {key: value[kept] for key, value in batch.items()}
+    (0.5 * model(**few).aux_loss).backward()
+    for name, grad in gradients(model).items():
+        wanted[name] = wanted.get(name, 0) + grad
+    assert_same(found, wanted, 1e-5)
+
+
+class Contrastive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, x, y):
+        logits = self.a(x) @ self.b(y).T
+        rows = torch.arange(len(logits))
+        return nn.functional.cross_entropy(logits, rows) + nn.functional.cross_entropy(logits.T, rows), logits
+
+
+def test_a_contrastive_loss_is_refused():
+    model = Contrastive()
+    with (
+        kondo.gated(model, rate=0.25),
+        pytest.raises(
+            kondo.ReplayMismatchError, match=r"compares rows with each other.*Call the model without its loss"
+        ),
+    ):
+        model(torch.randn(B, 4), torch.randn(B, 5))[0].backward()
+    assert not gradients(model)
+
+
+class Penalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, labels):
+        logits = self.layer(x)
+        return nn.functional.cross_entropy(logits, labels) + self.layer.bias[0] * 0.1, logits
+
+
+def test_a_term_that_goes_past_the_rows_is_refused():
+    model = Penalised()
+    with kondo.gated(model, rate=0.25), pytest.raises((RuntimeError, kondo.ReplayMismatchError), match="rows"):
+        model(torch.randn(B, 4), torch.randint(0, 3, (B,)))[0].backward()
+    assert not gradients(model)
+
+
+class OutOfSight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Fused(nn.Module):
+    def __init__(self, both):
+        super().__init__()
+        self.layer, self.both = nn.Linear(4, 3), both
+
+    def forward(self, x, labels):
+        logits = self.layer(x)
+        loss = OutOfSight.apply(logits)
+        return (loss + nn.functional.cross_entropy(logits, labels) if self.both else loss), logits
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_fused_loss_is_refused(both):
+    model = Fused(both)
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="outside"):
+        model(torch.randn(B, 4), torch.randint(0, 3, (B,)))[0].backward()
+    assert not gradients(model)
+
+
+class InPlace(nn.Module):
+    """Sums its terms in place and stacks some of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, labels):
+        logits = self.layer(x)
+        loss = torch.zeros((), dtype=x.dtype)
+        loss += nn.functional.cross_entropy(logits, labels)
+        loss *= 2
+        terms = [nn.functional.cross_entropy(logits / t, labels, reduction="sum") / len(x) for t in (1.5, 2.0)]
+        return loss + torch.stack(terms).mean(), logits
+
+
+def test_losses_summed_in_place_and_stacked():
+    model = InPlace().double()
+    x, labels = torch.randn(B, 4, dtype=torch.float64), torch.randint(0, 3, (B,))
+    with kondo.gated(model, rate=0.25) as gate:
+        loss, _ = model(x, labels)
+        loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    full, logits = model(x, labels)
+    assert loss.item() == pytest.approx(full.item())
+    (grad,) = torch.autograd.grad(full, logits, retain_graph=True)
+    dropped = torch.ones(B, 1, dtype=torch.bool)
+    dropped[gate.last.kept] = False
+    logits.backward(grad.masked_fill(dropped, 0))
+    assert_same(found, gradients(model))
+
+
+def test_without_a_loss_no_tape_runs():
+    model, batch = build("LlamaForCausalLM"), batch_for("Llama")
+    batch.pop("labels")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with kondo.gated(model, rate=0.25) as gate:
+            for _ in range(2):
+                model(**batch).logits.logsumexp(-1)
+            assert gate._tape is False
+            assert model(**batch, labels=batch["input_ids"]).loss.grad_fn is not None
+            assert gate._tape is True
