@@ -87,6 +87,11 @@ class Backward:
             self._finish()
         return waiting
 
+    def respread(self, spread: Spread) -> None:
+        """Form populations otherwise, from now on."""
+        self.spread = spread
+        self.window = Window(spread.window)
+
     def waits(self) -> bool:
         """Whether a backward may leave its calls waiting for others."""
         return self.spread.window != 1

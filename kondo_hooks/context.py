@@ -7,6 +7,7 @@ of the backward that reaches it, all calls of that backward form one population:
 chooses, and the kept rows are replayed with a graph and drive the backward.
 """
 
+import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kondo_hooks.attach import attach
 from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, Tree, flatten, infer_batch_size, map_tensors
-from kondo_hooks.engines import Engine, find_engine
+from kondo_hooks.engines import Engine, find_engine, refuse_outer_wrapper
 from kondo_hooks.errors import DelightError, WarnOnce
+from kondo_hooks.hosts import adopt
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.screened import Screened
@@ -41,7 +43,7 @@ from kondo_hooks.state import ModuleState, forked_rng
 from kondo_hooks.stats import Stats
 from kondo_hooks.trace import find_sources
 from kondo_hooks.watch import observe_logp
-from kondo_hooks.window import Spread
+from kondo_hooks.window import Size, Spread
 
 Name = str | int | Callable[[Any], Tensor]
 
@@ -69,7 +71,8 @@ class Gated:
         batch_dim: int,
         pairs: bool,
         shared_loss: bool,
-        engine: Engine,
+        unsaid: set[str],
+        find_engine: Callable[[nn.Module], Engine],
         spread: Spread,
     ):
         self.model = model
@@ -79,13 +82,18 @@ class Gated:
         self._named = named
         self._batch_dim = batch_dim
         self._pairs = pairs
+        self._unsaid = unsaid
         self._shared_loss = shared_loss
         self._warn = WarnOnce()
-        self._selector = Selector(config, engine.ranks.rank if spread.scope == "local" else 0)
-        self._backward = Backward(self._state(engine), engine, spread, self._selector, self._warn)
-        self._engine = engine
+        self._find_engine = find_engine
+        self._spread = spread
+        self._engine = find_engine(model)
+        self._engine.check_window(self._spread.window)
+        self._selector = Selector(config, self._stream())
+        self._backward = Backward(self._state(), self._engine, self._spread, self._selector, self._warn)
         self._detach: Callable[[], bool] | None = None
         self._close: list[Callable[[], None]] = []
+        self._unadopt: Callable[[], None] = lambda: None
         self._screened: Screened | None = None
         self._outputs_learned: dict[str, Rows] = {}
         self._record = True
@@ -120,22 +128,38 @@ class Gated:
                     f"gated: {type(self.model).__name__} is already inside a gated context "
                     f"(of {type(other).__name__}); contexts may nest only around separate models"
                 )
+        self._unadopt = adopt(self)
+        self._attach()
+        self._backward.watcher.__enter__()
+        return self
+
+    def _attach(self) -> None:
         _active.add(self.model)
-        self._backward.state = self._state(self._engine)
+        self._backward.state = self._state()
         self._detach = attach(self.model, self._method, self._intercept)
         self._close = [
             self._engine.open(self._backward),
             register_optimizer_step_pre_hook(self._before_step).remove,
         ]
-        self._backward.watcher.__enter__()
-        return self
 
-    def _state(self, engine: Engine) -> ModuleState:
-        return ModuleState(self.model, engine.swaps_parameters)
+    def _take_off(self) -> bool:
+        assert self._detach is not None
+        ours = self._detach()
+        self._detach = None
+        for close in self._close:
+            close()
+        _active.discard(self.model)
+        return ours
+
+    def _state(self) -> ModuleState:
+        return ModuleState(self.model, self._engine.swaps_parameters)
+
+    def _stream(self) -> int:
+        return self._engine.ranks.rank if self._spread.scope == "local" else 0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Look for waiting backwards if the optimizer is this model's."""
-        if self._backward.window.backwards:
+        """Look for waiting backwards if the optimizer is this model's; a closure may still bring the last."""
+        if self._backward.window.backwards and not any(callable(value) for value in (*args, *kwargs.values())):
             mine = {id(p) for p in (*self._backward.state.parameters(), *self.model.parameters())}
             if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
                 self._backward.check_step()
@@ -144,12 +168,9 @@ class Gated:
         if self._detach is None:
             return
         self._backward.watcher.take_off()
-        ours = self._detach()
-        self._detach = None
-        for close in self._close:
-            close()
+        ours = self._take_off()
+        self._unadopt()
         self._backward.unhook()
-        _active.discard(self.model)
         self._screened = None
         waiting = self._backward.window.backwards
         self._backward.window.take()
@@ -181,6 +202,39 @@ class Gated:
         by = f"price={config.price}" if config.rate is None else f"rate={config.rate}"
         state = "off" if not self.enabled else "open" if self._detach is not None else "closed"
         return f"Gated({type(self.model).__name__}, {by}, priority={config.priority!r}, {state}, {self.stats})"
+
+    # What a host says.
+
+    def follow(self, model: nn.Module) -> None:
+        """Gate ``model`` from now on: what a host has put around the gated one, or made of it.
+
+        Raises:
+            ValueError: naming a kind of parallelism that cannot be gated.
+        """
+        if not self.enabled:
+            return
+        if self._backward.window.backwards:
+            raise RuntimeError("gated: follow() while backwards wait for their decision; call gate.flush() first")
+        engine = self._find_engine(model)
+        engine.check_window(self._spread.window)
+        is_open = self._detach is not None
+        if is_open:
+            self._take_off()
+        self.model, self._engine = model, engine
+        self._calls = 0
+        self._backward.engine = engine
+        if not self._selector.step:
+            self._selector.reseed(self._stream())
+        if is_open:
+            self._attach()
+
+    def host_defaults(self, *, window: Size, pairs: bool) -> None:
+        """Options that the user left open, as the host knows them."""
+        if "window" in self._unsaid:
+            self._spread = dataclasses.replace(self._spread, window=window)
+            self._backward.respread(self._spread)
+        if "pairs" in self._unsaid and self._selector.config.unit == "sample":
+            self._pairs = pairs
 
     # What the user says of a batch.
 
@@ -299,6 +353,8 @@ class Gated:
         if not torch.is_grad_enabled() or self._backward.running:
             return original(*args, **kwargs), None, ()
         self._calls += 1
+        if self._calls == 1 and not self._engine.wrappers:
+            refuse_outer_wrapper(self.model)
         inputs = flatten((args, kwargs))[1]
         if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
             return original(*args, **kwargs), None, ()
@@ -487,9 +543,9 @@ def gated(
     logits: Name | None = None,
     probs: Name | None = None,
     batch_dim: int = 0,
-    pairs: bool = False,
+    pairs: bool | None = None,
     shared_loss: Literal["refuse", "kept"] = "refuse",
-    window: int | Literal["auto"] = 1,
+    window: Size | None = None,
     scope: Literal["local", "global"] = "local",
     balance: bool = False,
     micro_batch_size: int | None = None,
@@ -522,12 +578,13 @@ def gated(
             index, or a function of the model's output. At most one.
         batch_dim: axis of the inputs and outputs that holds the samples.
         pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
-            answers, as DPO concatenates them.
+            answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, and nowhere else.
         shared_loss: what to do with a term of a loss computed inside the model that is no sum over rows (a router's
             balancing loss): "refuse" it, or take it on the "kept" rows alone, which is another term.
         window: how many backwards form one population, whose kept rows are replayed together at the end of the last:
             3% of 8 rows is no row, 3% of 8 backwards of 32 is 8. "auto" takes the host's gradient accumulation
-            (accelerate, DeepSpeed, ``no_sync``). What has not been decided when the optimizer steps is an error.
+            (accelerate, DeepSpeed, ``no_sync``), and is the default inside of a transformers Trainer; elsewhere it is
+            1. What has not been decided when the optimizer steps is an error.
         scope: "local", each rank chooses among its own rows, or "global", among the rows of all ranks as one batch.
         balance: with ``scope="global"``, move kept rows between ranks so that each replays as many, within one.
         micro_batch_size: most rows in one pass of the replay; by default all kept rows are one pass.
@@ -566,7 +623,7 @@ def gated(
         raise ValueError(f"method={method!r} is no method of {type(model).__name__}")
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
-    if not isinstance(pairs, bool):
+    if pairs is not None and not isinstance(pairs, bool):
         raise ValueError(f"pairs must be True or False, got {pairs!r}")
     if pairs and unit == "token":
         raise ValueError("pairs are kept or dropped as one: they need unit='sample'")
@@ -574,19 +631,18 @@ def gated(
         raise ValueError(f"shared_loss must be 'refuse' or 'kept', got {shared_loss!r}")
     if shared_loss == "kept" and balance:
         raise ValueError("shared_loss='kept' takes a term on each rank's own kept rows, which balance=True moves away")
-    spread = Spread(window, scope, balance, micro_batch_size)
-    engine = find_engine(model, tensor_parallel_group, scope == "global")
-    engine.check_window(window)
+    spread = Spread(1 if window is None else window, scope, balance, micro_batch_size)
     return Gated(
         model,
         config,
-        engine=engine,
+        find_engine=lambda found: find_engine(found, tensor_parallel_group, scope == "global"),
         spread=spread,
         warmup_steps=warmup_steps,
         enabled=enabled,
         method=method,
         named=named[0] if named else None,
         batch_dim=batch_dim,
-        pairs=pairs,
+        pairs=bool(pairs),
+        unsaid={name for name, value in (("pairs", pairs), ("window", window)) if value is None},
         shared_loss=shared_loss == "kept",
     )

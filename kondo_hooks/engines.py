@@ -5,6 +5,7 @@ reduces gradients, and how to run one pass of several without reducing them yet.
 """
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kondo_hooks.hosts import accelerate_syncs
 from kondo_hooks.node import Call
 from kondo_hooks.ranks import Ranks
 
@@ -47,12 +49,12 @@ class Engine:
 
     def ends_accumulation(self, call: Call) -> bool:
         """Whether the host's gradient accumulation ends with the backward of this call."""
-        told = _accelerate_syncs()
+        told = accelerate_syncs()
         return self.reduces(call) and told is not False
 
     def check_window(self, window: int | str) -> None:
         """Refuse a window that nobody would ever end."""
-        if window == "auto" and not self.wrappers and _accelerate_syncs() is None:
+        if window == "auto" and not self.wrappers and accelerate_syncs() is None:
             raise ValueError(
                 "window='auto' takes the end of gradient accumulation from the host, and there is none: the model is "
                 "not wrapped by DDP, FSDP or DeepSpeed and accelerate is not in use. Give the number of backwards."
@@ -183,15 +185,6 @@ def _is_fsdp1(module: nn.Module) -> bool:
     return isinstance(module, FullyShardedDataParallel)
 
 
-def _accelerate_syncs() -> bool | None:
-    """Whether accelerate means the coming backward to be followed by a step; None where it is not in use."""
-    if "accelerate" not in sys.modules:
-        return None
-    from kondo_hooks.integrations.accelerate import accelerate_syncs
-
-    return accelerate_syncs()
-
-
 def _is_deepspeed(module: nn.Module) -> bool:
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
@@ -227,6 +220,29 @@ def find_engine(model: nn.Module, tensor_parallel: Any = None, global_scope: boo
     _refuse_tensor_parallel(model, tensor_parallel, 0)
     together = global_scope and dist.is_available() and dist.is_initialized()
     return Engine([], Ranks(dist.group.WORLD if together else None, tensor_parallel))
+
+
+def refuse_outer_wrapper(model: nn.Module) -> None:
+    """Refuse a model that an engine wraps from outside: its replay would pass the engine by.
+
+    Raises:
+        ValueError: naming the engine.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for found in gc.get_objects():
+        if not issubclass(type(found), nn.Module) or found is model or not _is_wrapper(found):
+            continue
+        if any(module is model for module in found.modules()):
+            raise ValueError(
+                f"gated: {type(model).__name__} is run by a {type(found).__name__} around it, which reduces its "
+                "gradients and would not see the replay. Gate what the host returned (the wrapper); in a Trainer, "
+                "gate trainer.model or use its KondoCallback."
+            )
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel) or _is_fsdp1(module) or _is_deepspeed(module)
 
 
 def _topmost(model: nn.Module, is_wrapper: Callable[[nn.Module], bool]) -> list[Any]:

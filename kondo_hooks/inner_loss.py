@@ -154,8 +154,8 @@ class InnerLoss:
             if not all(through) or (known and steps[i].result.requires_grad and not through):
                 raise ReplayMismatchError(
                     f"gated: the model's {_plain(self.paths[0])} has a term whose making the gate cannot follow (a "
-                    "fused loss, a penalty on parameters?), so its rows cannot be told. Compute this loss outside of the "
-                    "model. No gradient was changed."
+                    "fused loss, a penalty on parameters?), so its rows cannot be told. Compute this loss outside of "
+                    "the model. No gradient was changed."
                 )
         return [cut.of(steps) for cut in self.cuts]
 

@@ -281,6 +281,10 @@ class Selector:
         self._history: deque[Tensor] = deque(maxlen=config.history)
         self._credit = 0.0
 
+    def reseed(self, stream: int) -> None:
+        """Draw from another random stream, from its start."""
+        self._generator.manual_seed(self.config.seed + stream)
+
     def rate(self) -> float | None:
         """The rate of the coming decision; None when a price is set instead."""
         rate = self.config.rate

@@ -1,0 +1,217 @@
+"""transformers ``Trainer``, and whatever derives from it: metrics in its logs, schedules, state in checkpoints.
+
+``with kondo.gated(trainer.model, rate=0.1): trainer.train()`` works without this; the trainer adopts the gate by a
+``KondoCallback`` of its own while the context is open. ``Trainer(callbacks=[KondoCallback(rate=0.1)])`` works without
+the context.
+"""
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+import kondo_hooks as kondo
+
+Rate = float | Callable[[Any], float]
+
+
+class KondoCallback(TrainerCallback):
+    """Gates a Trainer's model, or reports for a gate that is already there.
+
+    The Trainer's logs get ``kondo/rate``, ``kondo/kept``, ``kondo/price``, ``kondo/skipped``, ``kondo/delight_kept``
+    and ``kondo/delight_dropped``, each over the steps since the last log; its checkpoints get the gate's state, one
+    file a rank, and a run that resumes continues with it. Evaluation and generation run ungated.
+
+    Args:
+        gate: one that is open around ``train()``; without it the callback opens its own for each ``train()``.
+        rate: as of :func:`kondo_hooks.gated`, or a function of the ``TrainerState`` (``state.global_step``,
+            ``state.epoch``), asked at the start of every optimizer step.
+        options: other keywords of :func:`kondo_hooks.gated`.
+    """
+
+    def __init__(self, gate: kondo.Gated | None = None, *, rate: Rate | None = None, **options: Any):
+        if gate is not None and (rate is not None or options):
+            raise ValueError("KondoCallback: give a gate, or what to make one of (rate=...), not both")
+        self.gate = gate
+        self._rate = rate
+        self._options = options
+        self._now = 1.0
+        self._own = gate is None
+        self._before: dict[str, float] = {}
+        self._restore: Callable[[], None] = _nothing
+        if self._own:
+            kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **options)  # bad options fail here
+
+    def close(self) -> None:
+        """Take an own gate off; only needed when ``train()`` failed."""
+        if self._own and self.gate is not None:
+            self.gate.__exit__(RuntimeError, None, None)
+            self.gate = None
+        self._restore()
+
+    # Events of the Trainer.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gate what the Trainer trains, wrapped as it is now."""
+        trainer = next(trainer for trainer in _trainers() if self in trainer.callback_handler.callbacks)
+        _first(trainer, self)
+        if self._own:
+            self.close()
+            rate: Any = self._rate
+            if callable(rate):
+                self._now = rate(state)
+                rate = self._at
+            self.gate = kondo.gated(trainer.model_wrapped, rate=rate, **self._options)
+            self.gate.host_defaults(**_defaults(trainer))
+            self.gate.__enter__()
+        else:
+            assert self.gate is not None
+            self.gate.follow(trainer.model_wrapped)
+        if state.global_step:
+            self._resume(args, state)
+        self._restore = _uncompiled_loss(trainer.model_wrapped)
+        self._before = _totals(self.gate.stats)
+
+    def _at(self, _step: int) -> float:
+        return self._now
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the schedule."""
+        if callable(self._rate):
+            self._now = self._rate(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Put the gate's metrics into the Trainer's logs; before the callbacks that send them on."""
+        if self.gate is None or logs is None or "loss" not in logs:
+            return
+        found = {f"kondo/{name}": value for name, value in self._metrics().items()}
+        logs.update(found)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(found)
+
+    def _metrics(self) -> dict[str, float]:
+        """Of the steps since the last call."""
+        assert self.gate is not None
+        now = _totals(self.gate.stats)
+        since = {name: value - self._before.get(name, 0) for name, value in now.items()}
+        self._before = now
+        dropped = since["decided"] - since["decided_kept"]
+        metrics = {
+            "rate": _over(since["kept"], since["rows"]),
+            "kept": since["kept"],
+            "skipped": 1 - _over(since["forwarded"], since["rows_screened"]),
+            "delight_kept": _over(since["sum_delight_kept"], since["decided_kept"]),
+            "delight_dropped": _over(since["sum_delight"] - since["sum_delight_kept"], dropped),
+            "price": self.gate.stats.price,
+        }
+        return {name: value for name, value in metrics.items() if value == value}  # no NaN into anyone's dashboard
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the gate's state into the checkpoint."""
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if self.gate is not None and os.path.isdir(folder):
+            torch.save(self.gate.state_dict(), _file(folder, args))
+
+    def _resume(self, args: Any, state: Any) -> None:
+        assert self.gate is not None
+        file = _file(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), args)
+        if os.path.isfile(file):
+            self.gate.load_state_dict(torch.load(file, weights_only=True))
+        elif not self.gate.stats.steps:
+            warnings.warn(
+                f"KondoCallback: there is no gate's state in {file}, so history, counters and random numbers start "
+                "afresh. If it is elsewhere: gate.load_state_dict(torch.load(path)) before train().",
+                kondo.KondoWarning,
+                stacklevel=2,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take an own gate off."""
+        if self._own and self.gate is not None:
+            gate, self.gate = self.gate, None
+            gate.__exit__(None, None, None)
+        self._restore()
+
+
+def adopt(gate: kondo.Gated) -> Callable[[], None]:
+    """Give the trainers of the gate's model a callback that reports for it; returns what takes it back."""
+    added: list[tuple[Any, KondoCallback]] = []
+    for trainer in _trainers():
+        if gate.model not in (trainer.model, trainer.model_wrapped):
+            continue
+        gate.host_defaults(**_defaults(trainer))
+        if not any(isinstance(callback, KondoCallback) for callback in trainer.callback_handler.callbacks):
+            callback = KondoCallback(gate)
+            trainer.add_callback(callback)
+            added.append((trainer, callback))
+
+    def close() -> None:
+        for trainer, callback in added:
+            callback.close()
+            trainer.remove_callback(callback)
+
+    return close
+
+
+def _nothing() -> None:
+    pass
+
+
+def _uncompiled_loss(model: nn.Module) -> Callable[[], None]:
+    """Keep a model's own loss out of the compiled graph, where it could not be seen; returns what puts it back."""
+    if not any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules()):
+        return _nothing
+    owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if owner is None:
+        return _nothing
+    before = owner.__dict__.get("_loss_function")
+    owner.loss_function = torch.compiler.disable(owner.loss_function)
+
+    def restore() -> None:
+        if before is None:
+            owner.__dict__.pop("_loss_function", None)
+        else:
+            owner.loss_function = before
+
+    return restore
+
+
+def _defaults(trainer: Any) -> dict[str, Any]:
+    """What forms a population in this trainer."""
+    from kondo_hooks.integrations import trl
+
+    return {"window": "auto", "pairs": trl.makes_pairs(trainer)}
+
+
+def _trainers() -> Iterator[Any]:
+    """Every Trainer that is alive. transformers keeps no list of them, and tells callbacks nothing of theirs."""
+    from transformers import Trainer
+
+    for found in gc.get_objects():
+        if issubclass(type(found), Trainer) and "callback_handler" in vars(found):
+            yield found
+
+
+def _first(trainer: Any, callback: KondoCallback) -> None:
+    """Have ``callback`` see the logs before those that send them on; an order that nothing public sets."""
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)
+
+
+def _file(folder: str, args: Any) -> str:
+    return os.path.join(folder, f"kondo_gate_{args.process_index}.pt")
+
+
+def _totals(stats: kondo.Stats) -> dict[str, float]:
+    names = "rows kept forwarded rows_screened decided decided_kept sum_delight sum_delight_kept".split()
+    return {name: getattr(stats, name) for name in names}
+
+
+def _over(a: float, b: float) -> float:
+    return a / b if b else float("nan")
