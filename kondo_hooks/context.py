@@ -245,7 +245,8 @@ class Gated:
         mask: Tensor | None = None,
         *,
         delight: Tensor | None = None,
-    ) -> Decision:
+        kept: Tensor | None = None,
+    ) -> Decision | None:
         """Decide before the forward: the next call of the model runs the kept rows only, with a graph.
 
         Its outputs come back in full size, so the loss code still fits; dropped rows hold a copy of a kept
@@ -256,45 +257,83 @@ class Gated:
             advantages: (B,) or (B, T).
             mask: (B,) or (B, T), nonzero where a token counts.
             delight: (B,), or (B, T) with ``unit="token"``, instead of the three above.
+            kept: (B,) the rows to keep as they were decided by :meth:`select`, instead of all of these: True or False,
+                or the factors of a decision.
 
         Returns:
-            The decision. The units are exact here: advantage x nats.
+            The decision; None if it was ``kept``. The units are exact here: advantage x nats.
 
         Raises:
             ValueError: on missing arguments, shapes that do not fit, NaN or infinity.
         """
-        if (delight is None) == (logp is None or advantages is None):
-            raise ValueError("screen: give logp and advantages (and mask), or delight alone")
         if self._screened is not None:
             raise RuntimeError("screen: called twice without a call of the model in between")
-        if delight is None:
-            assert logp is not None and advantages is not None
-            signal = Signal.of(logp, advantages, mask)
-        else:
-            if mask is not None or logp is not None or advantages is not None:
-                raise ValueError("screen: delight already holds logp, advantages and mask; give it alone")
-            if self._selector.config.priority not in ("delight", "uniform"):
-                raise ValueError("screen: this priority needs logp and advantages, not delight alone")
-            if not isinstance(delight, Tensor) or delight.dim() not in (1, 2):
-                raise ValueError("screen: delight must be a tensor of shape (B,), or (B, T)")
-            delight = delight.detach()
-            signal = Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
+        if kept is not None:
+            if any(given is not None for given in (logp, advantages, mask, delight)):
+                raise ValueError("screen: kept is decided already; give it alone")
+            if not isinstance(kept, Tensor) or kept.dim() != 1:
+                raise ValueError("screen: kept must be a tensor of shape (B,), bool or factors")
+            if self.enabled and not self._passes_through():
+                factors = kept.detach().float()
+                self._screened = self._screen_rows(factors, torch.ones_like(factors, dtype=torch.bool))
+            return None
+        signal = self._signal("screen", logp, advantages, mask, delight)
         if self._passes_through() or not self.enabled:
-            return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
-        ranks = self._engine.ranks
+            return _everything(signal)
         try:
-            decision, factors, _ = self._backward.choose([signal])
+            decision, factors = self._select(signal)
         except Exception as error:
-            if ranks.alone or self._backward.spread.scope == "global":
+            ranks = self._engine.ranks
+            if ranks.alone or self._spread.scope == "global":
                 raise
             ranks.announce(error)  # and keep nothing, until the others know
-            self._screened = Screened(torch.zeros(len(signal.delight)), signal.valid, self._engine.communicates)
-            nothing = torch.arange(0)
-            return Decision(signal.delight, nothing, None, float("nan"), 0.0)
-        self._screened = Screened(factors[0], signal.valid, self._engine.communicates)
+            self._screened = self._screen_rows(torch.zeros(len(signal.delight)), signal.valid)
+            return Decision(signal.delight, torch.arange(0), None, float("nan"), 0.0)
+        self._screened = self._screen_rows(factors, signal.valid)
+        return decision
+
+    def select(
+        self,
+        logp: Tensor | None = None,
+        advantages: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        delight: Tensor | None = None,
+    ) -> Decision:
+        """Decide on rows that the model will get in several calls: give each its share by ``screen(kept=...)``.
+
+        Arguments, units and errors are those of :meth:`screen`.
+        """
+        signal = self._signal("select", logp, advantages, mask, delight)
+        if self._passes_through() or not self.enabled:
+            return _everything(signal)
+        return self._select(signal)[0]
+
+    def _select(self, signal: Signal) -> tuple[Decision, Tensor]:
+        decision, factors, _ = self._backward.choose([signal])
         self._backward.last = decision
         self.stats.decision(decision)
-        return decision
+        return decision, factors[0]
+
+    def _screen_rows(self, factors: Tensor, valid: Tensor) -> Screened:
+        return Screened(factors, valid, self._engine.communicates, self._shared_loss)
+
+    def _signal(
+        self, name: str, logp: Tensor | None, advantages: Tensor | None, mask: Tensor | None, delight: Tensor | None
+    ) -> Signal:
+        if (delight is None) == (logp is None or advantages is None):
+            raise ValueError(f"{name}: give logp and advantages (and mask), or delight alone")
+        if delight is None:
+            assert logp is not None and advantages is not None
+            return Signal.of(logp, advantages, mask)
+        if mask is not None or logp is not None or advantages is not None:
+            raise ValueError(f"{name}: delight already holds logp, advantages and mask; give it alone")
+        if self._selector.config.priority not in ("delight", "uniform"):
+            raise ValueError(f"{name}: this priority needs logp and advantages, not delight alone")
+        if not isinstance(delight, Tensor) or delight.dim() not in (1, 2):
+            raise ValueError(f"{name}: delight must be a tensor of shape (B,), or (B, T)")
+        delight = delight.detach()
+        return Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
 
     def logp(self, log_probs: Tensor) -> Tensor:
         """Mark the log-prob of the actions taken, (B,) or (B, T); returns it. First source of delight.
@@ -503,6 +542,10 @@ class Gated:
             if leaf is found:
                 return kind, i
         raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")
+
+
+def _everything(signal: Signal) -> Decision:
+    return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
 
 
 def _tensors_within(value: Any, depth: int) -> Iterator[Tensor]:

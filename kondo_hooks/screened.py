@@ -73,6 +73,7 @@ class Screened:
     Attributes:
         factors: (B,) or (B, T) factors on the gradients, 0 where dropped.
         valid: (B,) or (B, T), False on masked tokens.
+        shared_loss: an output without rows may be used, as it is for the kept rows alone.
         one_pass: every rank makes this pass and no other, so doubtful shapes are read in the likeliest way.
         hooks: that make the gradient of a row which stands in exactly zero, to be removed after the backward.
     """
@@ -80,6 +81,7 @@ class Screened:
     factors: Tensor
     valid: Tensor
     one_pass: bool = False
+    shared_loss: bool = False
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
@@ -127,7 +129,7 @@ class Screened:
         spread = []
         for path, leaf, where in zip(*flatten(result), wheres, strict=True):
             if where is None:
-                if leaf.requires_grad:
+                if leaf.requires_grad and not self.shared_loss:
                     leaf = leaf.view_as(leaf)  # a hook on a parameter would outlive the call
                     leaf.register_hook(_refuse(path, batch))
                 spread.append(leaf)

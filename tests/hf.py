@@ -1,0 +1,63 @@
+"""Small models, tokenizers and trainers of the Hugging Face stack, made here and not downloaded."""
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+DIGITS = 12
+
+
+def tokenizer():
+    """One token a word: d0 to d11."""
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"d{i}" for i in range(DIGITS))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": DIGITS + 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,  # a policy that is not uniform
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
+
+
+def saved(model, folder):
+    """The same from a folder, where TRL finds a reference model."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def words(count, seed, length=4):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, length + 1, (count,), generator=generator).tolist()
+    return [" ".join(f"d{i}" for i in torch.randint(DIGITS, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def prompts(count=16):
+    return Dataset.from_dict({"prompt": words(count, 1)})
+
+
+def texts(count=32):
+    return Dataset.from_dict({"text": words(count, 2, 8)})
+
+
+def preferences(count=32):
+    return Dataset.from_dict({"prompt": words(count, 3), "chosen": words(count, 4, 6), "rejected": words(count, 5, 6)})
+
+
+def reward(completion_ids, **_):
+    """A function of the answer that differs within most groups."""
+    return [sum((i * 7 + t * 3) % 11 for i, t in enumerate(ids)) / 20 for ids in completion_ids]

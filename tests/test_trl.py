@@ -1,0 +1,320 @@
+"""TRL's trainers, unmodified in one line and screen-first: parameters equal TRL's own with dropped rows' terms masked."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+
+import kondo_hooks as kondo
+from kondo_hooks.integrations.trl import KondoMixin
+from tests import hf
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STEPS, BATCH, RATE = 3, 8, 0.25
+BASE = {
+    "per_device_train_batch_size": BATCH,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+def masking(kind):
+    """``kind`` with the terms of rows masked: each call of the loss takes the next mask from ``masks``."""
+
+    class Masked(kind):
+        masks = ()
+
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            logps, entropies, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if torch.is_grad_enabled():
+                keep = next(self.masks).view(-1, 1)
+                for tensor in (logps, entropies):
+                    if tensor is not None and tensor.requires_grad:
+                        tensor.register_hook(lambda grad, keep=keep: grad * keep)
+            return logps, entropies, aux
+
+    return Masked
+
+
+class Recorder(TrainerCallback):
+    """Kept rows and delight of every decision."""
+
+    def __init__(self, gate):
+        self.gate, self.decisions = gate, []
+
+    def on_optimizer_step(self, *_, **__):
+        self.decisions.append(self.gate.last)
+
+    def masks(self):
+        for decision in self.decisions:
+            yield from kept_mask(decision).split(BATCH)
+
+
+def kept_mask(decision):
+    mask = torch.zeros(len(decision.delight))
+    mask[decision.kept] = 1
+    return mask
+
+
+def policy_trainer(kind, folder, *, model=None, **options):
+    config = RLOOConfig if issubclass(kind, RLOOTrainer) else GRPOConfig
+    mine = {name: options.pop(name) for name in ("kondo", "peft_config") if name in options}
+    sizes = {"num_generations": 4, "max_completion_length": 6}
+    return kind(
+        hf.saved(model or hf.llama(), folder),
+        reward_funcs=hf.reward,
+        args=config(str(folder), **{**BASE, **sizes, **options}),
+        train_dataset=hf.prompts(),
+        processing_class=hf.tokenizer(),
+        **mine,
+    )
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found, wanted, start, bar=2e-5):
+    moved = max((wanted[name] - start[name]).abs().max() for name in wanted)
+    assert moved > 1e-3
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= bar * moved, name
+
+
+def check_against_masked(kind, folder, **options):
+    trainer = policy_trainer(kind, folder, **options)
+    start = parameters(trainer)
+    with kondo.gated(trainer.model, rate=RATE) as gate:
+        recorder = Recorder(gate)
+        trainer.add_callback(recorder)
+        trainer.train()
+    found = parameters(trainer)
+    reference = policy_trainer(masking(kind), folder, **options)
+    reference.masks = recorder.masks()
+    reference.train()
+    assert_same(found, parameters(reference), start)
+    rows = BATCH * trainer.args.gradient_accumulation_steps
+    assert [len(d.delight) for d in recorder.decisions] == [rows] * STEPS
+    assert gate.stats.forwarded == gate.stats.kept == STEPS * RATE * rows
+    return trainer, recorder
+
+
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+VARIANTS = {
+    "kl": {"beta": 0.1},
+    "entropy": {"entropy_coef": 0.05},
+    "iterations": {"num_iterations": 2, "beta": 0.05},
+    "sequence": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "generation of two windows": {"steps_per_generation": 4},
+    "accumulation of four": {"gradient_accumulation_steps": 4},
+    "lora": {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_one_line_around_grpo(loss_type, tmp_path):
+    check_against_masked(GRPOTrainer, tmp_path, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_line_around_grpo_with(name, tmp_path):
+    check_against_masked(GRPOTrainer, tmp_path, **VARIANTS[name])
+
+
+def test_one_line_around_rloo(tmp_path):
+    check_against_masked(RLOOTrainer, tmp_path, beta=0.05)
+
+
+def test_delight_is_advantage_times_surprisal_and_its_rows_are_the_generation(tmp_path):
+    seen = []
+
+    class Watching(GRPOTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            with torch.no_grad():
+                logps, _, _ = self._get_per_token_logps_and_entropies(
+                    model,
+                    torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+                    torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+                    inputs["completion_ids"].size(1),
+                )
+            seen.append(-(logps * inputs["completion_mask"]).sum(1) * inputs["advantages"])
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = policy_trainer(Watching, tmp_path)
+    with kondo.gated(trainer.model, rate=RATE) as gate:
+        recorder = Recorder(gate)
+        trainer.add_callback(recorder)
+        trainer.train()
+    for step, decision in enumerate(recorder.decisions):
+        wanted = torch.cat(seen[2 * step : 2 * step + 2])
+        torch.testing.assert_close(decision.delight, wanted, rtol=1e-4, atol=1e-4)
+        assert set(decision.kept.tolist()) == set(wanted.topk(4).indices.tolist())
+
+
+# Screen-first.
+
+
+class ScreenFirst(KondoMixin, GRPOTrainer):
+    pass
+
+
+class ScreenFirstRloo(KondoMixin, RLOOTrainer):
+    pass
+
+
+def check_screen_first(kind, base, folder, **options):
+    masks, forwarded = [], []
+
+    class Recording(kind):
+        def compute_loss(self, model, inputs, **kwargs):
+            masks.append(inputs["kondo_factors"].clone())
+            before = self.kondo.gate.stats.forwarded
+            loss = super().compute_loss(model, inputs, **kwargs)
+            forwarded.append(self.kondo.gate.stats.forwarded - before)
+            return loss
+
+    trainer = policy_trainer(Recording, folder, kondo={"rate": RATE}, **options)
+    start = parameters(trainer)
+    trainer.train()
+    reference = policy_trainer(masking(base), folder, **options)
+    reference.masks = iter(masks)
+    reference.train()
+    assert_same(parameters(trainer), parameters(reference), start)
+    assert forwarded == [max(1, int(mask.sum())) for mask in masks]
+    assert trainer.kondo.gate is None and "_compiled_call_impl" not in vars(trainer.model)
+    return trainer, reference, masks
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_screen_first_grpo(loss_type, tmp_path):
+    check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_screen_first_grpo_with(name, tmp_path):
+    check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, **VARIANTS[name])
+
+
+def test_screen_first_rloo(tmp_path):
+    check_screen_first(ScreenFirstRloo, RLOOTrainer, tmp_path, beta=0.05)
+
+
+def test_screen_first_chooses_from_the_whole_generation_and_logs_what_trl_logs(tmp_path):
+    trainer, reference, masks = check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, steps_per_generation=4, beta=0.1)
+    kept = [int(mask.sum()) for mask in masks]
+    assert sum(kept[:4]) == RATE * 4 * BATCH and len(set(kept)) > 1
+    logged, wanted = trainer.state.log_history, reference.state.log_history
+    first, as_trl = logged[0], wanted[0]
+    assert first["kondo/skipped"] == pytest.approx(1 - first["kondo/rate"], abs=0.2)
+    for name in ("reward", "completions/mean_length", "clip_ratio/region_mean"):
+        assert first[name] == pytest.approx(as_trl[name], abs=1e-5)
+    assert all(
+        math.isfinite(entry[name]) for entry in logged[:STEPS] for name in ("loss", "entropy", "kl", "grad_norm")
+    )
+
+
+def test_entropy_is_exact_where_a_pass_without_a_graph_was_needed_anyway(tmp_path):
+    trainer, reference, _ = check_screen_first(ScreenFirst, GRPOTrainer, tmp_path)
+    for ours, theirs in zip(trainer.state.log_history[:STEPS], reference.state.log_history[:STEPS], strict=True):
+        assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
+
+
+def test_screen_first_refuses_what_it_cannot_do(tmp_path):
+    with pytest.raises(ValueError, match="top_entropy_quantile < 1 needs"):
+        policy_trainer(ScreenFirst, tmp_path, top_entropy_quantile=0.2)
+    with pytest.raises(ValueError, match="whole answers"):
+        policy_trainer(ScreenFirst, tmp_path, kondo={"unit": "token"})
+    with pytest.raises(ValueError, match="rate must be"):
+        policy_trainer(ScreenFirst, tmp_path, kondo={"rate": 2.0})
+    trainer = policy_trainer(ScreenFirst, tmp_path)
+    wrong = {"pixel_values": torch.zeros(3), "advantages": torch.zeros(3)}
+
+    def generate(self, inputs):
+        return wrong
+
+    GRPOTrainer._generate_and_score_completions, before = generate, GRPOTrainer._generate_and_score_completions
+    try:
+        with pytest.raises(ValueError, match="images do not keep a sample a row"):
+            trainer.train()
+    finally:
+        GRPOTrainer._generate_and_score_completions = before
+
+
+def test_the_seams_are_there():
+    for kind in (GRPOTrainer, RLOOTrainer):
+        for name in ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "compute_loss"):
+            assert callable(getattr(kind, name, None)), f"{kind.__name__}.{name} is gone: KondoMixin needs it"
+
+
+# SFT and DPO.
+
+
+def supervised(folder, **options):
+    return SFTTrainer(
+        hf.llama(),
+        args=SFTConfig(str(folder), **{**BASE, **options}),
+        train_dataset=hf.texts(),
+        processing_class=hf.tokenizer(),
+    )
+
+
+def preferring(folder, **options):
+    return DPOTrainer(
+        hf.saved(hf.llama(), folder),
+        args=DPOConfig(str(folder), **{**BASE, **options}),
+        train_dataset=hf.preferences(),
+        processing_class=hf.tokenizer(),
+    )
+
+
+def check_outputs_masked(make, folder, rows, spread=lambda mask: mask, **options):
+    """Against the trainer itself with the gradient at the model's ``log_probs`` masked."""
+    trainer = make(folder, **options)
+    start = parameters(trainer)
+    with kondo.gated(trainer.model, rate=RATE) as gate:
+        recorder = Recorder(gate)
+        trainer.add_callback(recorder)
+        trainer.train()
+    reference = make(folder, **options)
+    masks = (mask for d in recorder.decisions for mask in kept_mask(d).split(rows))
+
+    def mask_rows(module, args, kwargs, output):
+        if torch.is_grad_enabled() and module.training:
+            keep = spread(next(masks)).view(-1, 1)
+            output.log_probs = output.log_probs.clone()
+            output.log_probs.register_hook(lambda grad: grad * keep)
+        return output
+
+    reference.model.register_forward_hook(mask_rows, with_kwargs=True)
+    reference.train()
+    assert_same(parameters(trainer), parameters(reference), start)
+    return gate
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_one_line_around_sft(loss_type, tmp_path):
+    gate = check_outputs_masked(supervised, tmp_path, BATCH, loss_type=loss_type)
+    assert gate.stats.rows == STEPS * 2 * BATCH and gate.stats.skipped == 0.75
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_one_line_around_dpo_keeps_pairs(loss_type, tmp_path):
+    gate = check_outputs_masked(
+        preferring, tmp_path, BATCH, lambda mask: torch.cat([mask, mask]), loss_type=[loss_type]
+    )
+    assert gate.stats.rows == STEPS * 2 * BATCH  # pairs, not answers
+    assert gate.stats.kept == gate.stats.forwarded == STEPS * 4
