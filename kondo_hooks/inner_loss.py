@@ -53,6 +53,8 @@ class Tape(TorchFunctionMode):
         result = func(*args, **kwargs)
         if torch.compiler.is_compiling() or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
+        if func is Tensor.detach:
+            return result  # an engine's hooks put one around every output; one of the model's is told by the replay
         if result.dim() == 0 or (result.numel() <= _FEW and self._of_scalars(args, kwargs)):
             self.steps.append(Step(func, (args, kwargs), result))
             self._made.add(_key(result))
@@ -93,7 +95,9 @@ class InnerLoss:
         tensors: what the screen had there.
     """
 
-    def __init__(self, steps: list[Step], ends: dict[str, int], needed: dict[int, set[str]], cuts: list[Cut]):
+    def __init__(
+        self, steps: list[Step], ends: dict[str, int], needed: dict[int, dict[str, int | None]], cuts: list[Cut]
+    ):
         self.paths = list(ends)
         self.cuts = cuts
         self.tensors = [cut.of(steps) for cut in cuts]
@@ -150,12 +154,14 @@ class InnerLoss:
         for i, known in self._known.items():
             if Cut(i, None) in self.cuts:
                 continue
-            through = [path in known for path, leaf in steps[i].tensors() if leaf.requires_grad]
-            if not all(through) or (known and steps[i].result.requires_grad and not through):
+            through = {path for path, leaf in steps[i].tensors() if leaf.requires_grad}
+            made = [j for path, j in known.items() if j is not None and path not in through]
+            detached = any(steps[j].result.requires_grad for j in made)
+            if through - known.keys() or detached or (known and steps[i].result.requires_grad and not through):
                 raise ReplayMismatchError(
                     f"gated: the model's {_plain(self.paths[0])} has a term whose making the gate cannot follow (a "
-                    "fused loss, a penalty on parameters?), so its rows cannot be told. Compute this loss outside of "
-                    "the model. No gradient was changed."
+                    "fused loss, a penalty on parameters, a detached factor?), so its rows cannot be told. Compute this "
+                    "loss outside of the model. No gradient was changed."
                 )
         return [cut.of(steps) for cut in self.cuts]
 
@@ -186,23 +192,23 @@ def find_losses(
     if not ends:
         return None
     given = {leaf.untyped_storage().data_ptr() for leaf in inputs}
-    needed: dict[int, set[str]] = {}  # of each step, the arguments that gradients go through
+    needed: dict[int, dict[str, int | None]] = {}  # of each step, the arguments with a gradient, and what made them
     cuts: list[Cut] = []
     stack = list(ends.values())
     while stack:
         i = stack.pop()
         if i in needed:
             continue
-        known = needed[i] = set()
+        known = needed[i] = {}
         here: list[tuple[Cut, Tensor]] = []
         for path, leaf in steps[i].tensors():
             earlier = [j for j in made.get(_key(leaf), []) if j < i]
             if earlier:
                 stack.append(earlier[-1])
-                known.add(path)
+                known[path] = earlier[-1]
             elif leaf.dim() and path in _OPERANDS and leaf.untyped_storage().data_ptr() not in given:
                 here.append((Cut(i, path), leaf))
-                known.add(path)
+                known[path] = None
         if any(shared(leaf) for _, leaf in here):
             cuts.append(Cut(i, None))
         else:

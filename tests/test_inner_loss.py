@@ -343,6 +343,26 @@ def test_a_fused_loss_is_refused(both):
     assert not gradients(model)
 
 
+class Detaching(nn.Module):
+    """Weighs a term by another, detached."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, labels):
+        logits = self.layer(x)
+        loss = nn.functional.cross_entropy(logits, labels)
+        return loss * logits.square().mean().detach(), logits
+
+
+def test_a_detached_factor_is_refused():
+    model = Detaching()
+    with kondo.gated(model, rate=0.25), pytest.raises(kondo.ReplayMismatchError, match="detached factor"):
+        model(torch.randn(B, 4), torch.randint(0, 3, (B,)))[0].backward()
+    assert not gradients(model)
+
+
 class InPlace(nn.Module):
     """Sums its terms in place and stacks some of them."""
 

@@ -1,16 +1,17 @@
-"""TRL's trainers, unmodified in one line and screen-first: parameters equal TRL's own with dropped rows' terms masked."""
+"""TRL's trainers, one line and screen-first: parameters equal those of TRL with the terms of dropped rows masked."""
 
 import math
 
 import pytest
 import torch
+from kondo_hooks.integrations.trl import KondoMixin
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import kondo_hooks as kondo
-from kondo_hooks.integrations.trl import KondoMixin
 from tests import hf
+from tests.masking import masking
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS, BATCH, RATE = 3, 8, 0.25
@@ -29,24 +30,6 @@ BASE = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
-
-
-def masking(kind):
-    """``kind`` with the terms of rows masked: each call of the loss takes the next mask from ``masks``."""
-
-    class Masked(kind):
-        masks = ()
-
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            logps, entropies, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            if torch.is_grad_enabled():
-                keep = next(self.masks).view(-1, 1)
-                for tensor in (logps, entropies):
-                    if tensor is not None and tensor.requires_grad:
-                        tensor.register_hook(lambda grad, keep=keep: grad * keep)
-            return logps, entropies, aux
-
-    return Masked
 
 
 class Recorder(TrainerCallback):
