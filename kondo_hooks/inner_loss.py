@@ -86,13 +86,21 @@ class Cut:
         return step.result if self.path is None else dict(step.tensors())[self.path]
 
 
+def _unflattened(tensor: Tensor) -> Tensor:
+    """(B, T, K) where ``tensor`` is a view of it as (B * T, K): rows of several lengths can then be one batch."""
+    base = tensor._base
+    if base is None or tensor.dim() != 2 or base.dim() < 3 or base.numel() != tensor.numel():
+        return tensor
+    return base if base.is_contiguous() and base.shape[-1] == tensor.shape[-1] else tensor
+
+
 class InnerLoss:
     """The losses that a call returned, as the steps that lead to them.
 
     Attributes:
         paths: of the losses in what the model returned.
         cuts: where their graph ends.
-        tensors: what the screen had there.
+        tensors: what the screen had there, rows and positions on axes of their own.
     """
 
     def __init__(
@@ -100,7 +108,8 @@ class InnerLoss:
     ):
         self.paths = list(ends)
         self.cuts = cuts
-        self.tensors = [cut.of(steps) for cut in cuts]
+        self._given = [cut.of(steps) for cut in cuts]
+        self.tensors = [_unflattened(tensor) for tensor in self._given]
         self._length = len(steps)
         self._steps = {i: steps[i] for i in sorted(needed)}
         self._known = needed
@@ -117,7 +126,7 @@ class InnerLoss:
 
     def run(self, result: Tree, live: Sequence[Tensor]) -> Tree:
         """``result`` with its losses computed again, from ``live`` tensors where the graph ends."""
-        made: dict[Any, Tensor] = {_key(t): new for t, new in zip(self.tensors, live, strict=True)}
+        made: dict[Any, Tensor] = {_key(t): new.view(t.shape) for t, new in zip(self._given, live, strict=True)}
         losses = {}
         last = {i: path for path, i in self._ends.items()}
         for i, step in self._steps.items():
@@ -129,6 +138,7 @@ class InnerLoss:
                 losses[last[i]] = made[_key(step.result)]
         self._live = {path: loss.detach().clone() for path, loss in losses.items()}
         self._steps = {i: Step(step.func, ((), {}), step.result) for i, step in self._steps.items()}
+        self._given = []
         return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
 
     def check(self) -> None:
@@ -160,10 +170,10 @@ class InnerLoss:
             if through - known.keys() or detached or (known and steps[i].result.requires_grad and not through):
                 raise ReplayMismatchError(
                     f"gated: the model's {_plain(self.paths[0])} has a term whose making the gate cannot follow (a "
-                    "fused loss, a penalty on parameters, a detached factor?), so its rows cannot be told. Compute this "
+                    "fused loss, a penalty on parameters, a detached factor?), so its rows are not known. Compute this "
                     "loss outside of the model. No gradient was changed."
                 )
-        return [cut.of(steps) for cut in self.cuts]
+        return [_unflattened(cut.of(steps)) for cut in self.cuts]
 
 
 def _plain(path: str) -> str:

@@ -54,6 +54,25 @@ def texts(count=32):
     return Dataset.from_dict({"text": words(count, 2, 8)})
 
 
+def rows(count=64):
+    """Texts of several lengths as token ids and labels."""
+    encoded = tokenizer()(list(texts(count)["text"]))["input_ids"]
+    return [{"input_ids": ids, "labels": ids} for ids in encoded]
+
+
+def pad(items):
+    """Collate rows to the longest of a micro-batch."""
+    longest = max(len(item["input_ids"]) for item in items)
+
+    def padded(name, value):
+        return torch.tensor([[*item[name], *[value] * (longest - len(item[name]))] for item in items])
+
+    labels = [item["labels"] for item in items]
+    batch = {"input_ids": padded("input_ids", 0), "attention_mask": (padded("input_ids", -1) >= 0).long()}
+    batch["labels"] = padded("labels", -100) if isinstance(labels[0], list) else torch.tensor(labels)
+    return batch
+
+
 def preferences(count=32):
     return Dataset.from_dict({"prompt": words(count, 3), "chosen": words(count, 4, 6), "rejected": words(count, 5, 6)})
 

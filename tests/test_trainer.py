@@ -27,21 +27,10 @@ BASE = {
 }
 
 
-def rows(count=64):
-    """Texts of several lengths as rows of token ids, padded."""
-    encoded = hf.tokenizer()(list(hf.texts(count)["text"]), padding="max_length", max_length=8, truncation=True)
-    found = []
-    for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True):
-        labels = [i if on else -100 for i, on in zip(ids, mask, strict=True)]
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return found
-
-
 def make(folder, model=None, callbacks=None, data=None, **options):
     args = TrainingArguments(str(folder), **{**BASE, **options})
-    return Trainer(
-        model or hf.llama(), args, train_dataset=data or rows(), eval_dataset=(data or rows())[:8], callbacks=callbacks
-    )
+    data = data or hf.rows()
+    return Trainer(model or hf.llama(), args, hf.pad, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks)
 
 
 class Recorder(KondoCallback):
@@ -121,7 +110,7 @@ SET_UPS = {
 @pytest.mark.parametrize("build", [hf.llama, lora], ids=["full", "lora"])
 def test_one_line(build, name, tmp_path):
     options = dict(SET_UPS[name])
-    data = rows(32) if name.startswith("a last") else None
+    data = hf.rows(32) if name.startswith("a last") else None
     if build is lora and options.get("gradient_checkpointing"):
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     trainer = make(tmp_path, build(), data=data, **options)
@@ -147,7 +136,7 @@ def test_sequence_classification(tmp_path):
         torch.manual_seed(0)
         return LlamaForSequenceClassification(hf.llama(num_labels=3).config)
 
-    data = [{**row, "labels": i % 3} for i, row in enumerate(rows())]
+    data = [{**row, "labels": i % 3} for i, row in enumerate(hf.rows())]
     trainer = make(tmp_path, build(), data=data)
     start = parameters(trainer)
     _, recorder = run_gated(trainer)
@@ -205,7 +194,7 @@ def test_schedules_by_step_and_by_epoch(tmp_path):
     make(tmp_path, callbacks=[by_step]).train()
     assert [len(d.kept) for d in by_step.decisions] == [4, 4, 2]
     by_epoch = Recorder(rate=lambda state: 0.25 * (1 + int(state.epoch)))
-    make(tmp_path, callbacks=[by_epoch], data=rows(16), max_steps=-1, num_train_epochs=2).train()
+    make(tmp_path, callbacks=[by_epoch], data=hf.rows(16), max_steps=-1, num_train_epochs=2).train()
     assert [len(d.kept) for d in by_epoch.decisions] == [2, 2, 4, 4]
 
 

@@ -75,15 +75,8 @@ HOSTS = {
 
 
 def make(options):
-    data = hf.texts(64)
-    tokenizer = hf.tokenizer()
-    rows = tokenizer(list(data["text"]), padding="max_length", max_length=8, truncation=True)
-    items = []
-    for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
-        labels = [i if on else -100 for i, on in zip(ids, mask, strict=True)]
-        items.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     args = TrainingArguments(tempfile.mkdtemp(), **{**BASE, **options})
-    trainer = Trainer(hf.llama(), args=args, train_dataset=items)
+    trainer = Trainer(hf.llama(), args=args, train_dataset=hf.rows(), data_collator=hf.pad)
     return on_cpu(trainer) if "fsdp" in options else trainer
 
 
