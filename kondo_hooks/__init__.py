@@ -6,7 +6,8 @@ with kondo.gated(model, rate=0.03):
     ...  # the training loop, unchanged
 """
 
-from kondo_hooks.context import Gated, gated
+from kondo_hooks.api import gated
+from kondo_hooks.context import Gated
 from kondo_hooks.errors import DelightError, KondoWarning, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,

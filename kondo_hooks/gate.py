@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kondo_hooks.context import gated
+from kondo_hooks.api import gated
 from kondo_hooks.selection import gate_probability, top_k
 
 

@@ -404,6 +404,6 @@ def test_without_a_loss_no_tape_runs():
         with kondo.gated(model, rate=0.25) as gate:
             for _ in range(2):
                 model(**batch).logits.logsumexp(-1)
-            assert gate._tape is False
+            assert gate._forward.tape is False
             assert model(**batch, labels=batch["input_ids"]).loss.grad_fn is not None
-            assert gate._tape is True
+            assert gate._forward.tape is True

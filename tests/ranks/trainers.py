@@ -98,7 +98,7 @@ class Recorder(KondoCallback):
 
     def on_optimizer_step(self, *_, **__):
         self.decisions.append(self.gate.last)
-        self.engine = self.gate._engine.name
+        self.engine = self.gate._backward.engine.name
 
 
 def masks(decisions):

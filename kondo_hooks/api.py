@@ -1,0 +1,138 @@
+"""``gated``: the one line. All of its arguments are looked at here."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+
+from kondo_hooks.context import Gated
+from kondo_hooks.engines import find_engine
+from kondo_hooks.forward import Name, Reading
+from kondo_hooks.selection import Normalize, Reduction, SelectionConfig, Unit, Weight, additive
+from kondo_hooks.window import Size, Spread
+
+DEFAULT_RATE = 0.03
+
+
+def gated(
+    model: nn.Module,
+    rate: float | Callable[[int], float] | None = None,
+    *,
+    price: float | None = None,
+    priority: str | additive = "delight",
+    temperature: float = 0.1,
+    hard: bool = True,
+    deterministic: bool = True,
+    unit: Unit = "sample",
+    reduction: Reduction = "sum",
+    history: int = 0,
+    weight: Weight = "pg",
+    unbiased: bool = False,
+    normalize: Normalize = "batch",
+    warmup_steps: int = 0,
+    enabled: bool = True,
+    seed: int = 0,
+    method: str | None = None,
+    logp: Name | None = None,
+    logits: Name | None = None,
+    probs: Name | None = None,
+    batch_dim: int = 0,
+    pairs: bool | None = None,
+    shared_loss: Literal["refuse", "kept"] = "refuse",
+    window: Size | None = None,
+    scope: Literal["local", "global"] = "local",
+    balance: bool = False,
+    micro_batch_size: int | None = None,
+    tensor_parallel_group: Any = None,
+) -> Gated:
+    """Skip most backward passes of ``model`` in whatever training loop runs inside the context.
+
+        with kondo.gated(model, rate=0.03) as gate:
+            for batch in loader:
+                loss = policy_loss(model(batch.obs), batch)
+                loss.backward()
+                optimizer.step(); optimizer.zero_grad()
+
+    Each call of the model runs without a graph; the loss code runs as it is; every sample is scored by its
+    delight, and the kept samples alone run again, with a graph. The gradient is exactly that of the same loss
+    with the dropped samples' terms multiplied by zero, and with the user's own denominators. A dropped sample
+    loses all of its terms, its value loss and entropy bonus too.
+
+    Args:
+        model: any ``nn.Module``; give the object that the loop calls.
+        rate: fraction of samples to keep, in (0, 1], or a function of the step; 1.0 passes straight through.
+            0.03 if neither ``rate`` nor ``price`` is given.
+        price: keep samples of more delight than this, in advantage x nats, instead of a rate.
+        priority, temperature, hard, deterministic, unit, reduction, history, weight, unbiased, normalize, seed:
+            see :class:`SelectionConfig`.
+        warmup_steps: backwards that pass straight through at first.
+        enabled: False, or ``KONDO_DISABLE=1`` in the environment, makes the context do nothing.
+        method: gate this method instead of the call, e.g. "get_action_and_value".
+        logp, logits, probs: the output that holds the policy, where the gate cannot tell: a field name, an
+            index, or a function of the model's output. At most one.
+        batch_dim: axis of the inputs and outputs that holds the samples.
+        pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
+            answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, and nowhere else.
+        shared_loss: what to do with a term of a loss computed inside the model that is no sum over rows (a router's
+            balancing loss): "refuse" it, or take it on the "kept" rows alone, which is another term.
+        window: how many backwards form one population, whose kept rows are replayed together at the end of the last:
+            3% of 8 rows is no row, 3% of 8 backwards of 32 is 8. "auto" takes the host's gradient accumulation
+            (accelerate, DeepSpeed, ``no_sync``), and is the default inside of a transformers Trainer; elsewhere it is
+            1. What has not been decided when the optimizer steps is an error.
+        scope: "local", each rank chooses among its own rows, or "global", among the rows of all ranks as one batch.
+        balance: with ``scope="global"``, move kept rows between ranks so that each replays as many, within one.
+        micro_batch_size: most rows in one pass of the replay; by default all kept rows are one pass.
+        tensor_parallel_group: process group of the ranks that see the same rows as this one; they share its decisions.
+
+    Raises:
+        ValueError, TypeError: on an argument that cannot be right, naming it.
+
+    Source: Osband 2026, "Does This Gradient Spark Joy?", arXiv 2603.20526.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if rate is None and price is None:
+        rate = DEFAULT_RATE
+    config = SelectionConfig(
+        rate=rate,
+        price=price,
+        priority=priority,
+        temperature=temperature,
+        hard=hard,
+        deterministic=deterministic,
+        unit=unit,
+        reduction=reduction,
+        history=history,
+        weight=weight,
+        unbiased=unbiased,
+        normalize=normalize,
+        seed=seed,
+    )
+    named = [(kind, name) for kind, name in (("logp", logp), ("logits", logits), ("probs", probs)) if name is not None]
+    if len(named) > 1:
+        raise ValueError("give at most one of logp, logits and probs")
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be a number of backwards >= 0, got {warmup_steps!r}")
+    if method is not None and not (isinstance(method, str) and callable(getattr(model, method, None))):
+        raise ValueError(f"method={method!r} is no method of {type(model).__name__}")
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+        raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
+    if pairs is not None and not isinstance(pairs, bool):
+        raise ValueError(f"pairs must be True or False, got {pairs!r}")
+    if pairs and unit == "token":
+        raise ValueError("pairs are kept or dropped as one: they need unit='sample'")
+    if shared_loss not in ("refuse", "kept"):
+        raise ValueError(f"shared_loss must be 'refuse' or 'kept', got {shared_loss!r}")
+    if shared_loss == "kept" and balance:
+        raise ValueError("shared_loss='kept' takes a term on each rank's own kept rows, which balance=True moves away")
+    spread = Spread(1 if window is None else window, scope, balance, micro_batch_size)
+    return Gated(
+        model,
+        config,
+        find_engine=lambda found: find_engine(found, tensor_parallel_group, scope == "global"),
+        spread=spread,
+        enabled=enabled,
+        method=method,
+        reading=Reading(named[0] if named else None, batch_dim, bool(pairs), shared_loss == "kept", warmup_steps),
+        unsaid={name for name, value in (("pairs", pairs), ("window", window)) if value is None},
+    )

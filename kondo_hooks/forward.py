@@ -1,0 +1,256 @@
+"""What happens in a call of the model: it is screened without a graph, or passes through, or runs kept rows only."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.utils import parametrize
+
+from kondo_hooks.backward import Backward
+from kondo_hooks.batch import Rows, Tree, flatten, infer_batch_size, map_tensors
+from kondo_hooks.engines import refuse_outer_wrapper
+from kondo_hooks.errors import WarnOnce
+from kondo_hooks.inner_loss import Tape
+from kondo_hooks.node import Call
+from kondo_hooks.screened import Screened
+from kondo_hooks.state import forked_rng
+from kondo_hooks.trace import find_sources
+
+Name = str | int | Callable[[Any], Tensor]
+
+
+@dataclass
+class Reading:
+    """How the model's inputs and outputs are to be read.
+
+    Attributes:
+        named: which output holds the policy, and as what.
+        batch_dim: axis of the rows.
+        pairs: two rows are one sample.
+        shared_loss: a term without rows of the model's own loss is taken on the kept rows.
+        warmup_steps: backwards that pass straight through at first.
+    """
+
+    named: tuple[str, Name] | None
+    batch_dim: int
+    pairs: bool
+    shared_loss: bool
+    warmup_steps: int
+
+
+class Forward:
+    """The forward side of a gate.
+
+    Attributes:
+        model: what is gated.
+        pairs: two rows are one sample.
+        shared_loss: a term without rows of the model's own loss is taken on the kept rows.
+        screened: a decision that waits for its call.
+        tape: whether losses that the model computes are looked for.
+        calls: how many were made with grad.
+    """
+
+    def __init__(self, model: nn.Module, backward: Backward, reading: Reading, warn: WarnOnce):
+        self.model = model
+        self.pairs = reading.pairs
+        self.shared_loss = reading.shared_loss
+        self.screened: Screened | None = None
+        self.tape = True
+        self.calls = 0
+        self._backward = backward
+        self._named = reading.named
+        self._batch_dim = reading.batch_dim
+        self._warmup_steps = reading.warmup_steps
+        self._warn = warn
+        self._outputs_learned: dict[str, Rows] = {}
+        self._record = True
+        self._learned_tape = False
+        self._ungated_task = -1
+
+    def passes_through(self) -> bool:
+        """Whether all rows are kept now, so that nothing needs to be done."""
+        return self._backward.selector.step < self._warmup_steps or self._backward.selector.rate() == 1.0
+
+    @_disable_dynamo
+    def intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stands in for the model's call."""
+        with self._backward.watcher.off():
+            result, call, outputs = self._call(original, args, kwargs)
+        # The steps of the model's own loss are loss code: they run watched.
+        return result if call is None or call.inner is None else call.with_losses(result, outputs)
+
+    def _call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
+        """What the model returned and, where the call was screened, its record and the node's outputs."""
+        if not torch.is_grad_enabled() or self._backward.running:
+            return original(*args, **kwargs), None, ()
+        self.calls += 1
+        if self.calls == 1 and not self._backward.engine.wrappers:
+            refuse_outer_wrapper(self.model)
+        inputs = flatten((args, kwargs))[1]
+        if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
+            return original(*args, **kwargs), None, ()
+        if self.passes_through():
+            return self._run_ungated(original, args, kwargs, inputs), None, ()
+        self._check_call()
+        call = Call(
+            original, (args, kwargs), self._backward.state, self._backward.receive, self.pairs, self.shared_loss
+        )
+        if self.screened is not None:
+            return self._run_screened(call), None, ()
+        return self._screen_call(call)
+
+    def _run_screened(self, call: Call) -> Tree:
+        assert self.screened is not None
+        screened, self.screened = self.screened, None
+        if (norm := self._backward.state.mixes_batch()) is not None:
+            raise RuntimeError(
+                f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
+                "its statistics from them; put it in eval mode, or leave screen() away"
+            )
+        result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
+        self._backward.ran_first(screened.hooks)
+        self._backward.stats.replayed(screened.forwarded, len(screened.factors))
+        return result
+
+    def _check_call(self) -> None:
+        """Refuse what would take gradients past the parameters that the replay reaches."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
+        if not self._backward.state.same_parameters():
+            raise RuntimeError(
+                "gated: parameters or submodules of the model were replaced inside the context (functional_call, an "
+                "adapter put in?), which the replay would not see; do it before the context"
+            )
+        if parametrize._cache_enabled:
+            raise RuntimeError(
+                "gated: parametrize.cached() would keep the screen's weights, which have no graph; use it inside the "
+                "model's forward, or leave it away"
+            )
+
+    def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
+        call.syncs = self._backward.engine.syncs()
+        copy = self._backward.copy_outputs
+        result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None)
+        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in flatten(result)[1])
+        if returns_loss and not self.tape:
+            with forked_rng(call.rng), call.buffers.restored():
+                result = call.screen(self._batch_dim, self._record, copy, Tape())
+        if not self._learned_tape or returns_loss:
+            self.tape, self._learned_tape = returns_loss, True
+        if not call.outputs:
+            return result, None, ()
+        # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
+        # when one does (that one is replayed whole).
+        self._record = call.random
+        self._check_outputs(call, result)
+        if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
+            self._warn(
+                "chain",
+                "gated: an output of this model goes into another call of it with its gradient (a recurrent state?). "
+                "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
+                "Put the whole sequence into one call (method=), or detach what is carried over.",
+            )
+        live, outputs = call.attach_node(result, self._backward.anchor)
+        if self._named is not None:
+            call.named = self._resolve(call, live)
+        return live, call, outputs
+
+    def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
+        """Pass straight through; only count, when a backward comes."""
+        result = original(*args, **kwargs)
+        outputs = flatten(result)[1]
+        try:
+            batch = infer_batch_size(inputs, outputs, self._batch_dim)
+        except ValueError:
+            batch = 0
+        counted = -1
+
+        def count(_grad: Tensor) -> None:
+            nonlocal counted
+            task = torch._C._current_graph_task_id()
+            if task != counted:
+                counted = task
+                self._backward.stats.ungated(batch)
+            if task != self._ungated_task:
+                self._ungated_task = task
+                self._backward.selector.step += 1
+                self._backward.stats.steps += 1
+
+        for leaf in outputs:
+            if leaf.grad_fn is not None:
+                leaf.register_hook(count)
+        return result
+
+    def _descends(self, leaf: Tensor) -> bool:
+        sources = find_sources(leaf, trust=True) or []
+        return any(source.call.state is self._backward.state for source in sources)
+
+    def _check_outputs(self, call: Call, result: Tree) -> None:
+        hidden: list[str] = []
+
+        def look(value: Any) -> None:
+            inside = getattr(value, "__dict__", None)
+            if type(value).__module__ == "transformers.cache_utils":
+                return  # every decoder returns one, and training uses none
+            if inside and any(leaf.is_floating_point() for leaf in _tensors_within(inside, 3)):
+                hidden.append(type(value).__name__)
+
+        map_tensors(lambda _path, leaf: leaf, result, other=look)
+        if hidden:
+            self._warn(
+                "hidden",
+                f"gated: the model returned a {hidden[0]}, which holds tensors that the gate cannot reach into; they "
+                "carry no gradient. (Training needs no KV cache: use_cache=False saves its memory.)",
+            )
+        if self._backward.state.has_forward_hooks():
+            self._warn(
+                "hooks",
+                "gated: the model has forward hooks. They run without a graph when the batch is screened and again on "
+                "the kept rows; a loss on what they capture gets no gradient through it: return it from forward.",
+            )
+        if call.whole is not None:
+            self._warn(
+                "whole",
+                f"gated: {call.whole}, so only a replay of the whole batch gives the exact gradient: this model "
+                "trains correctly but saves nothing. Put such layers in eval mode where you can.",
+            )
+
+    def _resolve(self, call: Call, live: Tree) -> tuple[str, int]:
+        """Which output ``logp=``, ``logits=`` or ``probs=`` names."""
+        assert self._named is not None
+        kind, name = self._named
+        try:
+            if callable(name):
+                found = name(live)
+            elif isinstance(name, int):
+                found = live if isinstance(live, Tensor) and name == 0 else live[name]
+            elif isinstance(live, Mapping):
+                found = live[name]
+            else:
+                found = getattr(live, name)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{kind}={name!r} names no output of {type(self.model).__name__}") from error
+        for i, leaf in enumerate(call.outputs_in(live)):
+            if leaf is found:
+                return kind, i
+        raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")
+
+
+def _tensors_within(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inside: Any = ()
+    if isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, (list, tuple)):
+        inside = value
+    elif hasattr(value, "__dict__"):
+        inside = vars(value).values()
+    for item in inside if depth else ():
+        yield from _tensors_within(item, depth - 1)
