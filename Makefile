@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test figures clean
+.PHONY: demo test oldest figures clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -18,11 +18,23 @@ test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal \
+		tests/test_inner_loss.py tests/test_trainer.py tests/test_trl.py tests/test_lightning.py tests/test_integrations.py
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]' requests
+	touch $@
+
 figures: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py --out docs
+	$(BIN)/python examples/trl_reversal.py --out docs
+	$(BIN)/python examples/trainer_sft.py --out docs
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/ranks.py --out benchmarks/results
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results --figure docs/scaling.png
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -24,13 +24,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
-from kondo_hooks.integrations.trl import KondoMixin
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.trl import KondoMixin
 
 
 class ScreenFirst(KondoMixin, GRPOTrainer):
@@ -125,6 +125,7 @@ def train(method: Method, seed: int, args: argparse.Namespace, bar: tqdm) -> Run
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        initializer_range=0.1,
     )
     prompts = torch.randint(args.symbols, (10 * args.steps, args.length)).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -230,21 +231,21 @@ def write(folder: Path, runs: dict[str, list[Run]], chosen: list[Method], head: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=10, help="H, symbols of a prompt")
+    parser.add_argument("--length", type=int, default=5, help="H, symbols of a prompt")
     parser.add_argument("--symbols", type=int, default=2, help="M, to choose from")
     parser.add_argument("--samples", type=int, default=10, help="answers to each of 10 prompts")
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="names of methods")
-    parser.add_argument("--quick", action="store_true", help="40 steps of one seed")
+    parser.add_argument("--quick", action="store_true", help="60 steps of one seed")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.seeds = 40, 1
+        args.steps, args.seeds = 60, 1
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)

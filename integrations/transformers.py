@@ -5,6 +5,7 @@
 the context.
 """
 
+import copy
 import gc
 import os
 import warnings
@@ -42,10 +43,12 @@ class KondoCallback(TrainerCallback):
         self._options = options
         self._now = 1.0
         self._own = gate is None
-        self._before: dict[str, float] = {}
+        self._before = kondo.Stats()
         self._restore: Callable[[], None] = _nothing
         if self._own:
-            kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **options)  # bad options fail here
+            # Bad options fail here; a method is looked for when there is a model to look at.
+            early = {name: value for name, value in options.items() if name != "method" and value != "auto"}
+            kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early)
 
     def close(self) -> None:
         """Take an own gate off; only needed when ``train()`` failed."""
@@ -75,7 +78,7 @@ class KondoCallback(TrainerCallback):
         if state.global_step:
             self._resume(args, state)
         self._restore = _uncompiled_loss(trainer.model_wrapped)
-        self._before = _totals(self.gate.stats)
+        self._before = copy.copy(self.gate.stats)
 
     def _at(self, _step: int) -> float:
         return self._now
@@ -89,27 +92,11 @@ class KondoCallback(TrainerCallback):
         """Put the gate's metrics into the Trainer's logs; before the callbacks that send them on."""
         if self.gate is None or logs is None or "loss" not in logs:
             return
-        found = {f"kondo/{name}": value for name, value in self._metrics().items()}
+        found = self.gate.stats.metrics(self._before)
+        self._before = copy.copy(self.gate.stats)
         logs.update(found)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
-
-    def _metrics(self) -> dict[str, float]:
-        """Of the steps since the last call."""
-        assert self.gate is not None
-        now = _totals(self.gate.stats)
-        since = {name: value - self._before.get(name, 0) for name, value in now.items()}
-        self._before = now
-        dropped = since["decided"] - since["decided_kept"]
-        metrics = {
-            "rate": _over(since["kept"], since["rows"]),
-            "kept": since["kept"],
-            "skipped": 1 - _over(since["forwarded"], since["rows_screened"]),
-            "delight_kept": _over(since["sum_delight_kept"], since["decided_kept"]),
-            "delight_dropped": _over(since["sum_delight"] - since["sum_delight_kept"], dropped),
-            "price": self.gate.stats.price,
-        }
-        return {name: value for name, value in metrics.items() if value == value}  # no NaN into anyone's dashboard
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the gate's state into the checkpoint."""
@@ -206,12 +193,3 @@ def _first(trainer: Any, callback: KondoCallback) -> None:
 
 def _file(folder: str, args: Any) -> str:
     return os.path.join(folder, f"kondo_gate_{args.process_index}.pt")
-
-
-def _totals(stats: kondo.Stats) -> dict[str, float]:
-    names = "rows kept forwarded rows_screened decided decided_kept sum_delight sum_delight_kept".split()
-    return {name: getattr(stats, name) for name in names}
-
-
-def _over(a: float, b: float) -> float:
-    return a / b if b else float("nan")

@@ -7,8 +7,9 @@ row; ``compute_loss`` gets a micro-batch; ``_get_per_token_logps_and_entropies``
 from typing import Any
 
 import torch
-from kondo_hooks.integrations.transformers import KondoCallback
 from torch import Tensor
+
+from kondo_hooks.integrations.transformers import KondoCallback
 
 _IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kondo_hooks.attach import attach
 from kondo_hooks.backward import Backward
@@ -112,6 +112,7 @@ class Gated:
         self._close = [
             self._backward.engine.open(self._backward),
             register_optimizer_step_pre_hook(self._before_step).remove,
+            register_optimizer_step_post_hook(self._after_step).remove,
         ]
 
     def _take_off(self) -> bool:
@@ -130,8 +131,18 @@ class Gated:
         return self._backward.engine.ranks.rank if self._backward.spread.scope == "local" else 0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Look for waiting backwards if the optimizer is this model's; a closure may still bring the last."""
-        if self._backward.window.backwards and not any(callable(value) for value in (*args, *kwargs.values())):
+        """Look for waiting backwards; a closure may still bring the last, so then after it."""
+        if not any(callable(value) for value in (*args, *kwargs.values())):
+            self._check_step(optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Look for waiting backwards that a closure did not finish."""
+        if any(callable(value) for value in (*args, *kwargs.values())):
+            self._check_step(optimizer)
+
+    def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse to leave backwards waiting if the optimizer is this model's."""
+        if self._backward.window.backwards:
             mine = {id(p) for p in (*self._backward.state.parameters(), *self.model.parameters())}
             if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
                 self._backward.check_step()

@@ -1,5 +1,6 @@
 """Counters of what the gate has done."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,24 @@ class Stats:
         """Mean delight of the samples that a decision dropped."""
         dropped = self.decided - self.decided_kept
         return (self.sum_delight - self.sum_delight_kept) / dropped if dropped else _NAN
+
+    def metrics(self, since: "Stats", prefix: str = "kondo") -> dict[str, float]:
+        """What a dashboard shows, over the steps since an earlier copy of these counters; no NaN among it.
+
+        Effective rate, kept samples, fraction of rows without a graph, mean delight of kept and of dropped samples, and
+        the price of the last decision.
+        """
+        now, before = vars(self), vars(since)
+        counted = Stats(**{name: now[name] - before[name] for name in now})
+        values = {
+            "rate": counted.rate,
+            "kept": counted.kept,
+            "skipped": counted.skipped,
+            "delight_kept": counted.delight_kept,
+            "delight_dropped": counted.delight_dropped,
+            "price": self.price,
+        }
+        return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
     def decision(self, decision: Decision) -> None:
         """Count a decision."""

@@ -51,7 +51,7 @@ def test_benchmark_of_a_step(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["fsdp2", "deepspeed_zero", "accelerate_loop"])
+@pytest.mark.parametrize("script", ["fsdp2", "deepspeed_zero", "accelerate_loop", "fabric_loop"])
 def test_programs_on_two_ranks_learn_and_report(script):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,6 +95,45 @@ def test_cost_model_of_ranks(tmp_path):
     assert ratio["8B", "1024", "2048", "1"] > 1 > ratio["8B", "1024", "2048", "8"]
 
 
+@pytest.mark.slow
+def test_reversal_with_an_unmodified_grpo_trainer(tmp_path):
+    out = run("examples/trl_reversal.py", "--quick", "--out", str(tmp_path))
+    assert (tmp_path / "trl_reversal.png").stat().st_size > 10_000
+    with (tmp_path / "trl_reversal.csv").open() as file:
+        assert file.readline().startswith("# python examples/trl_reversal.py")
+        rows = list(csv.DictReader(file))
+    methods = ["all rows", "gated 10%", "random 10%", "screen-first 10%"]
+    assert [row["method"] for row in rows if row["step"] == "60"] == methods
+    table = {name: line.split("|")[0] for name in methods for line in out.splitlines() if line.startswith(name)}
+    assert all(("6,000" if name == "all rows" else " 600 ") in table[name] for name in methods), out
+
+
+@pytest.mark.slow
+def test_reversal_is_learned_by_delight_alone(tmp_path):
+    methods = ["all rows", "gated 10%", "random 10%"]
+    run("examples/trl_reversal.py", "--seeds", "1", "--steps", "250", "--only", *methods, "--out", str(tmp_path))
+    with (tmp_path / "trl_reversal.csv").open() as file:
+        file.readline()
+        rows = list(csv.DictReader(file))
+    last = {m: [float(r["reward"]) for r in rows if r["method"] == m and int(r["step"]) > 225] for m in methods}
+    mean = {m: sum(values) / len(values) for m, values in last.items()}
+    assert mean["gated 10%"] > 0.75 > max(mean["all rows"], mean["random 10%"]), mean
+
+
+@pytest.mark.slow
+def test_supervised_training_says_what_it_measured(tmp_path):
+    out = run("examples/trainer_sft.py", "--quick", "--out", str(tmp_path))
+    assert (tmp_path / "trainer_sft.png").stat().st_size > 10_000
+    with (tmp_path / "trainer_sft.csv").open() as file:
+        assert file.readline().startswith("# python examples/trainer_sft.py")
+        last = {row["method"]: row for row in csv.DictReader(file) if row["step"] == "20"}
+    wanted = {"full": "800", "delight 10%": "80", "random 10%": "80", "small batch 10%": "80"}
+    assert {name: row["backward_rows"] for name, row in last.items()} == wanted
+    assert "delight 10% against small batch" in out
+
+
 def test_help_of_every_program():
-    for script in ("examples/mnist_bandit.py", "benchmarks/step.py", "benchmarks/ranks.py", "benchmarks/scaling.py"):
+    programs = ["examples/mnist_bandit.py", "examples/trl_reversal.py", "examples/trainer_sft.py"]
+    programs += ["benchmarks/step.py", "benchmarks/ranks.py", "benchmarks/scaling.py"]
+    for script in programs:
         assert "usage:" in run(script, "--help")

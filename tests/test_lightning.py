@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 pl = pytest.importorskip("lightning.pytorch")
-from kondo_hooks.integrations.lightning import KondoCallback  # noqa: E402
 from lightning.fabric import Fabric  # noqa: E402
 from lightning.pytorch.callbacks import GradientAccumulationScheduler  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 import kondo_hooks as kondo  # noqa: E402
+from kondo_hooks.integrations.lightning import KondoCallback  # noqa: E402
 
 B, ACTIONS = 8, 4
 METRICS = {f"kondo/{name}" for name in "rate kept skipped delight_kept delight_dropped price".split()}

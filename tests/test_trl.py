@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from kondo_hooks.integrations.trl import KondoMixin
+import trl
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.trl import KondoMixin
 from tests import hf
 from tests.masking import masking
 
@@ -265,7 +266,7 @@ def preferring(folder, **options):
 
 
 def check_outputs_masked(make, folder, rows, spread=lambda mask: mask, **options):
-    """Against the trainer itself with the gradient at the model's ``log_probs`` masked."""
+    """Against the trainer itself with the gradient at the model's log-probs masked."""
     trainer = make(folder, **options)
     start = parameters(trainer)
     with kondo.gated(trainer.model, rate=RATE) as gate:
@@ -275,14 +276,21 @@ def check_outputs_masked(make, folder, rows, spread=lambda mask: mask, **options
     reference = make(folder, **options)
     masks = (mask for d in recorder.decisions for mask in kept_mask(d).split(rows))
 
-    def mask_rows(module, args, kwargs, output):
+    def masked(tensor, module):
         if torch.is_grad_enabled() and module.training:
-            keep = spread(next(masks)).view(-1, 1)
-            output.log_probs = output.log_probs.clone()
-            output.log_probs.register_hook(lambda grad: grad * keep)
+            keep = spread(next(masks)).view(-1, *[1] * (tensor.dim() - 1))
+            tensor = tensor.clone()
+            tensor.register_hook(lambda grad: grad * keep)
+        return tensor
+
+    def mask_rows(module, args, output):
+        output.log_probs = masked(output.log_probs, module)
         return output
 
-    reference.model.register_forward_hook(mask_rows, with_kwargs=True)
+    if hasattr(trl.trainer.utils, "add_fused_lm_head"):
+        reference.model.register_forward_hook(mask_rows)
+    else:  # before TRL 1.15 the model computes its logits, and maybe its loss
+        reference.model.lm_head.register_forward_hook(lambda module, args, output: masked(output, module))
     reference.train()
     assert_same(parameters(trainer), parameters(reference), start)
     return gate

@@ -300,3 +300,21 @@ def test_state_is_kept_over_a_window():
             reinforce(model(batch.x), batch).backward()
     assert second.last.kept.tolist() == whole.last.kept.tolist()
     assert second.stats.kept == whole.stats.kept
+
+
+def test_a_closure_may_bring_the_last_backward_and_must():
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, actions = torch.randn(8, 4), torch.randint(3, (8,))
+
+    def closure():
+        loss = torch.nn.functional.cross_entropy(model(x), actions)
+        loss.backward()
+        return loss
+
+    refused = pytest.raises(RuntimeError, match="1 of window=2 backwards wait")
+    with refused, kondo.gated(model, rate=0.25, window=2) as gate:
+        closure()
+        optimizer.step(closure)
+        assert gate.stats.steps == 1
+        optimizer.step(closure)

@@ -393,7 +393,6 @@ def plain_world() -> dict[str, Any]:
 def naive_nesting(name: str) -> dict[str, Any]:
     """DeepSpeed with two accumulation steps, and no driver of its own: what the driver is there against."""
     from kondo_hooks.integrations.deepspeed import DeepSpeed
-
     from tests.ranks.exactness import STEPS, Case, run_gated, run_reference
 
     case = Case(2, "local", False, False)

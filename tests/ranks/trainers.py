@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import DistributedType, PartialState
-from kondo_hooks.integrations.transformers import KondoCallback
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.transformers import KondoCallback
 from tests import hf
 from tests.ranks.launch import at
 
@@ -159,9 +159,9 @@ def sft(host, how, scope):
 
 def policy(host, kind, how, **options):
     """GRPO or RLOO: the one line, or screen-first."""
-    from kondo_hooks.integrations.trl import KondoMixin
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+    from kondo_hooks.integrations.trl import KondoMixin
     from tests.masking import masking
 
     base, config = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
