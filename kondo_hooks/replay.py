@@ -288,6 +288,8 @@ def input_grads(replayed: Replayed) -> list[Tensor | None]:
     """Gradients of the inputs that want one, in full size: zero at the rows that were not replayed."""
     part = replayed.group[0]
     wanting = [leaf for leaf in part.call.inputs if leaf.requires_grad]
+    if not replayed.leaves:
+        return [None] * len(wanting)  # the rows failed, and all ranks are about to raise
     full: list[Tensor | None] = []
     for like, (leaf, where) in zip(wanting, replayed.leaves, strict=True):
         if leaf.grad is None or where is None or part.all_rows:
