@@ -63,6 +63,7 @@ class KondoCallback(TrainerCallback):
         """Gate what the Trainer trains, wrapped as it is now."""
         trainer = next(trainer for trainer in _trainers() if self in trainer.callback_handler.callbacks)
         _first(trainer, self)
+        self._restore()
         if self._own:
             self.close()
             rate: Any = self._rate

@@ -191,13 +191,14 @@ class Gated:
     def follow(self, model: nn.Module) -> None:
         """Gate ``model`` from now on: what a host has put around the gated one, or made of it.
 
+        Backwards that still wait for their decision are dropped: a host wraps a model before it trains, or trains anew.
+
         Raises:
             ValueError: naming a kind of parallelism that cannot be gated.
         """
         if not self.enabled:
             return
-        if self._backward.window.backwards:
-            raise RuntimeError("gated: follow() while backwards wait for their decision; call gate.flush() first")
+        self._backward.window.take()
         engine = self._find_engine(model)
         engine.check_window(self._backward.spread.window)
         is_open = self._detach is not None

@@ -5,7 +5,45 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kondo_hooks.integrations.transformers import KondoCallback
+
 DIGITS = 12
+TRAINING = {
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+class Recorder(KondoCallback):
+    """A KondoCallback that keeps the decisions."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.decisions = []
+
+    def on_optimizer_step(self, *_, **__):
+        self.decisions.append(self.gate.last)
+        self.engine = self.gate._backward.engine.name
+
+    def kept(self):
+        return [decision.kept.tolist() for decision in self.decisions]
+
+    def masks(self, batch):
+        """1 where a row was kept, for each micro-batch."""
+        for decision in self.decisions:
+            mask = torch.zeros(len(decision.delight))
+            mask[decision.kept] = 1
+            yield from mask.split(batch)
 
 
 def tokenizer():

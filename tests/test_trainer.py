@@ -12,19 +12,7 @@ from tests.ranks.launch import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BATCH, STEPS, RATE = 4, 3, 0.25
-BASE = {
-    "per_device_train_batch_size": BATCH,
-    "gradient_accumulation_steps": 2,
-    "max_steps": STEPS,
-    "learning_rate": 0.3,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",
-    "logging_steps": 1,
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
+BASE = {**hf.TRAINING, "per_device_train_batch_size": BATCH}
 
 
 def make(folder, model=None, callbacks=None, data=None, **options):
@@ -33,27 +21,8 @@ def make(folder, model=None, callbacks=None, data=None, **options):
     return Trainer(model or hf.llama(), args, hf.pad, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks)
 
 
-class Recorder(KondoCallback):
-    """A KondoCallback that keeps the decisions."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.decisions = []
-
-    def on_optimizer_step(self, *_, **__):
-        self.decisions.append(self.gate.last)
-
-    def kept(self):
-        return [d.kept.tolist() for d in self.decisions]
-
-
-def mask_head(trainer, decisions, head):
-    masks = []
-    for decision in decisions:
-        mask = torch.zeros(len(decision.delight))
-        mask[decision.kept] = 1
-        masks += mask.split(trainer.args.per_device_train_batch_size)
-    remaining = iter(masks)
+def mask_head(trainer, recorder, head):
+    remaining = recorder.masks(trainer.args.per_device_train_batch_size)
 
     def hook(module, args, output):
         if not (torch.is_grad_enabled() and module.training):
@@ -79,7 +48,7 @@ def assert_same(found, wanted, start, bar=2e-5):
 
 def run_gated(trainer, **options):
     with kondo.gated(trainer.model, rate=RATE, **options) as gate:
-        recorder = Recorder(gate)
+        recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
     return gate, recorder
@@ -118,7 +87,7 @@ def test_one_line(build, name, tmp_path):
     gate, recorder = run_gated(trainer)
     options.pop("torch_compile", None), options.pop("torch_compile_backend", None)
     reference = make(tmp_path, build(), data=data, **options)
-    mask_head(reference, recorder.decisions, output_head)
+    mask_head(reference, recorder, output_head)
     reference.train()
     assert_same(parameters(trainer), parameters(reference), start, 2e-2 if name == "bf16" else 2e-5)
     sizes = [len(d.delight) for d in recorder.decisions]
@@ -141,7 +110,7 @@ def test_sequence_classification(tmp_path):
     start = parameters(trainer)
     _, recorder = run_gated(trainer)
     reference = make(tmp_path, build(), data=data)
-    mask_head(reference, recorder.decisions, lambda model: model.score)
+    mask_head(reference, recorder, lambda model: model.score)
     reference.train()
     assert_same(parameters(trainer), parameters(reference), start)
 
@@ -163,7 +132,7 @@ def test_callback_alone_is_the_one_line(tmp_path):
     trainer = make(tmp_path)
     start = parameters(trainer)
     _, recorder = run_gated(trainer)
-    alone = Recorder(rate=RATE)
+    alone = hf.Recorder(rate=RATE)
     other = make(tmp_path, callbacks=[alone])
     other.train()
     assert alone.kept() == recorder.kept() and alone.gate is None
@@ -190,10 +159,10 @@ def test_metrics_reach_whoever_reports(alone, tmp_path):
 
 
 def test_schedules_by_step_and_by_epoch(tmp_path):
-    by_step = Recorder(rate=lambda state: 0.5 if state.global_step < 2 else 0.25)
+    by_step = hf.Recorder(rate=lambda state: 0.5 if state.global_step < 2 else 0.25)
     make(tmp_path, callbacks=[by_step]).train()
     assert [len(d.kept) for d in by_step.decisions] == [4, 4, 2]
-    by_epoch = Recorder(rate=lambda state: 0.25 * (1 + int(state.epoch)))
+    by_epoch = hf.Recorder(rate=lambda state: 0.25 * (1 + int(state.epoch)))
     make(tmp_path, callbacks=[by_epoch], data=hf.rows(16), max_steps=-1, num_train_epochs=2).train()
     assert [len(d.kept) for d in by_epoch.decisions] == [2, 2, 4, 4]
 
@@ -214,12 +183,12 @@ def test_resume_takes_the_decisions_of_a_run_that_went_on(alone, tmp_path):
         options = {"rate": RATE, "deterministic": False, "temperature": 5.0, "history": 3}
         trainer = make(folder, max_steps=steps, save_strategy="steps", save_steps=3, ignore_data_skip=False)
         if alone:
-            recorder = Recorder(**options)
+            recorder = hf.Recorder(**options)
             trainer.add_callback(recorder)
             trainer.train(resume_from_checkpoint=resume)
         else:
             with kondo.gated(trainer.model, **options) as gate:
-                recorder = Recorder(gate)
+                recorder = hf.Recorder(gate)
                 trainer.add_callback(recorder)
                 trainer.train(resume_from_checkpoint=resume)
         return trainer, recorder

@@ -6,7 +6,6 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import kondo_hooks as kondo
@@ -16,41 +15,7 @@ from tests.masking import masking
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS, BATCH, RATE = 3, 8, 0.25
-BASE = {
-    "per_device_train_batch_size": BATCH,
-    "gradient_accumulation_steps": 2,
-    "max_steps": STEPS,
-    "learning_rate": 0.3,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",
-    "logging_steps": 1,
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
-
-
-class Recorder(TrainerCallback):
-    """Kept rows and delight of every decision."""
-
-    def __init__(self, gate):
-        self.gate, self.decisions = gate, []
-
-    def on_optimizer_step(self, *_, **__):
-        self.decisions.append(self.gate.last)
-
-    def masks(self):
-        for decision in self.decisions:
-            yield from kept_mask(decision).split(BATCH)
-
-
-def kept_mask(decision):
-    mask = torch.zeros(len(decision.delight))
-    mask[decision.kept] = 1
-    return mask
+BASE = {**hf.TRAINING, "per_device_train_batch_size": BATCH}
 
 
 def policy_trainer(kind, folder, *, model=None, **options):
@@ -82,12 +47,12 @@ def check_against_masked(kind, folder, **options):
     trainer = policy_trainer(kind, folder, **options)
     start = parameters(trainer)
     with kondo.gated(trainer.model, rate=RATE) as gate:
-        recorder = Recorder(gate)
+        recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
     found = parameters(trainer)
     reference = policy_trainer(masking(kind), folder, **options)
-    reference.masks = recorder.masks()
+    reference.masks = recorder.masks(BATCH)
     reference.train()
     assert_same(found, parameters(reference), start)
     rows = BATCH * trainer.args.gradient_accumulation_steps
@@ -140,7 +105,7 @@ def test_delight_is_advantage_times_surprisal_and_its_rows_are_the_generation(tm
 
     trainer = policy_trainer(Watching, tmp_path)
     with kondo.gated(trainer.model, rate=RATE) as gate:
-        recorder = Recorder(gate)
+        recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
     for step, decision in enumerate(recorder.decisions):
@@ -270,11 +235,11 @@ def check_outputs_masked(make, folder, rows, spread=lambda mask: mask, **options
     trainer = make(folder, **options)
     start = parameters(trainer)
     with kondo.gated(trainer.model, rate=RATE) as gate:
-        recorder = Recorder(gate)
+        recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
     reference = make(folder, **options)
-    masks = (mask for d in recorder.decisions for mask in kept_mask(d).split(rows))
+    masks = recorder.masks(rows)
 
     def masked(tensor, module):
         if torch.is_grad_enabled() and module.training:

@@ -11,27 +11,11 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import kondo_hooks as kondo
-from kondo_hooks.integrations.transformers import KondoCallback
 from tests import hf
 from tests.ranks.launch import at
 
 BATCH, STEPS, RATE = 4, 3, 0.25
-BASE = {
-    "per_device_train_batch_size": BATCH,
-    "gradient_accumulation_steps": 2,
-    "max_steps": STEPS,
-    "learning_rate": 0.3,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",
-    "logging_steps": 1,
-    "report_to": [],
-    "use_cpu": True,
-    "ddp_backend": "gloo",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
+BASE = {**hf.TRAINING, "per_device_train_batch_size": BATCH, "ddp_backend": "gloo"}
 
 
 def zero(stage):
@@ -89,25 +73,6 @@ def local(trainer):
     return parts
 
 
-class Recorder(KondoCallback):
-    """A KondoCallback that keeps the decisions."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.decisions = []
-
-    def on_optimizer_step(self, *_, **__):
-        self.decisions.append(self.gate.last)
-        self.engine = self.gate._backward.engine.name
-
-
-def masks(decisions):
-    for decision in decisions:
-        mask = torch.zeros(len(decision.delight))
-        mask[decision.kept] = 1
-        yield from mask.split(BATCH)
-
-
 def mask_head(trainer, found):
     """Mask the gradient at the logits, row by row."""
 
@@ -132,19 +97,19 @@ def sft(host, how, scope):
     options = HOSTS[host]
     trainer = make(options)
     if how == "callback":
-        recorder = Recorder(rate=RATE, scope=scope)
+        recorder = hf.Recorder(rate=RATE, scope=scope)
         trainer.add_callback(recorder)
         trainer.train()
     else:
         with kondo.gated(trainer.model, rate=RATE, scope=scope) as gate:
-            recorder = Recorder(gate)
+            recorder = hf.Recorder(gate)
             trainer.add_callback(recorder)
             trainer.train()
     found = local(trainer)
     metrics = trainer.state.log_history[0]
     at("reference")
     reference = make(options)
-    mask_head(reference, masks(recorder.decisions))
+    mask_head(reference, recorder.masks(BATCH))
     reference.train()
     still = make({**options, "max_steps": 1, "learning_rate": 0.0})  # sharded in the same way, and not moved
     still.train()
@@ -197,10 +162,10 @@ def policy(host, kind, how, **options):
     else:
         trainer = build(base)
         with kondo.gated(trainer.model, rate=RATE) as gate:
-            recorder = Recorder(gate)
+            recorder = hf.Recorder(gate)
             trainer.add_callback(recorder)
             trainer.train()
-        found = list(masks(recorder.decisions))
+        found = list(recorder.masks(BATCH))
     at("reference")
     reference = build(masking(base))
     reference.masks = iter([mask.float() for mask in found])
