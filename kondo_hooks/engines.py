@@ -201,6 +201,11 @@ def find_engine(model: nn.Module, tensor_parallel: Any = None, global_scope: boo
     Raises:
         ValueError: naming a kind of parallelism that cannot be gated.
     """
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise ValueError(
+            "gated: nn.DataParallel runs replicas of the model in threads of their own, where calls cannot be seen. "
+            "Use DistributedDataParallel (torchrun; a transformers Trainer then picks it), or one device."
+        )
     if tops := _topmost(model, _is_deepspeed):
         from kondo_hooks.integrations.deepspeed import DeepSpeed, refuse
 

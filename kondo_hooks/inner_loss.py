@@ -100,7 +100,7 @@ class InnerLoss:
     Attributes:
         paths: of the losses in what the model returned.
         cuts: where their graph ends.
-        tensors: what the screen had there, rows and positions on axes of their own.
+        tensors: what the screen had there, rows and positions on axes of their own; until the losses have run.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class InnerLoss:
         self.cuts = cuts
         self._given = [cut.of(steps) for cut in cuts]
         self.tensors = [_unflattened(tensor) for tensor in self._given]
+        self._shapes = [tuple(tensor.shape) for tensor in self.tensors]
         self._length = len(steps)
         self._steps = {i: steps[i] for i in sorted(needed)}
         self._known = needed
@@ -120,9 +121,7 @@ class InnerLoss:
     def name(self, cut: int) -> str:
         """The tensor there, as a message names it."""
         step = self._steps[self.cuts[cut].step]
-        return (
-            f"the {tuple(self.tensors[cut].shape)} tensor that {step.name} makes the model's {_plain(self.paths[0])} of"
-        )
+        return f"the {self._shapes[cut]} tensor that {step.name} makes the model's {_plain(self.paths[0])} of"
 
     def run(self, result: Tree, live: Sequence[Tensor]) -> Tree:
         """``result`` with its losses computed again, from ``live`` tensors where the graph ends."""
@@ -138,7 +137,7 @@ class InnerLoss:
                 losses[last[i]] = made[_key(step.result)]
         self._live = {path: loss.detach().clone() for path, loss in losses.items()}
         self._steps = {i: Step(step.func, ((), {}), step.result) for i, step in self._steps.items()}
-        self._given = []
+        self._given, self.tensors = [], []  # a window must not hold them
         return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
 
     def check(self) -> None:

@@ -1040,3 +1040,10 @@ def test_three_per_cent_is_the_default_rate(setup):
 def test_all_but_model_and_rate_are_keyword_only(setup):
     with pytest.raises(TypeError):
         kondo.gated(setup[0], 0.1, 0.0)
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    model = torch.nn.DataParallel(torch.nn.Linear(3, 2))
+    model.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"DataParallel.*DistributedDataParallel"):
+        kondo.gated(model)

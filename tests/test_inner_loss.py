@@ -1,5 +1,6 @@
 """Losses that a model computes itself: exact against a backward masked at its logits, over families of models."""
 
+import gc
 import warnings
 
 import pytest
@@ -221,6 +222,17 @@ def test_a_window_over_micro_batches():
         for name, grad in masked(model, {**batch, "num_items_in_batch": 200}, mine).items():
             total[name] = total.get(name, 0) + grad
     assert_same(found, total, 1e-6)  # the model computes its loss in float32
+
+
+def test_a_window_lets_go_of_the_logits():
+    model = build("LlamaForCausalLM")
+    with kondo.gated(model, rate=0.02, window=8) as gate:
+        for seed in range(4):
+            model(**batch_for("Llama", seed)).loss.backward()
+        gc.collect()
+        logits = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (B, T, 50)]
+        assert not logits
+        gate.flush()
 
 
 def test_a_loss_that_comes_and_goes():
