@@ -250,6 +250,8 @@ class Gated:
         Raises:
             ValueError: on missing arguments, shapes that do not fit, NaN or infinity.
         """
+        if self._forward.pairs:
+            raise ValueError("screen: pairs=True is for rows that the gate screens itself; screen() takes single rows")
         if self._forward.screened is not None:
             raise RuntimeError("screen: called twice without a call of the model in between")
         if kept is not None:

@@ -1047,3 +1047,94 @@ def test_data_parallel_over_several_devices_is_refused():
     model.device_ids = [0, 1]
     with pytest.raises(ValueError, match=r"DataParallel.*DistributedDataParallel"):
         kondo.gated(model)
+
+
+# Rows decided before, for several calls.
+
+
+def test_one_selection_for_several_calls_is_that_of_the_whole_batch(setup):
+    model, _, batch = setup
+    logp = model(batch.x).log_softmax(-1).gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1).detach()
+    with kondo.gated(model, rate=0.25) as gate:
+        decision = gate.select(logp=logp, advantages=batch.advantages)
+        factors = decision.factors()
+        for half in (slice(0, 6), slice(6, 12)):
+            assert gate.screen(kept=factors[half]) is None
+            out = model(batch.x[half]).log_softmax(-1).gather(-1, batch.actions[half].unsqueeze(-1)).squeeze(-1)
+            (-(batch.advantages[half] * out).sum() / 12).backward()
+    found = grads(model)
+    model.zero_grad()
+    keep = torch.zeros(12, dtype=torch.float64)
+    keep[(batch.advantages * -logp).topk(3).indices] = 1
+    assert decision.kept.tolist() == keep.nonzero().flatten().tolist()
+    out = model(batch.x).log_softmax(-1).gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+    (-(keep * batch.advantages * out).sum() / 12).backward()
+    assert largest_relative_difference(found, grads(model)) < 1e-10
+    assert gate.stats.steps == 1 and gate.stats.kept == 3 and gate.stats.rows == 12
+    assert gate.stats.forwarded == sum(max(1, int(keep[half].sum())) for half in (slice(0, 6), slice(6, 12)))
+
+
+def test_screen_takes_kept_rows_alone(setup):
+    model, _, batch = setup
+    with kondo.gated(model, rate=0.25) as gate:
+        with pytest.raises(ValueError, match="kept is decided already"):
+            gate.screen(kept=torch.ones(12), delight=torch.ones(12))
+        with pytest.raises(ValueError, match=r"kept must be a tensor of shape \(B,\)"):
+            gate.screen(kept=torch.ones(12, 2))
+        gate.screen(kept=torch.ones(5))
+        with pytest.raises(ValueError, match="screen\\(\\) was given 5 rows"):
+            model(batch.x)
+    with kondo.gated(model, rate=1.0) as gate:
+        assert len(gate.select(delight=torch.arange(12.0)).kept) == 12
+        gate.screen(kept=torch.zeros(12))
+        model(batch.x).sum().backward()
+        assert gate.stats.kept == 12
+
+
+@pytest.mark.parametrize("rows", [torch.randn(7, 3), torch.randn(1, 3)])
+def test_pairs_need_an_even_batch(rows):
+    with kondo.gated(nn.Linear(3, 2), pairs=True) as gate, pytest.raises(ValueError, match="not even"):
+        gate.model(rows)
+    with gate, pytest.raises(ValueError, match="screen: pairs=True"):
+        gate.screen(kept=torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": 1}, "pairs must be"),
+        ({"pairs": True, "unit": "token"}, "pairs are kept or dropped as one"),
+        ({"shared_loss": "drop"}, "shared_loss must be"),
+        ({"shared_loss": "kept", "scope": "global", "balance": True}, "shared_loss='kept' takes"),
+    ],
+)
+def test_options_of_pairs_and_losses(options, message):
+    with pytest.raises(ValueError, match=message):
+        kondo.gated(nn.Linear(2, 2), rate=0.5, **options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("window", [1, 2])
+def test_pairs_are_kept_or_dropped_as_one(dropout, window):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
+    batches = [(torch.randn(12, 4, dtype=torch.float64), torch.randint(3, (12,))) for _ in range(window)]
+
+    def loss(x, actions, weights=1.0):
+        logp = model(x).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        chosen, rejected = logp.chunk(2)
+        return (-F.logsigmoid(chosen - rejected) * weights).mean()
+
+    with kondo.gated(model, rate=1 / 3, pairs=True, window=window) as gate:
+        for i, batch in enumerate(batches):
+            torch.manual_seed(i)
+            loss(*batch).backward()
+    found, kept = grads(model), gate.last.kept
+    model.zero_grad()
+    weights = torch.zeros(6 * window, dtype=torch.float64)
+    weights[kept] = 1
+    for i, batch in enumerate(batches):
+        torch.manual_seed(i)
+        loss(*batch, weights[6 * i : 6 * i + 6]).backward()
+    assert largest_relative_difference(found, grads(model)) < 1e-10
+    assert len(kept) == 2 * window and gate.stats.rows == 6 * window
