@@ -9,6 +9,7 @@ import copy
 import gc
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers import PreTrainedModel, TrainerCallback
 import kondo_hooks as kondo
 
 Rate = float | Callable[[Any], float]
+
+
+_open: "weakref.WeakSet[KondoCallback]" = weakref.WeakSet()
 
 
 class KondoCallback(TrainerCallback):
@@ -59,12 +63,16 @@ class KondoCallback(TrainerCallback):
 
     # Events of the Trainer.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Gate what the Trainer trains, wrapped as it is now."""
-        trainer = next(trainer for trainer in _trainers() if self in trainer.callback_handler.callbacks)
+        mine = (trainer for trainer in _trainers() if self in trainer.callback_handler.callbacks)
+        trainer = next(trainer for trainer in mine if trainer.model is model)
         _first(trainer, self)
         self._restore()
         if self._own:
+            for other in list(_open):  # a train() that failed told no callback of it
+                if other.gate is not None and model in other.gate.model.modules():
+                    other.close()
             self.close()
             rate: Any = self._rate
             if callable(rate):
@@ -73,6 +81,7 @@ class KondoCallback(TrainerCallback):
             self.gate = kondo.gated(trainer.model_wrapped, rate=rate, **self._options)
             self.gate.host_defaults(**_defaults(trainer))
             self.gate.__enter__()
+            _open.add(self)
         else:
             assert self.gate is not None
             self.gate.follow(trainer.model_wrapped)

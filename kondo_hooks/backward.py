@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from kondo_hooks import passes, world
 from kondo_hooks.batch import Layout
 from kondo_hooks.engines import Engine
-from kondo_hooks.errors import WarnOnce
+from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
@@ -283,7 +283,13 @@ class Backward:
                     a.call.screen_again()
         tokens = self.selector.config.unit == "token"
         for a, scale in zip(arrivals, find_scales(arrivals), strict=True):
-            a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
+            try:
+                a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
+            except DelightError:
+                if self.selector.config.priority != "uniform" or tokens:
+                    raise
+                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
+                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
             a.scale = scale
             a.forced = a.overflowed()
             for observation in a.call.observations:

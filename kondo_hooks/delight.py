@@ -62,6 +62,13 @@ def read_field(outputs: list[Boundary]) -> list[Signal]:
     ]
 
 
+def read_terms(out: Boundary) -> Signal:
+    """Signal of the terms that a model's own loss is a sum of: advantage x surprisal as they are, weights and all."""
+    y, g = (t.reshape(len(t), -1) for t in (out.values, out.grad))
+    y, g = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (y, g))
+    return Signal(g, y, g != 0)
+
+
 def read_boundary(
     outputs: list[Boundary], is_selected: Callable[[], bool] = lambda: False
 ) -> tuple[list[Signal], float]:

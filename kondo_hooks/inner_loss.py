@@ -15,18 +15,26 @@ from torch.overrides import TorchFunctionMode
 
 from kondo_hooks.batch import Tree, flatten, map_tensors, unflatten
 from kondo_hooks.errors import ReplayMismatchError
+from kondo_hooks.state import Autocast
 
+_FIRST = ("[0][0]", "[1]['input']")
 # Where a function has its second operand; weights of classes and the like are none.
-_OPERANDS = ("[0][0]", "[0][1]", "[1]['input']", "[1]['target']", "[1]['other']")
+_OPERANDS = (*_FIRST, "[0][1]", "[1]['target']", "[1]['other']")
+_DIVISIONS = ("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
+_SUMS = ("sum", "mean", "nansum", "nanmean")
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+_FEW = 64
 
 
 @dataclass
 class Step:
-    """One operation: a reduction to a scalar, or one on scalars alone."""
+    """One operation, with autocast and the versions of its arguments as it found them."""
 
     func: Callable[..., Any]
     args: Tree
     result: Tensor
+    autocast: Autocast
+    versions: list[int]
 
     @property
     def name(self) -> str:
@@ -37,6 +45,17 @@ class Step:
         """Its floating-point arguments, by path."""
         paths, leaves = flatten(self.args)
         return [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if leaf.is_floating_point()]
+
+    def run(self, replaced: dict[str, Tensor]) -> tuple[Tensor, bool]:
+        """Its result with some arguments replaced, and whether the others are as they were."""
+        paths, leaves = flatten(self.args)
+        same = all(
+            path in replaced or leaf._version == version
+            for path, leaf, version in zip(paths, leaves, self.versions, strict=True)
+        )
+        args, kwargs = unflatten(self.args, [replaced.get(p, leaf) for p, leaf in zip(paths, leaves, strict=True)])
+        with self.autocast.restored():
+            return self.func(*args, **kwargs), same
 
 
 class Tape(TorchFunctionMode):
@@ -50,13 +69,17 @@ class Tape(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is; note it if it made a scalar."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if torch.compiler.is_compiling() or not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        if func is Tensor.detach:
-            return result  # an engine's hooks put one around every output; one of the model's is told by the replay
+        if not isinstance(result, Tensor) or not result.is_floating_point() or func is Tensor.detach:
+            return result  # an engine's hooks detach every output; what the model detaches is told by the replay
         if result.dim() == 0 or (result.numel() <= _FEW and self._of_scalars(args, kwargs)):
-            self.steps.append(Step(func, (args, kwargs), result))
+            leaves = flatten((args, kwargs))[1]
+            autocast = Autocast.current({leaf.device for leaf in leaves})
+            # A function in place has counted up its first argument by now.
+            versions = [leaf._version - (leaf is result) for leaf in leaves]
+            self.steps.append(Step(func, (args, kwargs), result, autocast, versions))
             self._made.add(_key(result))
         return result
 
@@ -65,20 +88,24 @@ class Tape(TorchFunctionMode):
         return bool(floats) and all(_key(leaf) in self._made for leaf in floats)
 
 
-_FEW = 64
-
-
 def _key(tensor: Tensor) -> Any:
-    """Tells tensors that are alive apart, and not a tensor from its alias (an engine's hooks make some)."""
-    return (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape)
+    """The same for a scalar and for its alias, which an engine's hooks make."""
+    return (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the loss's graph ends: an argument of a step or, without a path, its result."""
+    """Where the loss's graph ends.
+
+    Attributes:
+        step: the operation there.
+        path: of its argument; None if the graph ends at its result.
+        divides: whether it stands below a division alone: a count, a norm.
+    """
 
     step: int
     path: str | None
+    divides: bool = False
 
     def of(self, steps: Sequence[Step]) -> Tensor:
         """The tensor there."""
@@ -94,85 +121,116 @@ def _unflattened(tensor: Tensor) -> Tensor:
     return base if base.is_contiguous() and base.shape[-1] == tensor.shape[-1] else tensor
 
 
+Known = dict[int, dict[str, int | None]]
+"""Of each step, the arguments that have a gradient, and the step that made each; None where the graph ends."""
+
+
 class InnerLoss:
     """The losses that a call returned, as the steps that lead to them.
 
     Attributes:
-        paths: of the losses in what the model returned.
+        ends: the step that made each, by its path in what the model returned.
         cuts: where their graph ends.
         tensors: what the screen had there, rows and positions on axes of their own; until the losses have run.
     """
 
-    def __init__(
-        self, steps: list[Step], ends: dict[str, int], needed: dict[int, dict[str, int | None]], cuts: list[Cut]
-    ):
-        self.paths = list(ends)
+    def __init__(self, steps: list[Step], ends: dict[str, int], known: Known, cuts: list[Cut]):
+        self.ends = ends
         self.cuts = cuts
         self._given = [cut.of(steps) for cut in cuts]
         self.tensors = [_unflattened(tensor) for tensor in self._given]
         self._shapes = [tuple(tensor.shape) for tensor in self.tensors]
+        self._names = [steps[cut.step].name for cut in cuts]
         self._length = len(steps)
-        self._steps = {i: steps[i] for i in sorted(needed)}
-        self._known = needed
-        self._ends = ends
-        self._values = {path: steps[i].result.detach() for path, i in ends.items()}
-        self._live: dict[str, Tensor] = {}
+        self._steps = {i: steps[i] for i in sorted(known)}
+        self._known = known
+        self._values = {path: (steps[i].result.detach(), steps[i].result.detach()) for path, i in ends.items()}
+        self._reached: set[str] = set()
+        self._stale = False
 
     def name(self, cut: int) -> str:
         """The tensor there, as a message names it."""
-        step = self._steps[self.cuts[cut].step]
-        return f"the {self._shapes[cut]} tensor that {step.name} makes the model's {_plain(self.paths[0])} of"
+        loss = _plain(next(iter(self.ends)))
+        return f"the {self._shapes[cut]} tensor that {self._names[cut]} makes the model's {loss} of"
+
+    def has_policy(self, cut: int) -> bool:
+        """Whether delight may be read there: the operand of a loss, and no count."""
+        return self.cuts[cut].path in _FIRST and not self.cuts[cut].divides
+
+    def is_summed(self, cut: int) -> bool:
+        """Whether the loss is a sum or mean of the tensor there: of a row's terms."""
+        return self.has_policy(cut) and self._names[cut] in _SUMS
 
     def run(self, result: Tree, live: Sequence[Tensor]) -> Tree:
         """``result`` with its losses computed again, from ``live`` tensors where the graph ends."""
-        made: dict[Any, Tensor] = {_key(t): new.view(t.shape) for t, new in zip(self._given, live, strict=True)}
-        losses = {}
-        last = {i: path for path, i in self._ends.items()}
+        at = {(cut.step, cut.path): n for n, cut in enumerate(self.cuts)}
+        made: dict[int, Tensor] = {}
         for i, step in self._steps.items():
-            if Cut(i, None) not in self.cuts:
-                leaves = [made.get(_key(leaf), leaf) for leaf in flatten(step.args)[1]]
-                args, kwargs = unflatten(step.args, leaves)
-                made[_key(step.result)] = step.func(*args, **kwargs)
-            if i in last:
-                losses[last[i]] = made[_key(step.result)]
-        self._live = {path: loss.detach().clone() for path, loss in losses.items()}
-        self._steps = {i: Step(step.func, ((), {}), step.result) for i, step in self._steps.items()}
-        self._given, self.tensors = [], []  # a window must not hold them
+            if (i, None) in at:
+                made[i] = live[at[i, None]]
+                continue
+            replaced = {}
+            for path, j in self._known[i].items():
+                n = at.get((i, path))
+                replaced[path] = made[j] if j is not None else live[n].view(self._given[n].shape)  # type: ignore[index]
+            made[i], same = step.run(replaced)
+            self._stale |= not same
+        losses = {path: made[i].view_as(made[i]) for path, i in self.ends.items()}
+        for path, loss in losses.items():
+            self._values[path] = (self._values[path][0], loss.detach().clone())
+            if loss.requires_grad:
+                loss.register_hook(lambda _grad, path=path: self._reached.add(path))
+        # A window must not hold what the losses were made of.
+        self._steps, self._given, self.tensors = {}, [], []
         return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
 
     def check(self) -> None:
-        """Refuse a loss that did not come out as the model's own."""
-        for path, live in self._live.items():
-            if not torch.allclose(live, self._values[path], rtol=1e-2, atol=1e-6, equal_nan=True):
+        """Refuse a loss that a backward came from and that did not come out as the model's own."""
+        for path in self._reached:
+            theirs, ours = (value.double() for value in self._values[path])
+            tolerance = _TOLERANCE.get(self._values[path][0].dtype, 2e-2)
+            if self._stale or not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-9, equal_nan=True):
                 raise RuntimeError(
-                    f"gated: the model's {_plain(path)} is {self._values[path].item():.6g}, but taken apart it is "
-                    f"{live.item():.6g}: its rows cannot be told. Compute this loss outside of the model."
+                    f"gated: the model's {_plain(path)} is {theirs.item():.6g}, but taken apart it is "
+                    f"{ours.item():.6g}, or the forward changed what it was made of afterwards: its rows cannot be "
+                    "told. Compute this loss outside of the model."
                 )
 
-    def in_replay(self, steps: Sequence[Step]) -> list[Tensor]:
+    def in_replay(self, steps: Sequence[Step], check: bool = True) -> list[Tensor]:
         """The tensors of another run of the model where the graph ends.
+
+        Args:
+            steps: of that run's tape.
+            check: whether it ran with a graph, and is to be held against the steps that were taken apart.
 
         Raises:
             ReplayMismatchError: if that run computed its losses otherwise, or from more than these tensors.
         """
         if len(steps) != self._length:
             raise ReplayMismatchError(
-                f"gated: the model computed its {_plain(self.paths[0])} in {self._length} operations for the whole "
-                f"batch and in {len(steps)} for the kept rows; it must not depend on how many rows there are"
+                f"gated: the model computed its {_plain(next(iter(self.ends)))} in {self._length} operations for the "
+                f"whole batch and in {len(steps)} for the kept rows; it must not depend on how many rows there are"
             )
-        for i, known in self._known.items():
-            if Cut(i, None) in self.cuts:
-                continue
-            through = {path for path, leaf in steps[i].tensors() if leaf.requires_grad}
-            made = [j for path, j in known.items() if j is not None and path not in through]
-            detached = any(steps[j].result.requires_grad for j in made)
-            if through - known.keys() or detached or (known and steps[i].result.requires_grad and not through):
-                raise ReplayMismatchError(
-                    f"gated: the model's {_plain(self.paths[0])} has a term whose making the gate cannot follow (a "
-                    "fused loss, a penalty on parameters, a detached factor?), so its rows are not known. Compute this "
-                    "loss outside of the model. No gradient was changed."
-                )
+        stack = [self.ends[path] for path in sorted(self._reached)] if check else []
+        while stack:
+            i = stack.pop()
+            self._check_step(i, steps)
+            stack += [j for j in self._known[i].values() if j is not None]
         return [_unflattened(cut.of(steps)) for cut in self.cuts]
+
+    def _check_step(self, i: int, steps: Sequence[Step]) -> None:
+        """Whether its gradient goes where the tape says, and nowhere else."""
+        step, known = steps[i], self._known[i]
+        if any(cut.step == i and cut.path is None for cut in self.cuts):
+            return
+        through = {path for path, leaf in step.tensors() if leaf.requires_grad}
+        detached = any(steps[j].result.requires_grad for p, j in known.items() if j is not None and p not in through)
+        if through - known.keys() or detached or (known and step.result.requires_grad != bool(through)):
+            raise ReplayMismatchError(
+                f"gated: the model's {_plain(next(iter(self.ends)))} has a term whose making the gate cannot follow (a "
+                "fused loss, a penalty on parameters, a factor that was detached or made under no_grad?), so its rows "
+                "are not known. Compute this loss outside of the model. No gradient was changed."
+            )
 
 
 def _plain(path: str) -> str:
@@ -180,14 +238,17 @@ def _plain(path: str) -> str:
 
 
 def find_losses(
-    steps: list[Step], outputs: Sequence[tuple[str, Tensor]], inputs: Sequence[Tensor], shared: Callable[[Tensor], bool]
+    steps: list[Step],
+    outputs: Sequence[tuple[str, Tensor]],
+    constants: Sequence[Tensor],
+    shared: Callable[[Tensor], bool],
 ) -> InnerLoss | None:
     """Take the returned scalars apart; None if there is none that the tape has seen.
 
     Args:
         steps: of the tape.
         outputs: what the model returned, by path.
-        inputs: of the model.
+        constants: inputs and buffers of the model, which no gradient goes through.
         shared: whether the graph is to end after the reduction of this tensor and not before.
     """
     made: dict[Any, list[int]] = {}
@@ -198,31 +259,32 @@ def find_losses(
         for path, leaf in outputs
         if leaf.dim() == 0 and leaf.is_floating_point() and _key(leaf) in made
     }
-    if not ends:
-        return None
-    given = {leaf.untyped_storage().data_ptr() for leaf in inputs}
-    needed: dict[int, dict[str, int | None]] = {}  # of each step, the arguments with a gradient, and what made them
+    given = {leaf.untyped_storage().data_ptr() for leaf in constants}
+    known: Known = {}
     cuts: list[Cut] = []
-    stack = list(ends.values())
-    while stack:
-        i = stack.pop()
-        if i in needed:
+    # Numerators first, so that a step that is in both counts as one.
+    below = [(i, False) for i in ends.values()]
+    while below:
+        i, divides = below.pop(next((n for n, (_, d) in enumerate(below) if not d), 0))
+        if i in known:
             continue
-        known = needed[i] = {}
+        known[i] = {}
         here: list[tuple[Cut, Tensor]] = []
         for path, leaf in steps[i].tensors():
             earlier = [j for j in made.get(_key(leaf), []) if j < i]
             if earlier:
-                stack.append(earlier[-1])
-                known[path] = earlier[-1]
+                below.append((earlier[-1], divides or _is_divisor(steps[i].name, path)))
+                known[i][path] = earlier[-1]
             elif leaf.dim() and path in _OPERANDS and leaf.untyped_storage().data_ptr() not in given:
-                here.append((Cut(i, path), leaf))
-                known[path] = None
+                here.append((Cut(i, path, divides), leaf))
+                known[i][path] = None
         if any(shared(leaf) for _, leaf in here):
             cuts.append(Cut(i, None))
         else:
             cuts += [cut for cut, _ in here]
-    if not cuts:
-        return None
-    unique = {_key(cut.of(steps)): cut for cut in sorted(cuts, key=lambda cut: (cut.step, cut.path or ""))}
-    return InnerLoss(steps, ends, needed, list(unique.values()))
+    cuts.sort(key=lambda cut: (cut.step, cut.path or ""))
+    return InnerLoss(steps, ends, known, cuts) if cuts else None
+
+
+def _is_divisor(name: str, path: str) -> bool:
+    return path == "[0][0]" if name == "__rtruediv__" else name in _DIVISIONS and path not in _FIRST

@@ -6,6 +6,7 @@ user's loss and receives ``g = dL/d(outputs)``.
 
 import contextlib
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ class Call:
         self.scale: Scale | None = None
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
+        self._returned = 0
 
     @property
     def observations(self) -> list[Any]:
@@ -124,6 +126,7 @@ class Call:
         with (
             torch.no_grad(),
             _no_fast_path(),
+            _uncompiled() if record else contextlib.nullcontext(),
             RecordDraws(self.draws) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
         ):
@@ -150,26 +153,33 @@ class Call:
         self.batch //= 2 if self.pairs else 1
         self.batch_dim = batch_dim
         if tape is not None:
-            self.inner = find_losses(tape.steps, every, self.inputs, self._is_shared)
+            constants = [*self.inputs, *self.state.buffers()]
+            self.inner = find_losses(tape.steps, every, constants, self._shares)
         kept = [(path, leaf) for path, leaf in every if self._is_output(path, leaf)]
+        self._returned = len(kept)
         if self.inner is not None:
-            # A tensor that the model also returned is one output.
-            self._own = [i for i, t in enumerate(self.inner.tensors) if not any(_is_alias(t, leaf) for _, leaf in kept)]
-            kept += [(self.inner.name(i), self.inner.tensors[i]) for i in self._own]
-            self._ends = [next(j for j, (_, leaf) in enumerate(kept) if _is_alias(t, leaf)) for t in self.inner.tensors]
+            kept += [(self.inner.name(i), tensor) for i, tensor in enumerate(self.inner.tensors)]
         self.paths = [path for path, _ in kept]
         # Aliases that are no views: the user may write into what is returned, and `detach` shares the
         # version counter, which tells that it was done.
         self.returned = [leaf.data for _, leaf in kept]
         self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
-        self.rows = [self._rows(leaf) for leaf in self.outputs]
+        self.rows = [output_rows(leaf, self.batch, batch_dim, self.pairs) for leaf in self.outputs[: self._returned]]
+        self.rows += [self._loss_rows(leaf) for leaf in self.outputs[self._returned :]]
         self._output_versions = [leaf._version for leaf in self.outputs]
 
-    def _rows(self, output: Tensor) -> Rows | None:
-        return output_rows(output, self.batch, self.batch_dim, self.pairs)
+    def _shares(self, reduced: Tensor) -> bool:
+        return self.shared_loss and self._loss_rows(reduced) is None
 
-    def _is_shared(self, reduced: Tensor) -> bool:
-        return self.shared_loss and self._rows(reduced) is None
+    def _loss_rows(self, tensor: Tensor) -> Rows | None:
+        """Where a tensor that a loss was made of keeps its rows; stricter, for nobody has seen it come out."""
+        rows = output_rows(tensor, self.batch, self.batch_dim, self.pairs)
+        if rows is None or (rows.axis != self.batch_dim and rows.repeat == 1):
+            return None
+        if self.whole is None:
+            return rows  # a replay of fewer rows tells
+        plain = tensor.shape[rows.axis] == self.batch * (2 if self.pairs else 1)
+        return rows if plain and list(tensor.shape).count(tensor.shape[rows.axis]) == 1 else None
 
     def is_shared(self, i: int) -> bool:
         """Whether output ``i`` is a term of a loss that all replayed rows share."""
@@ -177,17 +187,30 @@ class Call:
 
     def makes_loss(self, i: int) -> bool:
         """Whether output ``i`` is what a loss of the model's own was made of."""
-        return self.inner is not None and i in self._ends
+        return i >= self._returned
+
+    def has_policy(self, i: int) -> bool:
+        """Whether delight may be read off output ``i``."""
+        return self.inner is None or i < self._returned or self.inner.has_policy(i - self._returned)
+
+    def is_summed(self, i: int) -> bool:
+        """Whether output ``i`` holds the terms of a sum or mean that is a loss of the model's own."""
+        return self.inner is not None and i >= self._returned and self.inner.is_summed(i - self._returned)
 
     def _is_output(self, path: str, leaf: Tensor) -> bool:
-        return differentiable(leaf) and (self.inner is None or path not in self.inner.paths)
+        return differentiable(leaf) and (self.inner is None or path not in self.inner.ends)
 
-    def outputs_in(self, result: Tree, tape: Tape | None = None) -> list[Tensor]:
-        """The outputs in what the model returned; ``tape`` of that run, where losses are to be taken apart."""
+    def outputs_in(self, result: Tree, tape: Tape | None = None, check: bool = True) -> list[Tensor]:
+        """The outputs in what the model returned.
+
+        Args:
+            result: of a run.
+            tape: of that run, where losses are to be taken apart.
+            check: whether it ran with a graph, which is to be held against the losses.
+        """
         found = [leaf for path, leaf in zip(*flatten(result), strict=True) if self._is_output(path, leaf)]
         if self.inner is not None and tape is not None:
-            cuts = self.inner.in_replay(tape.steps)
-            found += [cuts[i] for i in self._own]
+            found += self.inner.in_replay(tape.steps, check)
         return found
 
     def tape(self) -> Tape | None:
@@ -209,7 +232,7 @@ class Call:
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
         assert self.inner is not None
-        return self.inner.run(result, [returned[i] for i in self._ends])
+        return self.inner.run(result, returned[self._returned :])
 
     def readings(self) -> Iterator[Layout]:
         """Which inputs hold rows, the likeliest reading first."""
@@ -229,7 +252,7 @@ class Call:
         tape = self.tape()
         with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
             result = self.run(*self.args[0], **self.args[1])
-        self.outputs = self.outputs_in(result, tape)
+        self.outputs = self.outputs_in(result, tape, check=False)
         self._output_versions = [leaf._version for leaf in self.outputs]
 
     @contextlib.contextmanager
@@ -281,13 +304,14 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _uncompiled() -> Any:
+    """A compiled model runs as it is written: under a dispatch mode Dynamo would give its frame up for good."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
 def differentiable(leaf: Tensor) -> bool:
     """Whether a loss could send a gradient into this output."""
     return leaf.dtype.is_floating_point or leaf.dtype.is_complex
-
-
-def _is_alias(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _argument(path: str) -> str:

@@ -139,7 +139,7 @@ def forward_as_one_of_many(group: list[Part], first: Arrival, engine: Engine, le
             raise
         ranks.announce(error)
         group, inputs, _ = _standing_in(first, learned)
-        done = [silenced(group, run_assembled(group, inputs))]
+        done = [silenced(group, run_assembled(group, inputs).everything())]
     if ranks.failed:
         for replayed in done:
             replayed.hush()
@@ -164,15 +164,15 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
             raise
         ranks.announce(error)
         group, inputs, leaves = _standing_in(first, learned)
-    outputs = run_assembled(group, inputs)
+    forwarded = run_assembled(group, inputs)
     try:
-        replayed = with_gradients(group, outputs, leaves)
+        replayed = with_gradients(group, forwarded.outputs(), leaves)
         verify(replayed)
     except Exception as error:
         if ranks.alone:
             raise
         ranks.announce(error)
-        replayed = silenced(group, outputs)
+        replayed = silenced(group, forwarded.everything())
     if ranks.failed:
         replayed.hush()
     return replayed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout, kept_rows
-from kondo_hooks.delight import Boundary, read_boundary, read_field
+from kondo_hooks.delight import Boundary, read_boundary, read_field, read_terms
 from kondo_hooks.errors import DelightError, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
@@ -76,7 +76,7 @@ class Arrival:
             for i, (path, where, value, grad) in enumerate(
                 zip(call.paths, call.rows, call.outputs, self.grads, strict=True)
             )
-            if grad is not None and where is not None
+            if grad is not None and where is not None and call.has_policy(i)
         ]
 
     def part(self, factors: Tensor) -> Part | None:
@@ -183,6 +183,8 @@ def _find(
     # A value picked from raw outputs may be a Q-value; a logit's gradients sum to zero over the actions.
     if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
         return [o.signal(call) for o in seen], seen[0].offset(call)
+    if terms := [out for out in boundaries if call.is_summed(out.index)]:
+        return [read_terms(out) for out in terms], 0
     signals, residual = read_boundary(boundaries, lambda: is_selected(arrival))
     warn(residual)
     return signals, 0

@@ -11,13 +11,16 @@ from torch import Tensor
 from kondo_hooks.batch import (
     Layout,
     Rows,
+    Tree,
     fits,
+    flatten,
     join_rows,
     pad_to,
     unflatten,
 )
 from kondo_hooks.draws import TakeDraws
 from kondo_hooks.errors import ReplayMismatchError, coupled_rows
+from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.rank_one import RankOne
@@ -142,23 +145,39 @@ def assemble(group: list[Part], layout: Layout) -> tuple[list[Tensor], list[tupl
 def run(group: list[Part], layout: Layout) -> Replayed:
     """Run the rows of a group with a graph, each input read by ``layout``."""
     inputs, leaves = assemble(group, layout)
-    return with_gradients(group, forward(group, inputs), leaves)
+    return with_gradients(group, forward(group, inputs).outputs(), leaves)
 
 
-def forward(group: list[Part], inputs: list[Tensor]) -> list[Tensor]:
-    """Run the model on what ``assemble`` put together; returns its differentiable outputs."""
+@dataclass
+class Forwarded:
+    """What a run of the model returned, and the tape of it."""
+
+    call: Call
+    result: Tree
+    tape: Tape | None
+
+    def outputs(self) -> list[Tensor]:
+        """Those of the screen; raises ReplayMismatchError if a loss of the model's own was made otherwise."""
+        return self.call.outputs_in(self.result, self.tape)
+
+    def everything(self) -> list[Tensor]:
+        """All that has a graph."""
+        return [leaf for leaf in flatten(self.result)[1] if leaf.requires_grad]
+
+
+def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
+    """Run the model on what ``assemble`` put together."""
     call = group[0].call
     args, kwargs = unflatten(call.args, inputs)
     tape = call.tape()
     with call.as_screened(), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
         result = call.run(*args, **kwargs)
-    return call.outputs_in(result, tape)
+    return Forwarded(call, result, tape)
 
 
 def silenced(group: list[Part], outputs: list[Tensor]) -> Replayed:
     """A pass whose rows failed: its gradient is zero, and its backward goes everywhere it would have gone."""
-    used = [output for output in outputs if output.requires_grad]
-    replayed = Replayed(group, used, [torch.zeros_like(output) for output in used], [])
+    replayed = Replayed(group, outputs, [torch.zeros_like(output) for output in outputs], [])
     replayed.hush()
     return replayed
 

@@ -43,6 +43,10 @@ class ModuleState:
         """The parameters, each once."""
         return self._parameters
 
+    def buffers(self) -> list[Tensor]:
+        """The buffers, as they are now."""
+        return [buffer for m, name in self._buffers if (buffer := m._buffers[name]) is not None]
+
     def device(self) -> torch.device:
         """Of the parameters."""
         return next((p.device for p in self._parameters), torch.device("cpu"))

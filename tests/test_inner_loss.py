@@ -180,8 +180,10 @@ def test_other_problems(problem):
     model, batch = build(name, **sizes), batch_for(name)
     batch["labels"] = torch.rand(B, 3, dtype=torch.float64)
     if problem == "regression":
-        with pytest.warns(kondo.KondoWarning, match="far from a policy gradient"):
-            check(model, batch)
+        with kondo.gated(model, rate=0.25), pytest.raises(kondo.DelightError, match="no policy was found"):
+            model(**batch).loss.backward()
+        assert not gradients(model)
+        check(model, batch, priority="uniform")  # random rows need no delight
     else:
         batch["labels"] = batch["labels"].round()
         check(model, batch)
@@ -370,7 +372,7 @@ class Detaching(nn.Module):
 
 def test_a_detached_factor_is_refused():
     model = Detaching()
-    with kondo.gated(model, rate=0.25), pytest.raises(kondo.ReplayMismatchError, match="detached factor"):
+    with kondo.gated(model, rate=0.25), pytest.raises(kondo.ReplayMismatchError, match="a factor that was detached"):
         model(torch.randn(B, 4), torch.randint(0, 3, (B,)))[0].backward()
     assert not gradients(model)
 
@@ -419,3 +421,232 @@ def test_without_a_loss_no_tape_runs():
             assert gate._forward.tape is False
             assert model(**batch, labels=batch["input_ids"]).loss.grad_fn is not None
             assert gate._forward.tape is True
+
+
+# Odd forms, each against the same with every term of a dropped row times zero.
+
+CE, MSE = nn.functional.cross_entropy, nn.functional.mse_loss
+
+
+def ce(logits, labels, w):
+    return (CE(logits, labels, reduction="none") * w).mean()
+
+
+def mse(a, b, w):
+    return ((a - b).square().mean(-1) * w).mean()
+
+
+def quantised(q, h, w):
+    return mse(q, h.detach(), w) + 0.25 * mse(q.detach(), h, w)
+
+
+FORMS = {
+    # name: (what the model computes from features h, logits z, labels y; the same with weights)
+    "a detached alias is returned": (lambda h, z, y: (CE(z, y), z.detach()), lambda h, z, y, w: ce(z, y, w)),
+    "a vector quantiser": (
+        lambda h, z, y: (MSE(z, h.detach()) + 0.25 * MSE(z.detach(), h) + CE(z, y), h, z),
+        lambda h, z, y, w: quantised(z, h, w) + ce(z, y, w),
+    ),
+    "a loss that is logged, too": (
+        lambda h, z, y: {"loss": (loss := CE(z, y)), "log": loss.detach(), "again": loss, "twice": loss.detach() * 2},
+        lambda h, z, y, w: ce(z, y, w),
+    ),
+    "a metric under no_grad": (
+        lambda h, z, y: (CE(z, y), no_grad(lambda: z.std() * 2)),
+        lambda h, z, y, w: ce(z, y, w),
+    ),
+    "a sum of weighted terms": (
+        lambda h, z, y: (CE(z, y, reduction="none") * (y + 1)).sum() / (y + 1).double().sum(),
+        lambda h, z, y, w: (CE(z, y, reduction="none") * (y + 1) * w).sum() / (y + 1).double().sum(),
+    ),
+    "a policy gradient": (
+        lambda h, z, y: -(h.detach()[:, 0] * z.log_softmax(-1).gather(1, y[:, None])[:, 0]).mean(),
+        lambda h, z, y, w: -(w * h.detach()[:, 0] * z.log_softmax(-1).gather(1, y[:, None])[:, 0]).mean(),
+    ),
+    "smoothed labels": (
+        lambda h, z, y: CE(z, y, label_smoothing=0.1),
+        lambda h, z, y, w: (CE(z, y, label_smoothing=0.1, reduction="none") * w).mean(),
+    ),
+    "weights of classes": (
+        lambda h, z, y: CE(z, y, weight=torch.tensor([1.0, 2.0, 3.0], dtype=z.dtype)),
+        lambda h, z, y, w: (
+            (CE(z, y, torch.tensor([1.0, 2.0, 3.0], dtype=z.dtype), reduction="none") * w).sum()
+            / torch.tensor([1.0, 2.0, 3.0], dtype=z.dtype)[y].sum()
+        ),
+    ),
+}
+
+
+def no_grad(make):
+    with torch.no_grad():
+        return make()
+
+
+class Form(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.head, self.form = nn.Linear(4, 3), nn.Linear(3, 3), form
+
+    def features(self, x):
+        h = self.body(x).tanh()
+        return h, self.head(h)
+
+    def forward(self, x, y):
+        return self.form(*self.features(x), y)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_odd_forms(name):
+    form, weighted = FORMS[name]
+    torch.manual_seed(0)
+    model = Form(form).double()
+    x, y = torch.randn(B, 4, dtype=torch.float64), torch.randint(0, 3, (B,))
+    with kondo.gated(model, rate=0.25) as gate:
+        out = model(x, y)
+        loss = out["loss"] if isinstance(out, dict) else out[0] if isinstance(out, tuple) else out
+        loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    w = torch.zeros(B, dtype=torch.float64)
+    w[gate.last.kept] = 1
+    assert len(gate.last.kept) == 2 and gate.stats.forwarded == 2
+    h, logits = model.features(x)
+    weighted(h, logits, y, w).backward()
+    assert_same(found, gradients(model))
+    assert loss.item() == pytest.approx(weighted(h, logits, y, torch.ones_like(w)).item())
+
+
+def test_delight_of_weighted_terms_is_their_own():
+    torch.manual_seed(0)
+    model = Form(FORMS["a policy gradient"][0]).double()
+    x, y = torch.randn(B, 4, dtype=torch.float64), torch.randint(0, 3, (B,))
+    with kondo.gated(model, rate=0.25) as gate:
+        model(x, y).backward()
+    h, logits = model.features(x)
+    wanted = -h[:, 0] * logits.log_softmax(-1).gather(1, y[:, None])[:, 0]
+    torch.testing.assert_close(gate.last.delight, wanted.detach())
+
+
+REFUSED = {
+    "a factor made under no_grad": lambda h, z, y: CE(z, y) / no_grad(lambda: z.std()),
+    "a ratio made under no_grad": lambda h, z, y: (c := CE(z, y)) + no_grad(lambda: c / 2) * c,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_forms(name):
+    torch.manual_seed(0)
+    model = Form(REFUSED[name]).double()
+    x, y = torch.randn(B, 4, dtype=torch.float64), torch.randint(0, 3, (B,))
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="gated: "):
+        model(x, y).backward()
+    assert not gradients(model)
+
+
+class Averaging(nn.Module):
+    """Divides its loss by a buffer that it changes afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, x, y):
+        loss = CE(self.layer(x), y)
+        scaled = loss / self.mean
+        with torch.no_grad():
+            self.mean.mul_(0.99).add_(0.01 * loss.detach())
+        return scaled
+
+
+def test_a_constant_that_the_forward_changes_is_refused():
+    model = Averaging()
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="changed what it was made of afterwards"):
+        model(torch.randn(B, 4), torch.randint(0, 3, (B,))).backward()
+
+
+class Normalised(nn.Module):
+    """Batch norm: a replay of the whole batch could not tell a wrong reading of rows."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.a, self.b, self.norm, self.both = nn.Linear(4, B), nn.Linear(4, B), nn.BatchNorm1d(B), both
+
+    def forward(self, x, y):
+        logits = self.norm(self.a(x))
+        if self.both:
+            logits = logits @ self.b(x).T
+            return CE(logits, y) + CE(logits.T, y)
+        return CE(logits[:, :3], y % 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whole_batches_take_no_doubtful_rows():
+    x, y = torch.randn(B, 4), torch.arange(B)
+    model = Normalised(both=True)
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="has no row for each sample"):
+        model(x, y).backward()
+    model = Normalised(both=False)
+    with kondo.gated(model, rate=0.25) as gate:
+        model(x, y).backward()
+    assert gate.stats.kept == 2 and gate.stats.forwarded == B and gradients(model)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_autocast_around_and_inside_of_the_model(name):
+    sizes = {"num_labels": 3} if "Sequence" in name else {}
+    model, batch = build(name, **sizes).float().eval(), batch_for(name)
+    with kondo.gated(model, rate=0.25) as gate:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+    found, kept = gradients(model), gate.last.kept
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = masked(model, batch, kept)
+        assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-3)
+    assert_same(found, wanted, 2e-2)
+
+
+class AutocastInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = CE(self.layer(x), y)
+        return loss.float()
+
+
+def test_the_loss_runs_under_the_models_own_autocast():
+    torch.manual_seed(0)
+    model, x, y = AutocastInside(), torch.randn(B, 4), torch.randint(0, 3, (B,))
+    full = model(x, y).item()
+    with kondo.gated(model, rate=0.25) as gate:
+        loss = model(x, y)
+        loss.backward()
+    assert loss.item() == full and gate.stats.kept == 2
+
+
+def test_a_compiled_model_runs_compiled():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, batch = build("LlamaForCausalLM").float(), batch_for("Llama")
+    labels = batch.pop("labels")
+    fast = torch.compile(model, backend=backend)
+    with kondo.gated(fast, rate=0.25) as gate:
+        for _ in range(3):
+            logits = fast(**batch, use_cache=False).logits
+            CE(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    assert compiled and gate.stats.kept == 6
+    found = gradients(model)
+    model.zero_grad()
+    with kondo.gated(model, rate=0.25):
+        for _ in range(3):
+            CE(model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    assert_same(found, gradients(model), 1e-5)
