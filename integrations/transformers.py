@@ -49,17 +49,19 @@ class KondoCallback(TrainerCallback):
         self._own = gate is None
         self._before = kondo.Stats()
         self._restore: Callable[[], None] = _nothing
+        self._unguard: Callable[[], None] = _nothing
         if self._own:
             # Bad options fail here; a method is looked for when there is a model to look at.
             early = {name: value for name, value in options.items() if name != "method" and value != "auto"}
             kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early)
 
     def close(self) -> None:
-        """Take an own gate off; only needed when ``train()`` failed."""
+        """Take an own gate off; only needed when ``train()`` failed outside of a training step."""
         if self._own and self.gate is not None:
             self.gate.__exit__(RuntimeError, None, None)
             self.gate = None
         self._restore()
+        self._unguard()
 
     # Events of the Trainer.
 
@@ -82,6 +84,7 @@ class KondoCallback(TrainerCallback):
             self.gate.host_defaults(**_defaults(trainer))
             self.gate.__enter__()
             _open.add(self)
+            self._unguard = _closing_on_error(trainer, self.close)
         else:
             assert self.gate is not None
             self.gate.follow(trainer.model_wrapped)
@@ -133,6 +136,7 @@ class KondoCallback(TrainerCallback):
             gate, self.gate = self.gate, None
             gate.__exit__(None, None, None)
         self._restore()
+        self._unguard()
 
 
 def adopt(gate: kondo.Gated) -> Callable[[], None]:
@@ -157,6 +161,28 @@ def adopt(gate: kondo.Gated) -> Callable[[], None]:
 
 def _nothing() -> None:
     pass
+
+
+def _closing_on_error(trainer: Any, close: Callable[[], None]) -> Callable[[], None]:
+    """Have an error in a training step take the gate off, of which no event tells; returns what undoes that."""
+    own = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        except BaseException:
+            close()
+            raise
+
+    def undo() -> None:
+        if vars(trainer).get("training_step") is training_step:
+            if own == type(trainer).training_step.__get__(trainer):
+                del trainer.training_step
+            else:
+                trainer.training_step = own
+
+    trainer.training_step = training_step
+    return undo
 
 
 def _uncompiled_loss(model: nn.Module) -> Callable[[], None]:

@@ -53,9 +53,11 @@ class Observation:
             self.grad, self.task = grad.detach(), torch._C._current_graph_task_id()
             self.signals.clear()
 
+        node: Node = tensor.grad_fn
+        if OBSERVATION in node.metadata:
+            return  # another open gate, around another model, has seen it
         # It lives as long as the loss's node, and must not hold it: that would be a cycle.
         tensor.register_hook(hook)
-        node: Node = tensor.grad_fn
         node.metadata[OBSERVATION] = self
         for source in {id(s.call): s for s in self.sources}.values():
             source.call.observe(self)

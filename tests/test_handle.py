@@ -1138,3 +1138,17 @@ def test_pairs_are_kept_or_dropped_as_one(dropout, window):
         loss(*batch, weights[6 * i : 6 * i + 6]).backward()
     assert largest_relative_difference(found, grads(model)) < 1e-10
     assert len(kept) == 2 * window and gate.stats.rows == 6 * window
+
+
+def test_two_gates_around_two_models_count_each_log_prob_once():
+    models = [nn.Linear(4, 3).double() for _ in range(2)]
+    x, actions, advantages = torch.randn(8, 4).double(), torch.randint(3, (8,)), torch.randn(8).double()
+
+    def logp(model):
+        return model(x).log_softmax(-1).gather(1, actions[:, None])[:, 0]
+
+    with kondo.gated(models[0], rate=0.25) as first, kondo.gated(models[1], rate=0.25) as second:
+        for model in models:
+            (-(advantages * logp(model)).mean()).backward()
+    for model, gate in zip(models, (first, second), strict=True):
+        torch.testing.assert_close(gate.last.delight, -(advantages * logp(model)).detach())

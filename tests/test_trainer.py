@@ -231,6 +231,15 @@ def test_an_error_in_training_leaves_nothing_behind(tmp_path):
     assert "_compiled_call_impl" not in vars(trainer.model) and alone.gate is None
 
 
+def test_the_callback_gates_the_trainer_that_trains(tmp_path):
+    alone = hf.Recorder(rate=RATE)
+    first, second = make(tmp_path / "a", callbacks=[alone]), make(tmp_path / "b", callbacks=[alone])
+    first.train()
+    second.train()
+    assert [len(kept) for kept in alone.kept()] == [2] * 2 * STEPS
+    assert second.state.log_history[0]["kondo/kept"] == 2
+
+
 def test_training_twice(tmp_path):
     trainer = make(tmp_path)
     with kondo.gated(trainer.model, rate=RATE) as gate:
@@ -260,7 +269,9 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="rate must be"):
         KondoCallback(rate=1.5)
     with pytest.raises(ValueError, match="rate must be"):
-        make(tmp_path, callbacks=[KondoCallback(rate=lambda state: 2.0)]).train()
+        (trainer := make(tmp_path, callbacks=[KondoCallback(rate=lambda state: 2.0)])).train()
+    assert "_compiled_call_impl" not in vars(trainer.model) and "training_step" not in vars(trainer)
+    assert torch._C._len_torch_function_stack() == 0
     with pytest.raises(TypeError, match="no_such_option"):
         KondoCallback(rate=0.1, no_such_option=1)
 
