@@ -48,6 +48,7 @@ class DeepSpeed(Engine):
     name = "DeepSpeed"
     communicates = True
     swaps_parameters = True
+    reduces_later = True
 
     def __init__(self, engine: Any, tensor_parallel: Any):
         super().__init__([engine], Ranks(engine.data_parallel_group, tensor_parallel))
@@ -94,7 +95,9 @@ class DeepSpeed(Engine):
         def backward(loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
             calls, leaves = reaches(loss)
             if not calls:
-                return self._own_backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+                result = self._own_backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+                gate.raise_failures()
+                return result
             if scale_wrt_gas:
                 loss = loss / engine.gradient_accumulation_steps()
             mine = {id(p) for p in engine.module.parameters()}
@@ -114,6 +117,7 @@ class DeepSpeed(Engine):
         def step(*args: Any, **kwargs: Any) -> Any:
             if engine.is_gradient_accumulation_boundary():
                 gate.check_step()
+                gate.raise_failures()
             return own_step(*args, **kwargs)
 
         engine.backward, engine.step = backward, step

@@ -174,6 +174,11 @@ class Backward:
             self.unhook()
         for population in ended:
             self._settle(population)
+        if not self.engine.reduces_later:
+            self.raise_failures()
+
+    def raise_failures(self) -> None:
+        """After the reduction that ends a backward of rows that ran first: raise if a rank could not decide on them."""
         if self._screened_first and self.engine.syncs():
             self._screened_first = False
             self.engine.ranks.raise_failures()

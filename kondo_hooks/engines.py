@@ -29,11 +29,13 @@ class Engine:
         communicates: whether every pass through the model has collectives in it, so that ranks must make the same
             number of passes; without, only the reduction of the gradients has.
         swaps_parameters: whether parameters are other objects, or hold other values, between passes.
+        reduces_later: whether gradients are reduced only after ``loss.backward()`` has returned.
     """
 
     name = "PyTorch"
     communicates = False
     swaps_parameters = False
+    reduces_later = False
 
     def __init__(self, wrappers: Sequence[Any], ranks: Ranks):
         self.wrappers: list[Any] = list(wrappers)
