@@ -139,7 +139,6 @@ class InnerLoss:
         self.cuts = cuts
         self._given = [cut.of(steps) for cut in cuts]
         self.tensors = [_unflattened(tensor) for tensor in self._given]
-        self._shapes = [tuple(tensor.shape) for tensor in self.tensors]
         self._names = [steps[cut.step].name for cut in cuts]
         self._length = len(steps)
         self._steps = {i: steps[i] for i in sorted(known)}
@@ -149,9 +148,9 @@ class InnerLoss:
         self._stale = False
 
     def name(self, cut: int) -> str:
-        """The tensor there, as a message names it."""
+        """The tensor there, as a message names it; alike for calls of one structure, so without its shape."""
         loss = _plain(next(iter(self.ends)))
-        return f"the {self._shapes[cut]} tensor that {self._names[cut]} makes the model's {loss} of"
+        return f"the tensor that {self._names[cut]} makes the model's {loss} of"
 
     def has_policy(self, cut: int) -> bool:
         """Whether delight may be read there: the operand of a loss, and no count."""
