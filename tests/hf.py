@@ -118,3 +118,28 @@ def preferences(count=32):
 def reward(completion_ids, **_):
     """A function of the answer that differs within most groups."""
     return [sum((i * 7 + t * 3) % 11 for i, t in enumerate(ids)) / 20 for ids in completion_ids]
+
+
+def mask_head(trainer, masks, head=lambda model: model.get_output_embeddings()):
+    """Mask the gradient at a head's output, row by row, in each micro-batch that trains."""
+
+    def hook(module, args, output):
+        if not (torch.is_grad_enabled() and module.training):
+            return output
+        keep = next(masks).view(-1, *[1] * (output.dim() - 1))
+        output = output.clone()
+        output.register_hook(lambda grad: grad * keep.to(grad))
+        return output
+
+    head(trainer.model).register_forward_hook(hook)
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found, wanted, start, bar=2e-5):
+    moved = max((wanted[name] - start[name]).abs().max() for name in wanted)
+    assert moved > 1e-3
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= bar * moved, name

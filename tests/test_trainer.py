@@ -21,31 +21,6 @@ def make(folder, model=None, callbacks=None, data=None, **options):
     return Trainer(model or hf.llama(), args, hf.pad, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks)
 
 
-def mask_head(trainer, recorder, head):
-    remaining = recorder.masks(trainer.args.per_device_train_batch_size)
-
-    def hook(module, args, output):
-        if not (torch.is_grad_enabled() and module.training):
-            return output
-        keep = next(remaining).view(-1, *[1] * (output.dim() - 1))
-        output = output.clone()
-        output.register_hook(lambda grad: grad * keep.to(grad))
-        return output
-
-    head(trainer.model).register_forward_hook(hook)
-
-
-def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def assert_same(found, wanted, start, bar=2e-5):
-    moved = max((wanted[name] - start[name]).abs().max() for name in wanted)
-    assert moved > 1e-3
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= bar * moved, name
-
-
 def run_gated(trainer, **options):
     with kondo.gated(trainer.model, rate=RATE, **options) as gate:
         recorder = hf.Recorder(gate)
@@ -57,10 +32,6 @@ def run_gated(trainer, **options):
 def lora():
     torch.manual_seed(0)
     return get_peft_model(hf.llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-
-
-def output_head(model):
-    return model.get_output_embeddings()
 
 
 SET_UPS = {
@@ -83,13 +54,13 @@ def test_one_line(build, name, tmp_path):
     if build is lora and options.get("gradient_checkpointing"):
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     trainer = make(tmp_path, build(), data=data, **options)
-    start = parameters(trainer)
+    start = hf.parameters(trainer)
     gate, recorder = run_gated(trainer)
     options.pop("torch_compile", None), options.pop("torch_compile_backend", None)
     reference = make(tmp_path, build(), data=data, **options)
-    mask_head(reference, recorder, output_head)
+    hf.mask_head(reference, recorder.masks(BATCH))
     reference.train()
-    assert_same(parameters(trainer), parameters(reference), start, 2e-2 if name == "bf16" else 2e-5)
+    hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start, 2e-2 if name == "bf16" else 2e-5)
     sizes = [len(d.delight) for d in recorder.decisions]
     window = BATCH * trainer.args.gradient_accumulation_steps
     assert sizes == ([12, 12, 8] if name.startswith("a last") else [window] * STEPS)
@@ -107,12 +78,12 @@ def test_sequence_classification(tmp_path):
 
     data = [{**row, "labels": i % 3} for i, row in enumerate(hf.rows())]
     trainer = make(tmp_path, build(), data=data)
-    start = parameters(trainer)
+    start = hf.parameters(trainer)
     _, recorder = run_gated(trainer)
     reference = make(tmp_path, build(), data=data)
-    mask_head(reference, recorder, lambda model: model.score)
+    hf.mask_head(reference, recorder.masks(BATCH), lambda model: model.score)
     reference.train()
-    assert_same(parameters(trainer), parameters(reference), start)
+    hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start)
 
 
 class Reporter(TrainerCallback):
@@ -130,13 +101,13 @@ METRICS = {f"kondo/{name}" for name in ("rate", "kept", "skipped", "price", "del
 
 def test_callback_alone_is_the_one_line(tmp_path):
     trainer = make(tmp_path)
-    start = parameters(trainer)
+    start = hf.parameters(trainer)
     _, recorder = run_gated(trainer)
     alone = hf.Recorder(rate=RATE)
     other = make(tmp_path, callbacks=[alone])
     other.train()
     assert alone.kept() == recorder.kept() and alone.gate is None
-    assert_same(parameters(other), parameters(trainer), start, 0)
+    hf.assert_same(hf.parameters(other), hf.parameters(trainer), start, 0)
     assert trainer.state.log_history[0].keys() >= METRICS
 
 
@@ -200,7 +171,7 @@ def test_resume_takes_the_decisions_of_a_run_that_went_on(alone, tmp_path):
     assert found.kept() == wanted.kept()[3:]
     assert len({len(kept) for kept in wanted.kept()}) > 1
     start = {name: p.detach() for name, p in hf.llama().named_parameters()}
-    assert_same(parameters(resumed), parameters(whole), start, 1e-6)
+    hf.assert_same(hf.parameters(resumed), hf.parameters(whole), start, 1e-6)
 
 
 def test_resume_without_the_gates_state_says_so(tmp_path):

@@ -32,29 +32,18 @@ def policy_trainer(kind, folder, *, model=None, **options):
     )
 
 
-def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def assert_same(found, wanted, start, bar=2e-5):
-    moved = max((wanted[name] - start[name]).abs().max() for name in wanted)
-    assert moved > 1e-3
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= bar * moved, name
-
-
 def check_against_masked(kind, folder, **options):
     trainer = policy_trainer(kind, folder, **options)
-    start = parameters(trainer)
+    start = hf.parameters(trainer)
     with kondo.gated(trainer.model, rate=RATE) as gate:
         recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
-    found = parameters(trainer)
+    found = hf.parameters(trainer)
     reference = policy_trainer(masking(kind), folder, **options)
     reference.masks = recorder.masks(BATCH)
     reference.train()
-    assert_same(found, parameters(reference), start)
+    hf.assert_same(found, hf.parameters(reference), start)
     rows = BATCH * trainer.args.gradient_accumulation_steps
     assert [len(d.delight) for d in recorder.decisions] == [rows] * STEPS
     assert gate.stats.forwarded == gate.stats.kept == STEPS * RATE * rows
@@ -137,12 +126,12 @@ def check_screen_first(kind, base, folder, **options):
             return loss
 
     trainer = policy_trainer(Recording, folder, kondo={"rate": RATE}, **options)
-    start = parameters(trainer)
+    start = hf.parameters(trainer)
     trainer.train()
     reference = policy_trainer(masking(base), folder, **options)
     reference.masks = iter(masks)
     reference.train()
-    assert_same(parameters(trainer), parameters(reference), start)
+    hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start)
     assert forwarded == [max(1, int(mask.sum())) for mask in masks]
     assert trainer.kondo.gate is None and "_compiled_call_impl" not in vars(trainer.model)
     return trainer, reference, masks
@@ -233,7 +222,7 @@ def preferring(folder, **options):
 def check_outputs_masked(make, folder, rows, spread=lambda mask: mask, **options):
     """Against the trainer itself with the gradient at the model's log-probs masked."""
     trainer = make(folder, **options)
-    start = parameters(trainer)
+    start = hf.parameters(trainer)
     with kondo.gated(trainer.model, rate=RATE) as gate:
         recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
@@ -257,7 +246,7 @@ def check_outputs_masked(make, folder, rows, spread=lambda mask: mask, **options
     else:  # before TRL 1.15 the model computes its logits, and maybe its loss
         reference.model.lm_head.register_forward_hook(lambda module, args, output: masked(output, module))
     reference.train()
-    assert_same(parameters(trainer), parameters(reference), start)
+    hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start)
     return gate
 
 

@@ -73,20 +73,6 @@ def local(trainer):
     return parts
 
 
-def mask_head(trainer, found):
-    """Mask the gradient at the logits, row by row."""
-
-    def hook(module, args, output):
-        if not (torch.is_grad_enabled() and module.training):
-            return output
-        keep = next(found).view(-1, 1, 1)
-        output = output.clone()
-        output.register_hook(lambda grad: grad * keep.to(grad))
-        return output
-
-    trainer.model.get_output_embeddings().register_forward_hook(hook)
-
-
 def difference(found, wanted, start):
     moved = max(float((wanted[name] - start[name]).abs().max()) for name in wanted if wanted[name].numel())
     apart = max(float((found[name] - wanted[name]).abs().max()) for name in wanted if wanted[name].numel())
@@ -109,7 +95,7 @@ def sft(host, how, scope):
     metrics = trainer.state.log_history[0]
     at("reference")
     reference = make(options)
-    mask_head(reference, recorder.masks(BATCH))
+    hf.mask_head(reference, recorder.masks(BATCH))
     reference.train()
     still = make({**options, "max_steps": 1, "learning_rate": 0.0})  # sharded in the same way, and not moved
     still.train()
