@@ -87,7 +87,8 @@ class Forward:
     ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         """What the model returned and, where the call was screened, its record and the node's outputs."""
         if not torch.is_grad_enabled() or self._backward.running:
-            return original(*args, **kwargs), None, ()
+            with self._backward.watcher.off():  # a sampler's many small calls would pay for being watched
+                return original(*args, **kwargs), None, ()
         self.calls += 1
         if self.calls == 1 and not self._backward.engine.wrappers:
             refuse_outer_wrapper(self.model)

@@ -38,6 +38,16 @@ def check(model, reference, batch, gate, loss=None, tolerance=1e-10):
 
 
 # Passing through.
+def test_a_samplers_calls_are_not_watched(setup):
+    model, _, batch = setup
+    watching = []
+    model.register_forward_hook(lambda *_: watching.append(torch._C._len_torch_function_stack()))
+    with kondo.gated(model, rate=0.25):
+        with torch.no_grad():
+            model(batch.x)
+        assert torch._C._len_torch_function_stack() == 1
+        reinforce(model(batch.x), batch).backward()
+    assert watching[0] == 0
 
 
 def test_without_grad_the_call_is_the_models_own(setup):
