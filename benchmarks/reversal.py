@@ -1,0 +1,451 @@
+"""Token reversal: does a gated run learn, and what does it pay, in steps, rows and seconds?
+
+    python benchmarks/reversal.py --out benchmarks/results             # the committed run
+    python benchmarks/reversal.py --quick                              # DG-K and random rows, 600 steps
+    python benchmarks/reversal.py --seeds 10 --out benchmarks/results  # adds five seeds to it
+
+The experiment of arXiv 2603.20526: the answer to a prompt of H uniform tokens out of M is the prompt reversed; the
+reward is the fraction of its tokens that are right; 10 prompts x 10 samples a step; the baseline is the mean of the
+prompt's group. A decoder of 3 layers and width 64, Adam 3e-4, one update a batch. The error of a step is 1 - the mean
+reward of its batch, which was sampled before the update. Each run has one thread, and seconds are those that it spent
+on a CPU, so that what else the machine does is not in them.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import record
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kondo_hooks as kondo
+
+PROMPTS, SAMPLES = 10, 10
+STD = 0.02  # of the embeddings at the start
+PHASES = ("sampling", "screen", "loss", "replay", "optimizer")
+SOLVED = 0.05
+
+Cache = list[tuple[Tensor, Tensor]]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, no biases."""
+
+    def __init__(self, width: int, heads: int, ff: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, ff, bias=False), nn.Linear(ff, width, bias=False)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, T, D) -> (B, T, D) and the keys and values so far, (B, heads, T, D / heads) each."""
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.out(y.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(self.up(self.norm2(x)).relu()), (k, v)
+
+
+class Decoder(nn.Module):
+    """The paper's decoder: learned positions, ReLU, no biases."""
+
+    def __init__(self, vocabulary: int, length: int, width: int = 64, layers: int = 3, heads: int = 4, ff: int = 128):
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, ff) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor, past: Cache | None = None) -> Tensor | tuple[Tensor, Cache]:
+        """(B, T) tokens -> (B, T, M) logits of the next token; with the keys and values before them, also the new."""
+        start = past[0][0].shape[2] if past else 0
+        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
+        cache = []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, past[i] if past else None)
+            cache.append(kv)
+        logits = self.head(self.norm(x))
+        return logits if past is None else (logits, cache)
+
+
+@dataclass
+class Batch:
+    """Sampled answers.
+
+    Attributes:
+        sequences: (B, 2H - 1) prompt and answer without its last token.
+        answers: (B, H) sampled tokens.
+        logp: (B, H) log-probs of them as the sampler saw them.
+        rewards: (B,) fraction of right tokens.
+    """
+
+    sequences: Tensor
+    answers: Tensor
+    logp: Tensor
+    rewards: Tensor
+
+    @property
+    def advantages(self) -> Tensor:
+        """(B,) reward less the mean of the prompt's group."""
+        groups = self.rewards.view(PROMPTS, SAMPLES)
+        return (groups - groups.mean(1, keepdim=True)).flatten()
+
+
+@torch.no_grad()
+def sample(model: Decoder, horizon: int, tokens: int, generator: torch.Generator) -> Batch:
+    prompts = torch.randint(tokens, (PROMPTS, horizon), generator=generator)
+    logits, cache = model(prompts, [])
+    cache = [(k.repeat_interleave(SAMPLES, 0), v.repeat_interleave(SAMPLES, 0)) for k, v in cache]
+    logits = logits[:, -1].repeat_interleave(SAMPLES, 0)
+    answers, logps = [], []
+    for i in range(horizon):
+        logp = logits.log_softmax(-1)
+        taken = torch.multinomial(logp.exp(), 1, generator=generator)
+        answers.append(taken)
+        logps.append(logp.gather(1, taken))
+        if i < horizon - 1:
+            following, cache = model(taken, cache)
+            logits = following[:, -1]
+    answer = torch.cat(answers, 1)
+    prompts = prompts.repeat_interleave(SAMPLES, 0)
+    rewards = (answer == prompts.flip(1)).float().mean(1)
+    return Batch(torch.cat((prompts, answer[:, :-1]), 1), answer, torch.cat(logps, 1), rewards)
+
+
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def pg_loss(logp: Tensor, batch: Batch) -> Tensor:
+    return -(logp * batch.advantages.unsqueeze(1)).mean()
+
+
+def ppo_loss(logp: Tensor, batch: Batch) -> Tensor:
+    advantages, ratio = batch.advantages.unsqueeze(1), (logp - batch.logp).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+
+def dg_loss(logp: Tensor, batch: Batch) -> Tensor:
+    advantages = batch.advantages.unsqueeze(1)
+    return -(torch.sigmoid(-logp.detach() * advantages) * logp * advantages).mean()
+
+
+Screen = Callable[[Batch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        gate: what ``kondo.gated`` is given, or None for a loop without a gate.
+        loss: of the answers' log-probs and their batch.
+        screen: made for the model of a run, gives from a batch what ``gate.screen`` is told before the forward.
+        epochs: updates a batch.
+    """
+
+    gate: dict[str, Any] | None = None
+    loss: Loss = pg_loss
+    screen: Callable[[Decoder], Screen] | None = None
+    epochs: int = 1
+
+
+def sampled(model: Decoder) -> Screen:
+    """Screen by the sampler's own log-probs, which cost nothing."""
+    return lambda batch: {"logp": batch.logp, "advantages": batch.advantages}
+
+
+RATES = (0.01, 0.03, 0.1, 0.3)
+CONTROLS = {"random": "uniform", **{p: p for p in ("advantage", "abs_advantage", "surprisal", "additive")}}
+METHODS: dict[str, Method] = {
+    "PG": Method(),
+    "PPO": Method(loss=ppo_loss, epochs=4),  # with one update a batch the ratio is 1 and PPO is PG
+    "DG": Method(loss=dg_loss),
+    **{f"DG-K {rate:.0%}": Method({"rate": rate}) for rate in RATES},
+    **{f"DG-K tokens {rate:.0%}": Method({"rate": rate, "unit": "token"}) for rate in (0.03, 0.1)},
+    "DG-K price 0": Method({"price": 0.0}),
+    "DG-K 10%, DG-weighted": Method({"rate": 0.1, "weight": "dg"}),
+    "DG-K 10%, screen-first": Method({"rate": 0.1}, screen=sampled),
+    **{
+        f"{name} {rate:.0%}": Method({"rate": rate, "priority": priority})
+        for name, priority in CONTROLS.items()
+        for rate in RATES
+    },
+}
+LONG = ("PG", "DG-K 10%", "random 10%")
+SHORT = tuple(name for name in METHODS if name.split()[0] in CONTROLS and name not in LONG)
+INIT = ("PG", "DG", "DG-K 10%", "random 10%")
+HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
+HARD = ("PG", "PPO", "DG", "DG-K 3%", "DG-K 10%", "DG-K 10%, screen-first", "random 10%")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: ``steps`` steps, or until solved where ``budget`` seconds are given."""
+
+    method: str
+    seed: int
+    horizon: int = 10
+    tokens: int = 2
+    steps: int = 600
+    budget: float = 0.0
+
+
+@dataclass(frozen=True)
+class InitTask(Task):
+    """The same with embeddings of another standard deviation."""
+
+    std: float = 1.0
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each phase."""
+
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    last: float = 0.0
+
+    def start(self) -> None:
+        self.last = time.process_time()
+
+    def stop(self, phase: str) -> None:
+        now = time.process_time()
+        self.spent[phase] += now - self.last
+        self.last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.spent.values())
+
+
+EVERY = 20
+
+
+def answers_logp(logits: Tensor, batch: Batch) -> Tensor:
+    """(B, H) log-probs of the answers, from the logits of whole sequences."""
+    answers = batch.answers.unsqueeze(-1)
+    return logits[:, -answers.shape[1] :].log_softmax(-1).gather(-1, answers).squeeze(-1)
+
+
+def train(task: Task) -> record.Rows:
+    std = task.std if isinstance(task, InitTask) else STD
+    rows = learn(METHODS[task.method], task.seed, task.horizon, task.tokens, task.steps, task.budget, std)
+    return rows[-1:] if task.budget else rows
+
+
+def learn(
+    method: Method,
+    seed: int,
+    horizon: int = 10,
+    tokens: int = 2,
+    steps: int = 1000,
+    budget: float = 0.0,
+    std: float = STD,
+    probe: Callable[[int, Decoder, Batch], None] = lambda step, model, batch: None,
+) -> record.Rows:
+    """Train from scratch; ``probe`` sees each step's batch before the update, while the clock is off.
+
+    Returns:
+        A row every 20 steps: the mean error of their batches, rows with a backward and seconds so far.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = Decoder(tokens, 2 * horizon - 1)
+    for embedding in (model.token, model.position):
+        nn.init.normal_(embedding.weight, std=std)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    screen = method.screen(model) if method.screen else None
+    clock, errors, rows, backward_rows = Clock(), [], [], 0
+    gated = nullcontext() if method.gate is None else kondo.gated(model, **method.gate, seed=seed)
+    with gated as gate:
+        for step in range(1, steps + 1):
+            clock.start()
+            batch = sample(model, horizon, tokens, generator)
+            clock.stop("sampling")
+            probe(step, model, batch)
+            for _ in range(method.epochs):
+                clock.start()
+                if screen is not None:
+                    gate.screen(**screen(batch))
+                logits = model(batch.sequences)
+                clock.stop("screen")
+                loss = method.loss(answers_logp(logits, batch), batch)
+                clock.stop("loss")
+                loss.backward()
+                clock.stop("replay")
+                optimizer.step()
+                optimizer.zero_grad()
+                clock.stop("optimizer")
+                backward_rows += len(batch.rewards)
+            errors.append(1 - batch.rewards.mean().item())
+            if step % EVERY == 0:
+                error = sum(errors[-EVERY:]) / EVERY
+                backward_rows = gate.stats.forwarded if gate else backward_rows
+                spent = {phase: round(seconds, 3) for phase, seconds in clock.spent.items()}
+                rows.append({"step": step, "error": round(error, 4), "backward_rows": backward_rows, **spent})
+                if budget and (clock.total > budget or error <= SOLVED):
+                    break
+    return rows
+
+
+def tasks(args: Any) -> dict[str, list[Any]]:
+    """The runs of each file: the curves, other embeddings at the start, and the table of difficulty."""
+    if args.quick:
+        chosen = ("DG-K 10%", "random 10%")
+        return {"reversal": [Task(method, 1, steps=600) for method in chosen]}
+    steps = {method: args.steps or (3000 if method in LONG else 400 if method in SHORT else 600) for method in METHODS}
+    seeds = range(args.seeds)
+    shapes = [(h, 2) for h in HORIZONS] + [(10, m) for m in VOCABULARIES if m != 2]
+    return {
+        "reversal": [Task(method, seed, steps=steps[method]) for seed in seeds for method in METHODS],
+        "reversal_init": [InitTask(method, seed, steps=500) for seed in seeds for method in INIT],
+        "reversal_difficulty": [
+            Task(method, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for method in HARD
+        ],
+    }
+
+
+def timed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(seconds=frame[[*PHASES]].sum(axis=1))
+
+
+FORMS = {"step": "{:.0f}", "backward_rows": "{:.0f}", "seconds": "{:.1f}"}
+
+
+def report(frame: pd.DataFrame) -> None:
+    early = frame.steps.min()
+    table, phases = [], []
+    for method, own in frame.groupby("method", sort=False):
+        at, last = own[own.step == early], own[own.step == own.steps]
+        table.append(
+            {
+                "method": method,
+                f"error %, {early} steps": record.spread(100 * at.error),
+                "at the end": f"{record.spread(100 * last.error)} ({last.step.max()})",
+                **record.cost(own, SOLVED, FORMS),
+                **record.cost(own, 0.01, FORMS),
+            }
+        )
+        ms = 1000 * last[[*PHASES, "seconds"]].div(last.step, axis=0).median()
+        phases.append({"method": method, **{name: f"{value:.1f}" for name, value in ms.items()}})
+    record.print_table(table, f"token reversal, H 10, M 2, {frame.seed.nunique()} seeds")
+    record.print_table(phases, "milliseconds a step; without a gate, screen and replay are its forward and backward")
+
+
+def longest(frame: pd.DataFrame, column: str) -> "pd.Series[float]":
+    """The largest that each seed solved, 0 if none."""
+    solved = frame[frame.error <= SOLVED]
+    return solved.groupby("seed")[column].max().reindex(frame.seed.unique(), fill_value=0)
+
+
+def report_difficulty(frame: pd.DataFrame) -> None:
+    table = []
+    for method, own in frame.groupby("method", sort=False):
+        row = {"method": method, "longest H": record.spread(longest(own[own.tokens == 2], "horizon"))}
+        for (horizon, tokens), at in own.groupby(["horizon", "tokens"]):
+            solved = at[at.error <= SOLVED]
+            took = f", {solved.seconds.median():.0f} s" if len(solved) else f", {100 * at.error.mean():.0f}%"
+            row[f"H {horizon}, M {tokens}"] = f"{len(solved)}/{len(at)}{took}"
+        table.append(row)
+    budget = frame.budget.max()
+    record.print_table(
+        table,
+        f"seeds that reached {SOLVED:.0%} within {budget:.0f} s, and their median seconds (if none: the mean error)",
+    )
+
+
+def report_init(frame: pd.DataFrame) -> None:
+    table = []
+    for method, own in frame.groupby("method", sort=False):
+        error = record.spread(100 * own[own.step == own.steps].error)
+        table.append({"method": method, "error %": error, **record.cost(own, SOLVED, FORMS)})
+    record.print_table(table, f"embeddings of deviation {frame['std'].max():g} at the start, {frame.steps.max()} steps")
+
+
+REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficulty": report_difficulty}
+COLORS = {"PG": "black", "PPO": "tab:brown", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
+COLORS |= {"DG-K 10%, screen-first": "tab:green", "random 10%": "tab:gray"}
+BY_RATE = {"DG-K": "tab:red", "random": "black", "advantage": "tab:blue", "abs_advantage": "tab:cyan"}
+BY_RATE |= {"surprisal": "tab:green", "additive": "tab:purple", "DG-K tokens": "tab:orange"}
+
+
+def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
+    frame, init, difficulty = frames.values()
+    figure, axes = plt.subplots(2, 4, figsize=(22, 9))
+    for axis, x in zip(axes[0], ("step", "backward_rows", "seconds", "step"), strict=True):
+        shown = init if axis is axes[0, 3] else frame
+        for method, color in COLORS.items():
+            if method in {*shown.method}:
+                record.curve(axis, shown[shown.method == method], x, color=color, label=method)
+        axis.set(xlabel=x.replace("_", " "), ylabel="error", xscale="log", ylim=(0, 0.6))
+        axis.set_yscale("symlog", linthresh=0.01)
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 3].set_title(f"embeddings of deviation {init['std'].max():g} at the start, not {STD}", fontsize=10)
+    draw_rates(axes[1, 0], frame)
+    draw_phases(axes[1, 1], frame)
+    draw_difficulty(axes[1, 2], difficulty[difficulty.tokens == 2], "horizon", "H (M 2)")
+    draw_difficulty(axes[1, 3], difficulty[difficulty.horizon == 10], "tokens", "M (H 10)")
+    for axis in (*axes[0], axes[1, 0], *axes[1, 2:]):
+        axis.grid(alpha=0.3)
+    record.save(figure, folder / "reversal.png")
+
+
+def draw_rates(axis: Axes, frame: pd.DataFrame) -> None:
+    early = frame.steps.min()
+    found = frame[frame.step == early].join(frame.method.str.extract(r"^(?P<kind>.+) (?P<rate>\d+)%$"))
+    for kind, color in BY_RATE.items():
+        at = found[found.kind == kind].astype({"rate": float}).groupby("rate").error
+        half = 100 * at.apply(record.interval)
+        axis.errorbar(at.mean().index, 100 * at.mean(), half, fmt="o-", color=color, ms=4, label=kind)
+    axis.set(xlabel="rate, %", xscale="log", ylabel=f"error after {early} steps, %")
+    axis.legend(fontsize=8)
+
+
+def draw_difficulty(axis: Axes, frame: pd.DataFrame, x: str, label: str) -> None:
+    for method, color in COLORS.items():
+        at = frame[frame.method == method].groupby(x).error
+        axis.errorbar(at.mean().index, 100 * at.mean(), 100 * at.apply(record.interval), fmt="o-", color=color, ms=4)
+    axis.set(xlabel=label, ylabel=f"error, %, when solved or after {frame.budget.max():.0f} s")
+
+
+def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
+    last = frame[frame.step == frame.steps]
+    ms = 1000 * last[[*PHASES]].div(last.step, axis=0).groupby(last.method).median()
+    ms = ms.loc[[method for method in COLORS if method in ms.index]]
+    left = ms.cumsum(axis=1) - ms
+    for phase in PHASES:
+        axis.barh(ms.index, ms[phase], left=left[phase], label=phase)
+    axis.invert_yaxis()
+    axis.set(xlabel="milliseconds a step")
+    axis.legend(fontsize=8)
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--steps", type=int, help="of every method; by default 3,000, 600 or 400, see LONG and SHORT")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds for each run of the table of difficulty")
+    parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
+    args = parser.parse_args()
+    frames = {}
+    for name, chosen in tasks(args).items():
+        path = args.out / f"{name}.csv"
+        if not args.draw and args.only in (None, name):
+            record.collect(chosen, train, path, args.workers)
+        if path.exists():
+            frames[name] = timed(record.read(path))
+            REPORTS[name](frames[name])
+    if len(frames) == len(REPORTS):
+        draw(frames, args.out)
+
+
+if __name__ == "__main__":
+    main()
