@@ -255,7 +255,7 @@ def run_vocabulary(task: Vocabulary) -> record.Rows:
 
 
 def tasks(seeds: range) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:
-    noisy, growing = ("DG", "DG-K 10%", "DG-K 3%"), ("PG", "DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "random 10%")
+    noisy, growing = ("DG", "DG-K 10%", "DG-K 3%"), ("DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "random 10%")
     sigmas = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
     return {
         "noise": (run_noise, [Noise(m, s, seed) for seed in seeds for s in NOISE for m in noisy]),
