@@ -136,14 +136,14 @@ def reached(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     return runs[runs.error <= target].sort_values("step").groupby("seed").first()
 
 
-def cost(runs: pd.DataFrame, target: float, forms: dict[str, str]) -> dict[str, str]:
-    """What it took to reach an error, one cell a column; where a seed never did, how many did."""
+def cost(runs: pd.DataFrame, target: float) -> dict[str, str]:
+    """Mean steps, rows with a backward and seconds to reach an error; or how many seeds did, if not all."""
     first, seeds = reached(runs, target), runs.seed.nunique()
-    whole = len(first) == seeds
-    cells = {name: spread(first[name], form) if whole else "-" for name, form in forms.items()}
-    if not whole:
-        cells[next(iter(cells))] = f"{len(first)} of {seeds} seeds"
-    return {f"{target:.0%}: {name}": cell for name, cell in cells.items()}
+    steps, rows, seconds = f"{len(first)} of {seeds}", "-", "-"
+    if len(first) == seeds:
+        steps, rows = (f"{first[name].mean():,.0f}" for name in ("step", "backward_rows"))
+        seconds = spread(first.seconds)
+    return {f"to {target:.0%}: steps": steps, f"{target:.0%}: rows": rows, f"{target:.0%}: seconds": seconds}
 
 
 def curve(axis: Axes, runs: pd.DataFrame, x: str, y: str = "error", **style: Any) -> None:

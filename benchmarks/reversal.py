@@ -1,7 +1,7 @@
 """Token reversal: does a gated run learn, and what does it pay, in steps, rows and seconds?
 
     python benchmarks/reversal.py --out benchmarks/results             # the committed run
-    python benchmarks/reversal.py --quick                              # DG-K and random rows, 600 steps
+    python benchmarks/reversal.py --quick                              # DG-K and random rows, one seed
     python benchmarks/reversal.py --seeds 10 --out benchmarks/results  # adds five seeds to it
 
 The experiment of arXiv 2603.20526: the answer to a prompt of H uniform tokens out of M is the prompt reversed; the
@@ -29,7 +29,6 @@ from torch.nn import functional as F
 import kondo_hooks as kondo
 
 PROMPTS, SAMPLES = 10, 10
-STD = 0.02  # of the embeddings at the start
 PHASES = ("sampling", "screen", "loss", "replay", "optimizer")
 SOLVED = 0.05
 
@@ -181,9 +180,9 @@ METHODS: dict[str, Method] = {
         for rate in RATES
     },
 }
-LONG = ("PG", "DG-K 10%", "random 10%")
-SHORT = tuple(name for name in METHODS if name.split()[0] in CONTROLS and name not in LONG)
-INIT = ("PG", "DG", "DG-K 10%", "random 10%")
+STEPS = {name: 400 if name.split()[0] in CONTROLS else 600 for name in METHODS}
+STEPS |= {"PG": 3000, "DG-K 10%": 1000, "random 10%": 1000}
+INIT = ("PG", "DG", "DG-K 10%", "DG-K tokens 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
 HARD = ("PG", "PPO", "DG", "DG-K 3%", "DG-K 10%", "DG-K 10%, screen-first", "random 10%")
 
@@ -202,9 +201,28 @@ class Task:
 
 @dataclass(frozen=True)
 class InitTask(Task):
-    """The same with embeddings of another standard deviation."""
+    """The same from other weights."""
 
-    std: float = 1.0
+    init: str = "unit embeddings"
+
+
+def small_embeddings(model: Decoder) -> None:
+    for embedding in (model.token, model.position):
+        nn.init.normal_(embedding.weight, std=0.02)
+
+
+def unit_embeddings(model: Decoder) -> None:
+    for embedding in (model.token, model.position):
+        nn.init.normal_(embedding.weight)
+
+
+def all_small(model: Decoder) -> None:
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=0.02)
+
+
+INITS = {"unit embeddings": unit_embeddings, "all weights 0.02": all_small}
 
 
 @dataclass
@@ -237,8 +255,8 @@ def answers_logp(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def train(task: Task) -> record.Rows:
-    std = task.std if isinstance(task, InitTask) else STD
-    rows = learn(METHODS[task.method], task.seed, task.horizon, task.tokens, task.steps, task.budget, std)
+    init = INITS[task.init] if isinstance(task, InitTask) else small_embeddings
+    rows = learn(METHODS[task.method], task.seed, task.horizon, task.tokens, task.steps, task.budget, init)
     return rows[-1:] if task.budget else rows
 
 
@@ -249,7 +267,7 @@ def learn(
     tokens: int = 2,
     steps: int = 1000,
     budget: float = 0.0,
-    std: float = STD,
+    init: Callable[[Decoder], None] = small_embeddings,
     probe: Callable[[int, Decoder, Batch], None] = lambda step, model, batch: None,
 ) -> record.Rows:
     """Train from scratch; ``probe`` sees each step's batch before the update, while the clock is off.
@@ -260,8 +278,7 @@ def learn(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Decoder(tokens, 2 * horizon - 1)
-    for embedding in (model.token, model.position):
-        nn.init.normal_(embedding.weight, std=std)
+    init(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     screen = method.screen(model) if method.screen else None
     clock, errors, rows, backward_rows = Clock(), [], [], 0
@@ -302,12 +319,11 @@ def tasks(args: Any) -> dict[str, list[Any]]:
     if args.quick:
         chosen = ("DG-K 10%", "random 10%")
         return {"reversal": [Task(method, 1, steps=600) for method in chosen]}
-    steps = {method: args.steps or (3000 if method in LONG else 400 if method in SHORT else 600) for method in METHODS}
     seeds = range(args.seeds)
     shapes = [(h, 2) for h in HORIZONS] + [(10, m) for m in VOCABULARIES if m != 2]
     return {
-        "reversal": [Task(method, seed, steps=steps[method]) for seed in seeds for method in METHODS],
-        "reversal_init": [InitTask(method, seed, steps=500) for seed in seeds for method in INIT],
+        "reversal": [Task(m, seed, steps=args.steps or STEPS[m]) for seed in seeds for m in METHODS],
+        "reversal_init": [InitTask(m, seed, steps=500, init=init) for seed in seeds for init in INITS for m in INIT],
         "reversal_difficulty": [
             Task(method, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for method in HARD
         ],
@@ -316,9 +332,6 @@ def tasks(args: Any) -> dict[str, list[Any]]:
 
 def timed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(seconds=frame[[*PHASES]].sum(axis=1))
-
-
-FORMS = {"step": "{:.0f}", "backward_rows": "{:.0f}", "seconds": "{:.1f}"}
 
 
 def report(frame: pd.DataFrame) -> None:
@@ -331,8 +344,8 @@ def report(frame: pd.DataFrame) -> None:
                 "method": method,
                 f"error %, {early} steps": record.spread(100 * at.error),
                 "at the end": f"{record.spread(100 * last.error)} ({last.step.max()})",
-                **record.cost(own, SOLVED, FORMS),
-                **record.cost(own, 0.01, FORMS),
+                **record.cost(own, SOLVED),
+                **record.cost(own, 0.01),
             }
         )
         ms = 1000 * last[[*PHASES, "seconds"]].div(last.step, axis=0).median()
@@ -364,11 +377,12 @@ def report_difficulty(frame: pd.DataFrame) -> None:
 
 
 def report_init(frame: pd.DataFrame) -> None:
-    table = []
-    for method, own in frame.groupby("method", sort=False):
-        error = record.spread(100 * own[own.step == own.steps].error)
-        table.append({"method": method, "error %": error, **record.cost(own, SOLVED, FORMS)})
-    record.print_table(table, f"embeddings of deviation {frame['std'].max():g} at the start, {frame.steps.max()} steps")
+    for init, runs in frame.groupby("init", sort=False):
+        table = []
+        for method, own in runs.groupby("method", sort=False):
+            error = record.spread(100 * own[own.step == own.steps].error)
+            table.append({"method": method, "error %": error, **record.cost(own, SOLVED)})
+        record.print_table(table, f"from other weights: {init}, {runs.steps.max()} steps")
 
 
 REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficulty": report_difficulty}
@@ -380,21 +394,22 @@ BY_RATE |= {"surprisal": "tab:green", "additive": "tab:purple", "DG-K tokens": "
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
     frame, init, difficulty = frames.values()
-    figure, axes = plt.subplots(2, 4, figsize=(22, 9))
-    for axis, x in zip(axes[0], ("step", "backward_rows", "seconds", "step"), strict=True):
-        shown = init if axis is axes[0, 3] else frame
+    figure, axes = plt.subplots(2, 5, figsize=(26, 9))
+    panels = [(frame, "step", "")] + [(runs, "step", f"from {name}") for name, runs in init.groupby("init", sort=False)]
+    panels += [(frame, "backward_rows", ""), (frame, "seconds", "")]
+    for axis, (runs, x, title) in zip(axes[0], panels, strict=True):
         for method, color in COLORS.items():
-            if method in {*shown.method}:
-                record.curve(axis, shown[shown.method == method], x, color=color, label=method)
-        axis.set(xlabel=x.replace("_", " "), ylabel="error", xscale="log", ylim=(0, 0.6))
+            if method in {*runs.method}:
+                record.curve(axis, runs[runs.method == method], x, color=color, label=method)
+        axis.set(xlabel=x.replace("_", " "), ylabel="error", xscale="log", ylim=(0, 0.6), title=title)
         axis.set_yscale("symlog", linthresh=0.01)
     axes[0, 0].legend(fontsize=8)
-    axes[0, 3].set_title(f"embeddings of deviation {init['std'].max():g} at the start, not {STD}", fontsize=10)
+    axes[1, 4].set_axis_off()
     draw_rates(axes[1, 0], frame)
     draw_phases(axes[1, 1], frame)
     draw_difficulty(axes[1, 2], difficulty[difficulty.tokens == 2], "horizon", "H (M 2)")
     draw_difficulty(axes[1, 3], difficulty[difficulty.horizon == 10], "tokens", "M (H 10)")
-    for axis in (*axes[0], axes[1, 0], *axes[1, 2:]):
+    for axis in (*axes[0], axes[1, 0], *axes[1, 2:4]):
         axis.grid(alpha=0.3)
     record.save(figure, folder / "reversal.png")
 
@@ -431,8 +446,8 @@ def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = record.parser(__doc__)
-    parser.add_argument("--steps", type=int, help="of every method; by default 3,000, 600 or 400, see LONG and SHORT")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds for each run of the table of difficulty")
+    parser.add_argument("--steps", type=int, help="of every method; by default 400 to 3,000, see STEPS")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds for each run of the table of difficulty")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
     frames = {}
