@@ -7,13 +7,14 @@ Checkpoints along a run of token reversal (benchmarks/reversal.py; trained by DG
 on every batch all gates take their gradient, through ``kondo.gated`` and the user's loss, as in training:
 
 - cosine and norm ratio, batch by batch, to the full PG and the full DG gradient of the same batch;
-- bias: the cosine and the norm of the gate's mean gradient against the mean PG gradient of other, many batches;
-- noise: root mean square distance of a batch's gradient from the gate's mean, in norms of that mean;
-- for gates that draw: on one batch, how far the mean over draws is from the batch's PG gradient, and how far it would
+- bias: cosine and norm ratio of the gate's expected gradient to that of PG, whose batches are others. A mean of n
+  batches is longer than its expectation, by the variance over n, which is taken off;
+- noise: standard deviation of a batch's gradient, in norms of the gate's expected gradient;
+- for gates that draw: how far the mean over draws on one batch is from the batch's PG gradient, over how far it would
   be by chance were there no bias.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ class Task:
     seed: int
     steps: int = CHECKPOINTS[-1]
     batches: int = 12
-    reference: int = 60
-    draws: int = 30
+    reference: int = 50
+    draws: int = 20
 
 
 def gradient(model: Decoder, batch: Batch, loss: Loss = pg_loss) -> Tensor:
@@ -60,17 +61,22 @@ def gradient(model: Decoder, batch: Batch, loss: Loss = pg_loss) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def gated(model: Decoder, batch: Batch, gate: dict[str, Any], seed: int) -> Tensor:
-    with kondo.gated(model, **gate, seed=seed):
-        return gradient(model, batch)
-
-
 def cosine(a: Tensor, b: Tensor) -> float:
     return torch.cosine_similarity(a, b, 0).item()
 
 
-def mean(gradients: Iterator[Tensor]) -> Tensor:
-    return torch.stack(list(gradients)).mean(0)
+class Sampled:
+    """Independent gradients of one kind, (n, P), and what they tell of their expectation."""
+
+    def __init__(self, gradients: Iterable[Tensor]):
+        self.each = torch.stack(list(gradients))
+        self.mean = self.each.mean(0)
+        self.variance = ((self.each - self.mean).square().sum() / (len(self.each) - 1)).item()
+
+    @property
+    def square(self) -> float:
+        """Squared norm of the expectation, without bias; below 0 where noise is all there is."""
+        return self.mean.square().sum().item() - self.variance / len(self.each)
 
 
 def look(model: Decoder, task: Task, step: int) -> record.Rows:
@@ -80,29 +86,35 @@ def look(model: Decoder, task: Task, step: int) -> record.Rows:
     def draw(number: int) -> list[Batch]:
         return [sample(model, 10, 2, generator) for _ in range(number)]
 
-    wanted = mean(gradient(model, batch) for batch in draw(task.reference))
+    wanted = Sampled(gradient(model, batch) for batch in draw(task.reference))
     batches = draw(task.batches)
     pg, dg = ([gradient(model, batch, loss) for batch in batches] for loss in (pg_loss, dg_loss))
-    ways: dict[str, Callable[[int], Tensor]] = {"PG": lambda i: pg[i], "DG": lambda i: dg[i]}
-    for name, gate in GATES.items():
-        ways[name] = lambda i, gate=gate: gated(model, batches[i], gate, seed=i)
     rows = []
-    for name, way in ways.items():
-        own = torch.stack([way(i) for i in range(len(batches))])
-        centre = own.mean(0)
-        row: dict[str, Any] = {"step": step, "gate": name}
-        for of, full in (("pg", pg), ("dg", dg)):
-            row[f"cos_{of}"] = sum(map(cosine, own, full)) / len(own)
-            row[f"norm_{of}"] = sum((a.norm() / b.norm()).item() for a, b in zip(own, full, strict=True)) / len(own)
-        row["mean_cos"] = cosine(centre, wanted)
-        row["mean_norm"] = (centre.norm() / wanted.norm()).item()
-        row["noise"] = ((own - centre).square().sum() / (len(own) - 1)).sqrt().item() / centre.norm().item()
+    for name in ("PG", "DG", *GATES):
+        kept: list[int] = []
+
+        def take(batch: Batch, seed: int, name: str = name, kept: list[int] = kept) -> Tensor:
+            with kondo.gated(model, **GATES[name], seed=seed) as gate:
+                taken = gradient(model, batch)
+            kept.append(gate.stats.forwarded)
+            return taken
+
+        first = 1000 * (100 * task.seed + CHECKPOINTS.index(step))
+        full = {"PG": pg, "DG": dg}.get(name)
+        own = Sampled(full or [take(batch, first + i) for i, batch in enumerate(batches)])
+        row: dict[str, Any] = {"step": step, "gate": name, "kept": sum(kept) / len(kept) if kept else 100}
+        for of, exact in (("pg", pg), ("dg", dg)):
+            row[f"cos_{of}"] = sum(map(cosine, own.each, exact)) / len(exact)
+            row[f"norm_{of}"] = sum((a.norm() / b.norm()).item() for a, b in zip(own.each, exact, strict=True)) / len(
+                exact
+            )
+        row |= {"dot": (own.mean @ wanted.mean).item(), "square": own.square, "square_pg": wanted.square}
+        row |= {"variance": own.variance, "draw_bias": float("nan"), "draw_chance": float("nan")}
         if name in DRAWING:
-            drawn = torch.stack([gated(model, batches[0], GATES[name], seed=i) for i in range(task.draws)])
-            chance = ((drawn - drawn.mean(0)).square().sum() / (len(drawn) - 1) / len(drawn)).sqrt()
-            row["draw_bias"] = ((drawn.mean(0) - pg[0]).norm() / pg[0].norm()).item()
-            row["draw_chance"] = (chance / pg[0].norm()).item()
-        rows.append({"draw_bias": float("nan"), "draw_chance": float("nan"), **row})
+            drawn = Sampled(take(batches[0], first + 500 + i) for i in range(task.draws))
+            row["draw_bias"] = ((drawn.mean - pg[0]).norm() / pg[0].norm()).item()
+            row["draw_chance"] = (drawn.variance / len(drawn.each)) ** 0.5 / pg[0].norm().item()
+        rows.append(row)
     return rows
 
 
@@ -123,50 +135,56 @@ def measure(task: Task) -> record.Rows:
     return rows
 
 
-COLUMNS = {
-    "cos_pg": "cosine to PG",
-    "cos_dg": "to DG",
-    "norm_pg": "norm / PG",
-    "norm_dg": "/ DG",
-    "mean_cos": "mean: cosine",
-    "mean_norm": "norm",
-    "noise": "noise",
-}
+COLUMNS = {"cos_pg": "cosine to PG", "cos_dg": "to DG", "norm_pg": "norm / PG", "norm_dg": "/ DG"}
+
+
+def expectation(frame: pd.DataFrame) -> pd.DataFrame:
+    """Bias and noise of each gate at each checkpoint, pooled over seeds; NaN where noise is all there is."""
+    means = frame.groupby(["step", "gate"], sort=False)[["dot", "square", "square_pg", "variance"]].mean()
+    length, wanted = means["square"].clip(lower=0).pow(0.5), means.square_pg.clip(lower=0).pow(0.5)
+    told = means[[]].assign(cosine=means["dot"] / (length * wanted), norm=length / wanted)
+    return told.assign(noise=means.variance.pow(0.5) / length).replace([float("inf"), -float("inf")], float("nan"))
+
+
 COLORS = dict(zip(PRIORITIES, ("tab:red", "black", "tab:blue", "tab:cyan", "tab:green", "tab:purple"), strict=True))
 
 
 def report(frame: pd.DataFrame) -> None:
+    pooled = expectation(frame)
     for step, own in frame.groupby("step"):
         at = own.groupby("gate", sort=False)
-        table = {label: at[name].apply(record.spread, form="{:.2f}") for name, label in COLUMNS.items()}
-        record.print_table(pd.DataFrame(table).reset_index(), f"after {step} steps (error {own.error.mean():.2f})")
-    draws = frame.dropna(subset="draw_bias").assign(excess=lambda f: f.draw_bias / f.draw_chance).groupby("gate")
-    table = {name: draws[name].apply(record.spread, form="{:.2f}") for name in ("draw_bias", "draw_chance", "excess")}
-    record.print_table(pd.DataFrame(table).reset_index(), "gates that draw, over draws on one batch, all checkpoints")
+        table = pd.DataFrame({"kept": at.kept.mean().map("{:.0f}".format)})
+        for name, label in COLUMNS.items():
+            table[label] = at[name].apply(record.spread, form="{:.2f}")
+        told = pooled.loc[step].round({"cosine": 2, "norm": 2, "noise": 1})
+        table = table.join(told.rename(columns={"cosine": "expected: cosine", "norm": "norm / PG's"}))
+        record.print_table(table.reset_index(), f"after {step} steps (error {own.error.mean():.2f})")
+    drawn = frame.dropna(subset="draw_bias").assign(excess=lambda f: f.draw_bias / f.draw_chance)
+    runs = drawn.groupby(["gate", "seed"])[["kept", "draw_bias", "draw_chance", "excess"]].mean().groupby("gate")
+    table = runs.agg(lambda values: record.spread(values, "{:.2f}"))
+    record.print_table(table.reset_index(), "gates that draw, over draws on one batch, all checkpoints")
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> None:
-    steps = sorted(frame.step.unique())
-    size = (3.4 * len(steps), 9)
-    figure, axes = plt.subplots(3, len(steps), figsize=size, sharex=True, sharey="row", squeeze=False)
-    named = frame.assign(
-        priority=frame.gate.str.extract(r"^(\w+) \d+%$")[0], rate=frame.gate.str.extract(r"(\d+)%$")[0]
-    )
-    named = named.dropna(subset=["priority", "rate"]).astype({"rate": float})
+    steps, pooled = sorted(frame.step.unique()), expectation(frame)
+    size = (3.4 * len(steps), 12)
+    figure, axes = plt.subplots(4, len(steps), figsize=size, sharex=True, sharey="row", squeeze=False)
     for column, step in zip(axes.T, steps, strict=True):
-        for axis, value in zip(column, ("cos_pg", "cos_dg", "noise"), strict=True):
+        at = frame[frame.step == step].groupby("gate")
+        values = [(at[name].mean(), at[name].apply(record.interval)) for name in ("cos_pg", "cos_dg")]
+        values += [(pooled.loc[step][name], None) for name in ("cosine", "noise")]
+        for axis, (mean, half) in zip(column, values, strict=True):
             for priority, color in COLORS.items():
-                at = named[(named.step == step) & (named.priority == priority)].groupby("rate")[value]
-                half = at.apply(record.interval)
+                gates = [f"{priority} {rate:.0%}" for rate in RATES]
                 style = {"fmt": "o:" if priority == "random" else "o-", "color": color, "ms": 4, "lw": 1.2}
-                axis.errorbar(at.mean().index, at.mean(), half, label=priority, **style)
+                bars = None if half is None else half[gates].to_numpy()
+                axis.errorbar([100 * rate for rate in RATES], mean[gates].to_numpy(), bars, label=priority, **style)
             axis.grid(alpha=0.3)
-            axis.set(xscale="log")
-        column[0].axhline(0, color="black", lw=0.5)
-        column[1].axhline(0, color="black", lw=0.5)
-        column[2].set(xlabel="rate, %", yscale="log")
+            axis.axhline(0, color="black", lw=0.5)
+        column[3].set(xlabel="rate, %", xscale="log", yscale="log")
         column[0].set_title(f"after {step} steps (error {frame[frame.step == step].error.mean():.2f})", fontsize=10)
-    for axis, label in zip(axes[:, 0], ("cosine to full PG", "cosine to full DG", "noise"), strict=True):
+    labels = ("cosine to full PG", "cosine to full DG", "expected gradient: cosine to PG's", "noise")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     axes[0, 0].legend(fontsize=7)
     record.save(figure, folder / "gradients.png")
@@ -175,7 +193,7 @@ def draw(frame: pd.DataFrame, folder: Path) -> None:
 def main() -> None:
     args = record.parser(__doc__).parse_args()
     path = args.out / "gradients.csv"
-    tasks = [Task(0, 50, 2, 10, 8)] if args.quick else [Task(seed) for seed in range(args.seeds)]
+    tasks = [Task(0, 50, 2, 10, 30)] if args.quick else [Task(seed) for seed in range(args.seeds)]
     frame = record.read(path) if args.draw else record.collect(tasks, measure, path, args.workers)
     report(frame)
     draw(frame, args.out)

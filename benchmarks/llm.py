@@ -15,7 +15,8 @@ again, inside its own open gate, so that what an open gate costs a sampler is in
 rounds. "rows" are those that ran with a graph. The floor is a no-grad forward of each micro-batch, the loss on its
 outputs, and one forward and backward of the kept rows, with nothing of ours in them. "peak_mb" is on a GPU the most
 that was allocated during the learner's step above what was held before it, and on a CPU the most that autograd held for
-backwards (``torch.autograd.graph.saved_tensors_hooks``), without parameters. "windowed" takes all micro-batches as one
+backwards (``torch.autograd.graph.saved_tensors_hooks``), without parameters, and what waited for the end of a window.
+"of_floor" is blank where other rows are run than the floor's. "windowed" takes all micro-batches as one
 population, replayed in passes of a micro-batch's size.
 
 Where the gate pays little stands in the table too: at a rate of 50%, and in the second setting, a single micro-batch
@@ -285,7 +286,7 @@ def measure(work: Work, chosen: dict[str, Variant], rounds: int, bar: tqdm) -> r
     settled = vars(setting) | {"parameters": sum(p.numel() for p in work.model.parameters())}
     rows = []
     for name, frame in frames.items():
-        learner = frame.learner.median()
+        learner, alike = frame.learner.median(), frame.rows.median() == floor.rows.median()
         rows.append(
             {column: settled[column] for column in SETTLED}
             | {
@@ -293,7 +294,7 @@ def measure(work: Work, chosen: dict[str, Variant], rounds: int, bar: tqdm) -> r
                 "rows": int(frame.rows.median()),
                 "learner_ms": 1000 * learner,
                 "of_full": (frame.learner / full.learner).median(),
-                "of_floor": (frame.learner / floor.learner).median(),
+                "of_floor": (frame.learner / floor.learner).median() if alike else float("nan"),
                 "tokens_per_s": setting.batch * (setting.prompt + setting.completion) / learner,
                 "generation_ms": 1000 * frame.generation.median(),
                 "end_to_end_of_full": (frame["all"] / full["all"]).median(),
@@ -307,7 +308,8 @@ def saved(work: Work, variant: Variant) -> int:
     parameters = {p.untyped_storage().data_ptr() for p in work.model.parameters()}
     with variant.context():
         answers = work.sample(0)
-        return saved_bytes(lambda: work.update(variant.learn, answers), parameters)
+        most = saved_bytes(lambda: work.update(variant.learn, answers), parameters)
+    return most + (variant.gate.stats.waiting_bytes if variant.gate else 0)
 
 
 def show(path: Path) -> None:

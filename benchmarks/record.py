@@ -1,8 +1,9 @@
 """What the evidence scripts share: runs that write as they end, can be resumed, and are drawn from their files.
 
-A *task* is a frozen dataclass: its fields say all that one run depends on, and are the first columns of the rows that
-it leaves in a CSV. A run whose rows are in the file is not made again, so a script that was stopped goes on where it
-was, and one that is asked for more seeds adds them.
+A *task* is a frozen dataclass: its fields name one run, and are the first columns of the rows that it leaves in a CSV.
+A run whose rows are in the file is not made again, so a script that was stopped goes on where it was, and one that is
+asked for more seeds adds them. What else a run depends on, its code and its settings, the file cannot tell: after a
+change of those, write to another folder.
 """
 
 import argparse
@@ -80,27 +81,32 @@ def collect(
         packages: further packages whose versions matter.
 
     Raises:
-        SystemExit: if the file holds runs that were not asked for; they are left alone.
+        SystemExit: if the file holds runs that were not asked for, or was made with other versions or on another
+            device; it is left alone.
     """
     key = [field.name for field in fields(tasks[0])]
     wanted = {tuple(map(_cell, asdict(task).values())): task for task in tasks}
     done: set[tuple[str, ...]] = set()
-    held = ""
+    first, held = header(*packages), ""
     if path.exists():
-        held = path.read_text().split("\n", 1)[1]
+        made, held = path.read_text().split("\n", 1)
+        if made.split(" | ")[1:] != first.split(" | ")[1:]:
+            raise SystemExit(f"{path} was made elsewhere ({made.partition(' | ')[2]}): give another --out")
         done = set(pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)) if held else done
         if strange := done - set(wanted):
             raise SystemExit(f"{path} holds runs that were not asked for, such as {min(strange)}: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     renewed = path.with_suffix(".part")
-    renewed.write_text(header(*packages) + "\n" + held)
+    renewed.write_text(f"{first}\n{held}")
     renewed.replace(path)
     remaining = [task for name, task in wanted.items() if name not in done]
-    with path.open("a") as file, tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0) as bar:
+    bar = tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0)
+    with path.open("ab", buffering=0) as file, bar:  # a run's rows are one write: all of them are there, or none
         for task, rows in _results(remaining, work, workers):
+            if not rows:
+                raise ValueError(f"{task} left no rows")
             frame = pd.DataFrame([{**asdict(task), **row} for row in rows])
-            file.write(frame.to_csv(index=False, header=not held, float_format=_FLOAT))
-            file.flush()
+            file.write(frame.to_csv(index=False, header=not held, float_format=_FLOAT).encode())
             held = "its names are written"
             bar.update()
     return read(path)
@@ -123,12 +129,14 @@ def _results(tasks: list[Any], work: Callable[[Any], Rows], workers: int) -> Ite
 
 def interval(values: "pd.Series[float]") -> float:
     """Half of the 95% interval of the mean, by Student's t; 0 of a single value."""
-    return float(student.ppf(0.975, len(values) - 1) * values.sem()) if len(values) > 1 else 0.0
+    known = values.dropna()
+    return float(student.ppf(0.975, len(known) - 1) * known.sem()) if len(known) > 1 else 0.0
 
 
 def spread(values: "pd.Series[float]", form: str = "{:.1f}") -> str:
-    """``mean +- half of the 95% interval``."""
-    return f"{form.format(values.mean())} +- {form.format(interval(values))}"
+    """``mean +- half of the 95% interval``; of a single value, the value."""
+    mean = form.format(values.mean())
+    return f"{mean} +- {form.format(interval(values))}" if values.count() > 1 else mean
 
 
 def reached(runs: pd.DataFrame, target: float) -> pd.DataFrame:
@@ -137,13 +145,12 @@ def reached(runs: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def cost(runs: pd.DataFrame, target: float) -> dict[str, str]:
-    """Mean steps, rows with a backward and seconds to reach an error; or how many seeds did, if not all."""
+    """What it took to reach an error, means over seeds; or how many seeds did, if not all."""
     first, seeds = reached(runs, target), runs.seed.nunique()
-    steps, rows, seconds = f"{len(first)} of {seeds}", "-", "-"
+    cell = f"{len(first)} of {seeds} seeds"
     if len(first) == seeds:
-        steps, rows = (f"{first[name].mean():,.0f}" for name in ("step", "backward_rows"))
-        seconds = spread(first.seconds)
-    return {f"to {target:.0%}: steps": steps, f"{target:.0%}: rows": rows, f"{target:.0%}: seconds": seconds}
+        cell = f"{first.step.mean():,.0f} | {first.backward_rows.mean():,.0f} | {spread(first.seconds)}"
+    return {f"{target:.0%}: steps | rows | seconds": cell}
 
 
 def curve(axis: Axes, runs: pd.DataFrame, x: str, y: str = "error", **style: Any) -> None:
