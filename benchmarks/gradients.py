@@ -1,6 +1,6 @@
 """What the gated gradient is: how near to the full PG and DG gradients, how biased, how noisy.
 
-    python benchmarks/gradients.py --out benchmarks/results   # the committed run
+    python benchmarks/gradients.py
     python benchmarks/gradients.py --quick
 
 Checkpoints along a run of token reversal (benchmarks/reversal.py; trained by DG-K 10%). At each, batches are drawn, and

@@ -1,8 +1,8 @@
 """What the gate saves of a GRPO step on a Llama-like model: of the learner's step, and end to end with generation.
 
-    python benchmarks/llm.py --out benchmarks/results           # the committed run; on a GPU where there is one
-    python benchmarks/llm.py --quick                            # a tiny model
-    python benchmarks/llm.py --draw --out benchmarks/results    # the table and the picture of what was measured
+    python benchmarks/llm.py                                   # on a GPU where there is one
+    python benchmarks/llm.py --quick                           # a tiny model
+    python benchmarks/llm.py --draw --out benchmarks/results   # the table and the picture of what is committed
 
 A ``LlamaForCausalLM`` of random weights: about 10M parameters in float32 on a CPU, 110M in bfloat16 on a GPU. Eight
 answers to each prompt, sampled by ``generate`` with a KV cache; the reward is the fraction of an answer's tokens that

@@ -1,8 +1,8 @@
 """Token reversal: does a gated run learn, and what does it pay, in steps, rows and seconds?
 
-    python benchmarks/reversal.py --out benchmarks/results             # the committed run
-    python benchmarks/reversal.py --quick                              # DG-K and random rows, one seed
-    python benchmarks/reversal.py --seeds 10 --out benchmarks/results  # adds five seeds to it
+    python benchmarks/reversal.py               # what is committed in benchmarks/results, into out/
+    python benchmarks/reversal.py --seeds 10    # adds five seeds to it
+    python benchmarks/reversal.py --quick       # DG-K and random rows, one seed
 
 The experiment of arXiv 2603.20526: the answer to a prompt of H uniform tokens out of M is the prompt reversed; the
 reward is the fraction of its tokens that are right; 10 prompts x 10 samples a step; the baseline is the mean of the

@@ -1,7 +1,7 @@
 """How wrong may delight be? Noise, cheap and stale screens, gambling arms, and vocabularies that grow.
 
-    python benchmarks/robustness.py --out benchmarks/results   # the committed run
-    python benchmarks/robustness.py --only noise               # one of: noise, screens, gambling, vocabulary
+    python benchmarks/robustness.py
+    python benchmarks/robustness.py --only noise   # or screens, gambling, vocabulary
     python benchmarks/robustness.py --quick
 
 - noise: token reversal (H 10, M 2; benchmarks/reversal.py) with an answer's delight, for DG that of each of its tokens,
