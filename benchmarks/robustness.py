@@ -26,6 +26,7 @@ import pandas as pd
 import record
 import torch
 from gradients import cosine, gradient
+from matplotlib.axes import Axes
 from reversal import METHODS, SOLVED, Batch, Decoder, Loss, Method, Screen, answers_logp, dg_loss, learn, sampled
 from torch import Tensor, nn
 
@@ -305,7 +306,7 @@ def report(name: str, frame: pd.DataFrame) -> None:
             {
                 "delight from": signal,
                 "overlap %": record.spread(100 * own.overlap),
-                "of its delight %": record.spread(100 * own.share),
+                "of its delight %": record.spread(100 * own.share) if (own.share > 0).all() else "-",
                 "cosine to DG": record.spread(own.cosine, "{:.2f}"),
                 "error %": record.spread(100 * own.error),
                 "ms: screen, kept forward": f"{own.screen_ms.median():.1f}",
@@ -322,30 +323,31 @@ COLORS |= {"DG-K price 0": "tab:purple", "random 10%": "tab:gray"}
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
-    figure, axes = plt.subplots(1, 5, figsize=(22, 4.4))
+    figure, axes = plt.subplots(2, 3, figsize=(17, 9))
 
-    def lines(axis: Any, frame: pd.DataFrame, x: str, title: str) -> None:
+    def lines(axis: Axes, frame: pd.DataFrame, x: str, title: str) -> None:
         for method, own in frame.groupby("method", sort=False):
             at = own.groupby(x).error
             half = 100 * at.apply(record.interval)
             axis.errorbar(at.mean().index, 100 * at.mean(), half, fmt="o-", ms=4, color=COLORS[method], label=method)
-        axis.set(xlabel=title, ylabel="error, %")
-        axis.legend(fontsize=7)
+        axis.set(xlabel=title, ylabel="error, %", ylim=(0, None))
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
 
-    lines(axes[0], frames["noise"], "noise", "relative noise on delight")
-    for axis, noisy in zip(axes[1:3], NOISY, strict=True):
+    lines(axes[0, 0], frames["noise"], "noise", "relative noise on delight")
+    for axis, noisy in zip(axes[0, 1:], NOISY, strict=True):
         own = frames["gambling"][frames["gambling"].noisy == noisy]
         lines(axis, own, "noise", f"sigma / gap of the reward's noise on {noisy}")
         axis.set_xscale("symlog", linthresh=0.1)
-    lines(axes[3], frames["vocabulary"], "tokens", "tokens M (reversal, H 5)")
-    axes[3].set_xscale("log", base=2)
-    screens = frames["screens"].groupby("signal", sort=False)
-    half = 100 * screens.error.apply(record.interval)
-    axes[4].barh(list(screens.groups), 100 * screens.error.mean()[list(screens.groups)], color="tab:orange")
-    axes[4].errorbar(100 * screens.error.mean(), half.index, xerr=half, fmt="none", color="black")
-    axes[4].invert_yaxis()
-    axes[4].set(xlabel="error, %, by what the gate saw")
+        axis.set_xlim(-0.01, 12)
+    lines(axes[1, 0], frames["vocabulary"], "tokens", "tokens M (reversal, H 5)")
+    axes[1, 0].set_xscale("log", base=2)
+    screens = frames["screens"][frames["screens"].signal != "full DG"].groupby("signal", sort=False)
+    for axis, value in zip(axes[1, 1:], ("overlap", "error"), strict=True):
+        mean, half = screens[value].mean(), screens[value].apply(record.interval)
+        axis.barh(mean.index, 100 * mean, xerr=100 * half, color="tab:orange")
+        axis.invert_yaxis()
+        axis.set(xlabel=f"{value}, %, by what the gate saw", xlim=(0, None))
     record.save(figure, folder / "robustness.png")
 
 
