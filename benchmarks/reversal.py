@@ -404,9 +404,11 @@ def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
                 record.curve(axis, runs[runs.method == method], x, color=color, label=method)
         axis.set(xlabel=x.replace("_", " "), ylabel="error", xscale="log", ylim=(0, 0.6), title=title)
         axis.set_yscale("symlog", linthresh=0.01)
-    axes[0, 0].legend(fontsize=8)
+    for axis in axes[0, 1:-2]:
+        axis.minorticks_off()
     for axis in axes[1, 4:]:
         axis.set_axis_off()
+    axes[1, 4].legend(*axes[0, 0].get_legend_handles_labels(), title="color", loc="center")
     draw_rates(axes[1, 0], frame)
     draw_phases(axes[1, 1], frame)
     draw_difficulty(axes[1, 2], difficulty[difficulty.tokens == 2], "horizon", "H (M 2)")
@@ -423,7 +425,7 @@ def draw_rates(axis: Axes, frame: pd.DataFrame) -> None:
         at = found[found.kind == kind].astype({"rate": float}).groupby("rate").error
         half = 100 * at.apply(record.interval)
         axis.errorbar(at.mean().index, 100 * at.mean(), half, fmt="o-", color=color, ms=4, label=kind)
-    axis.set(xlabel="rate, %", xscale="log", ylabel=f"error after {early} steps, %")
+    axis.set(xlabel="rate, %", xscale="log", ylabel=f"error after {early} steps, %", ylim=(-2, 90))
     axis.legend(fontsize=8)
 
 

@@ -1,0 +1,195 @@
+"""The evidence: runs resume, the committed pictures and tables are those of the committed files, orderings hold."""
+
+import importlib
+import shutil
+from dataclasses import dataclass
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.test_examples import ROOT, run
+
+RESULTS = ROOT / "benchmarks" / "results"
+SCRIPTS = {
+    "reversal": ["reversal", "reversal_init", "reversal_difficulty"],
+    "bandit": ["bandit"],
+    "robustness": ["robustness_noise", "robustness_screens", "robustness_gambling", "robustness_vocabulary"],
+    "gradients": ["gradients"],
+    "llm": ["llm"],
+}
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("record")
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    noise: float
+    seed: int
+
+
+TASKS = [Task("a", 0.0, 0), Task("a", 0.5, 0), Task("b", 2.0, 1)]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(record, tmp_path):
+    path, seen = tmp_path / "runs.csv", []
+
+    def work(task, failing=True):
+        seen.append(task)
+        if failing and task.name == "b":
+            raise RuntimeError("stopped")
+        return [{"step": step, "error": task.noise + step} for step in (1, 2)]
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        record.collect(TASKS, work, path, workers=1)
+    assert seen == TASKS and len(record.read(path)) == 4
+    frame = record.collect(TASKS, lambda task: work(task, False), path, workers=1)
+    assert seen == [*TASKS, TASKS[2]]
+    assert frame.noise.tolist() == [0, 0, 0.5, 0.5, 2, 2] and frame.error.tolist() == [1, 2, 1.5, 2.5, 3, 4]
+    assert path.read_text().count("name,noise,seed") == 1 and path.read_text().startswith("# python ")
+    before = path.read_text().partition("\n")[2]
+    record.collect(TASKS, work, path, workers=1)
+    assert path.read_text().partition("\n")[2] == before
+
+
+def test_runs_that_were_not_asked_for_are_left_alone(record, tmp_path):
+    path = tmp_path / "runs.csv"
+    record.collect(TASKS, lambda task: [{"error": 0.0}], path, workers=1)
+    before = path.read_text()
+    with pytest.raises(SystemExit, match=r"holds runs that were not asked for, such as \('b'"):
+        record.collect(TASKS[:2], lambda task: [{"error": 0.0}], path, workers=1)
+    assert path.read_text() == before
+
+
+def test_a_file_made_with_other_versions_is_left_alone(record, tmp_path):
+    path = tmp_path / "runs.csv"
+    record.collect(TASKS, lambda task: [{"error": 0.0}], path, workers=1)
+    path.write_text(path.read_text().replace("torch 2", "torch 1", 1))
+    with pytest.raises(SystemExit, match="was made elsewhere"):
+        record.collect(TASKS, lambda task: [{"error": 0.0}], path, workers=1)
+
+
+def test_interval_is_students(record):
+    assert record.interval(pd.Series([1.0, 2.0, 3.0])) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert (
+        record.spread(pd.Series([1.0, 2.0, 3.0, np.nan])) == "2.0 +- 2.5" and record.spread(pd.Series([2.0])) == "2.0"
+    )
+
+
+def test_cost_counts_the_seeds_that_never_got_there(record):
+    runs = pd.DataFrame({"seed": [0, 0, 0, 1, 1], "step": [3, 1, 2, 1, 2], "error": [0.01, 0.5, 0.04, 0.5, 0.3]})
+    runs = runs.assign(backward_rows=1000 * runs.step, seconds=runs.step / 2)
+    assert record.reached(runs, 0.05).step.tolist() == [2]
+    assert list(record.cost(runs, 0.05).values()) == ["1 of 2 seeds"]
+    assert list(record.cost(runs, 0.5).values()) == ["1 | 1,000 | 0.5 +- 0.0"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """What the scripts print and draw from the committed files alone."""
+    folder, printed = tmp_path_factory.mktemp("drawn"), {}
+    for script, files in SCRIPTS.items():
+        for name in files:
+            shutil.copy(RESULTS / f"{name}.csv", folder)
+        printed[script] = run(f"benchmarks/{script}.py", "--draw", "--out", str(folder))
+    return folder, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_committed_picture_is_that_of_the_committed_files(script, drawn):
+    ours, theirs = (matplotlib.image.imread(folder / f"{script}.png") for folder in (drawn[0], RESULTS))
+    assert ours.shape == theirs.shape and (np.abs(ours - theirs) > 0.02).mean() < 1e-5
+
+
+@pytest.mark.slow
+def test_tables_of_the_evidence_are_those_of_the_committed_files(drawn):
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    tables = [block.partition("```")[0].strip("\n").splitlines() for block in text.split("```\n")[1::2]]
+    tables = [lines for lines in tables if not lines[0].startswith("python ")]
+    assert len(tables) >= 8
+    printed = {line.rstrip() for output in drawn[1].values() for line in output.splitlines()}
+    for line in (line.rstrip() for lines in tables for line in lines):
+        assert line in printed, line
+
+
+@pytest.mark.parametrize("name", [name for files in SCRIPTS.values() for name in files])
+def test_files_say_how_they_were_made(name):
+    with (RESULTS / f"{name}.csv").open() as file:
+        command, versions, device = file.readline().split(" | ")
+    assert command.startswith(f"# python benchmarks/{name.split('_')[0]}.py") and "/tmp" not in command
+    assert "torch 2." in versions and "kondo-hooks" in versions and device
+    frame = pd.read_csv(RESULTS / f"{name}.csv", comment="#")
+    if "seed" in frame:
+        names = ("method", "signal", "gate", "setting", "init", "horizon", "tokens", "noise", "noisy")
+        assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == 5).all()
+
+
+def test_every_seed_tells_delight_from_random_rows_at_300_steps():
+    frame = pd.read_csv(RESULTS / "reversal.csv", comment="#")
+    error = frame[frame.step == 300].set_index(["method", "seed"]).error
+    assert (error["DG-K 10%"] < 0.05).all() and (error["random 10%"] > 0.15).all()
+
+
+def last(path, key, value="error"):
+    """The last ``value`` of each run, by ``key``."""
+    frame = pd.read_csv(path, comment="#")
+    return frame.groupby(key)[value].last()
+
+
+@pytest.mark.slow
+def test_reversal_is_learned_by_delight_and_not_by_random_rows(tmp_path):
+    run("benchmarks/reversal.py", "--quick", "--workers", "1", "--out", str(tmp_path))
+    error = last(tmp_path / "reversal.csv", "method")
+    assert error["DG-K 10%"] < 0.05 < 0.15 < error["random 10%"]
+    assert last(tmp_path / "reversal.csv", "method", "backward_rows").tolist() == [6000, 6000]
+
+
+@pytest.mark.slow
+def test_bandit_is_learned_by_delight_and_not_by_random_rows(tmp_path):
+    run("benchmarks/bandit.py", "--quick", "--workers", "2", "--out", str(tmp_path))
+    error = last(tmp_path / "bandit.csv", "method")
+    assert max(error["PG"], error["DG-K 3%"]) < 0.2 < 0.3 < error["random 3%"]
+    rows = last(tmp_path / "bandit.csv", "method", "backward_rows")
+    assert rows["PG"] == 80_000 and rows["DG-K 3%"] == rows["random 3%"] == 2_400
+    assert (tmp_path / "bandit.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_robustness_shows_what_the_gate_tolerates(tmp_path):
+    run("benchmarks/robustness.py", "--quick", "--workers", "1", "--out", str(tmp_path))
+    overlap = last(tmp_path / "robustness_screens.csv", "signal", "overlap")
+    assert overlap["bf16 copy"] > 0.9 and overlap["5 updates old"] > 0.6 and overlap["random rows"] < 0.3
+    gambling = last(tmp_path / "robustness_gambling.csv", "noisy", "gambles")
+    assert gambling["one arm"] > 0.6 > 0.4 > gambling["all arms"]
+    vocabulary = last(tmp_path / "robustness_vocabulary.csv", "method")
+    assert vocabulary["DG-K price 0"] < 0.3 < vocabulary["DG-K 3%"]
+
+
+@pytest.mark.slow
+def test_gradients_are_biased_where_they_should_be(tmp_path):
+    run("benchmarks/gradients.py", "--quick", "--workers", "1", "--out", str(tmp_path))
+    frame = pd.read_csv(tmp_path / "gradients.csv", comment="#").set_index(["step", "gate"])
+    assert (frame.xs("PG", level="gate").cos_pg > 0.999).all() and (frame.xs("DG", level="gate").cos_dg > 0.999).all()
+    assert (frame.xs("delight price 0", level="gate").cos_pg > frame.xs("delight 1%", level="gate").cos_pg).all()
+    excess = (frame.draw_bias / frame.draw_chance).groupby("gate").mean()
+    assert excess["delight drawn, unbiased"] < 3 < 6 < excess["delight drawn"]
+
+
+@pytest.mark.slow
+def test_llm_step_costs_its_kept_rows(tmp_path):
+    run("benchmarks/llm.py", "--quick", "--threads", "1", "--out", str(tmp_path))
+    frame = pd.read_csv(tmp_path / "llm.csv", comment="#")
+    batch = frame[frame.setting == "batch"].set_index("step")
+    assert batch.of_full["screen-first, 3%"] < 0.4 < batch.of_full["kondo-gate 0.1.0, 3%"]
+    assert batch.of_full["windowed, 3%"] < 0.85 * batch.of_full["kondo-gate 0.1.0, 3%"]
+    assert batch.peak_mb["screen-first, 3%"] < 0.5 * batch.peak_mb["full step"]
+    rows = {"full step": 64, "kondo-gate 0.1.0, 3%": 64, "gated, 3%": 8, "windowed, 3%": 2, "screen-first, 3%": 2}
+    assert {name: int(batch.rows[name]) for name in rows} == rows
+    assert (tmp_path / "llm.png").stat().st_size > 10_000
