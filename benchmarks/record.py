@@ -73,6 +73,8 @@ def collect(
 ) -> pd.DataFrame:
     """Run the tasks that the file at ``path`` does not hold yet, and append the rows of each as it ends.
 
+    Once all have run, the file's rows are put in the order of the tasks, whichever worker ended first.
+
     Args:
         tasks: frozen dataclasses of one class.
         work: a module's function from a task to its rows, without the task's own fields.
@@ -96,9 +98,7 @@ def collect(
         if strange := done - set(wanted):
             raise SystemExit(f"{path} holds runs that were not asked for, such as {min(strange)}: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    renewed = path.with_suffix(".part")
-    renewed.write_text(f"{first}\n{held}")
-    renewed.replace(path)
+    _replace(path, f"{first}\n{held}")
     remaining = [task for name, task in wanted.items() if name not in done]
     bar = tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0)
     with path.open("ab", buffering=0) as file, bar:  # a run's rows are one write: all of them are there, or none
@@ -109,7 +109,20 @@ def collect(
             file.write(frame.to_csv(index=False, header=not held, float_format=_FLOAT).encode())
             held = "its names are written"
             bar.update()
+    made, held = path.read_text().split("\n", 1)
+    names, *rows = held.splitlines(keepends=True)
+    places = {name: place for place, name in enumerate(wanted)}
+    of_rows = pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)
+    in_order = sorted(zip((places[name] for name in of_rows), rows, strict=True), key=lambda row: row[0])
+    _replace(path, f"{made}\n{names}{''.join(row for _, row in in_order)}")
     return read(path)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write all of a file, or nothing."""
+    renewed = path.with_suffix(".part")
+    renewed.write_text(text)
+    renewed.replace(path)
 
 
 def _results(tasks: list[Any], work: Callable[[Any], Rows], workers: int) -> Iterable[tuple[Any, Rows]]:

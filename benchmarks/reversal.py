@@ -223,6 +223,7 @@ def all_small(model: Decoder) -> None:
 
 
 INITS = {"unit embeddings": unit_embeddings, "all weights 0.02": all_small}
+INIT_STEPS = {"unit embeddings": 1000, "all weights 0.02": 3000}
 
 
 @dataclass
@@ -324,7 +325,9 @@ def tasks(args: Any) -> dict[str, list[Any]]:
     shapes = [(h, 2) for h in HORIZONS] + [(10, m) for m in VOCABULARIES if m != 2]
     return {
         "reversal": [Task(m, seed, steps=args.steps or STEPS[m]) for seed in seeds for m in METHODS],
-        "reversal_init": [InitTask(m, seed, steps=400, init=init) for seed in seeds for init in INITS for m in INIT],
+        "reversal_init": [
+            InitTask(m, seed, steps=INIT_STEPS[init], init=init) for seed in seeds for init in INITS for m in INIT
+        ],
         "reversal_difficulty": [
             Task(method, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for method in HARD
         ],
@@ -451,7 +454,7 @@ def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
 def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--steps", type=int, help="of every run of the curves; by default 400 to 3,000, see STEPS")
-    parser.add_argument("--budget", type=float, default=8.0, help="seconds for each run of the table of difficulty")
+    parser.add_argument("--budget", type=float, default=24.0, help="seconds for each run of the table of difficulty")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
     frames = {}

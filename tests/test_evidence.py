@@ -58,6 +58,15 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(record, tmp_path):
     assert path.read_text().partition("\n")[2] == before
 
 
+def test_rows_are_in_the_order_of_the_tasks(record, tmp_path):
+    def work(task):
+        return [{"error": task.noise + step} for step in (2, 1)]
+
+    record.collect(TASKS[1:], work, tmp_path / "runs.csv", workers=1)
+    frame = record.collect(TASKS, work, tmp_path / "runs.csv", workers=1)
+    assert frame.error.tolist() == [2, 1, 2.5, 1.5, 4, 3]
+
+
 def test_runs_that_were_not_asked_for_are_left_alone(record, tmp_path):
     path = tmp_path / "runs.csv"
     record.collect(TASKS, lambda task: [{"error": 0.0}], path, workers=1)
