@@ -180,8 +180,7 @@ METHODS: dict[str, Method] = {
         for rate in RATES
     },
 }
-STEPS = {name: 400 if name.split()[0] in CONTROLS else 600 for name in METHODS}
-STEPS |= {"PG": 3000, "DG-K 10%": 1000, "random 10%": 1000}
+STEPS = dict.fromkeys(METHODS, 600) | {"PG": 3000, "DG-K 10%": 1000, "random 10%": 1000}
 INIT = ("PG", "DG-K 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
 HARD = ("PG", "PPO", "DG", "DG-K 3%", "DG-K 10%", "DG-K 10%, screen-first", "random 10%")
@@ -453,7 +452,7 @@ def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = record.parser(__doc__)
-    parser.add_argument("--steps", type=int, help="of every run of the curves; by default 400 to 3,000, see STEPS")
+    parser.add_argument("--steps", type=int, help="of every run of the curves; by default 600 to 3,000, see STEPS")
     parser.add_argument("--budget", type=float, default=24.0, help="seconds for each run of the table of difficulty")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
