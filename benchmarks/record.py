@@ -94,7 +94,7 @@ def collect(
         made, held = path.read_text().split("\n", 1)
         if made.split(" | ")[1:] != first.split(" | ")[1:]:
             raise SystemExit(f"{path} was made elsewhere ({made.partition(' | ')[2]}): give another --out")
-        done = set(pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)) if held else done
+        done = set(_runs(path, key)) if held else done
         if strange := done - set(wanted):
             raise SystemExit(f"{path} holds runs that were not asked for, such as {min(strange)}: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +109,20 @@ def collect(
             file.write(frame.to_csv(index=False, header=not held, float_format=_FLOAT).encode())
             held = "its names are written"
             bar.update()
-    made, held = path.read_text().split("\n", 1)
-    names, *rows = held.splitlines(keepends=True)
-    places = {name: place for place, name in enumerate(wanted)}
-    of_rows = pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)
-    in_order = sorted(zip((places[name] for name in of_rows), rows, strict=True), key=lambda row: row[0])
-    _replace(path, f"{made}\n{names}{''.join(row for _, row in in_order)}")
+    _put_in_order(path, key, [*wanted])
     return read(path)
+
+
+def _runs(path: Path, key: list[str]) -> list[tuple[str, ...]]:
+    """Of each row the run that it belongs to, its fields as the file spells them."""
+    return [*pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)]
+
+
+def _put_in_order(path: Path, key: list[str], wanted: list[tuple[str, ...]]) -> None:
+    made, names, *rows = path.read_text().splitlines(keepends=True)
+    places = {run: place for place, run in enumerate(wanted)}
+    in_order = sorted(zip(_runs(path, key), rows, strict=True), key=lambda row: places[row[0]])
+    _replace(path, "".join([made, names, *(row for _, row in in_order)]))
 
 
 def _replace(path: Path, text: str) -> None:
