@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,15 +44,23 @@ def launch(module: str, ranks: int, argument: Any, timeout: float) -> list[Any]:
             if failed:
                 deadline = min(deadline, time.monotonic() + 5)  # the others may be waiting for it
             if time.monotonic() > deadline:
-                for process in started:
-                    process.kill()
-                    process.wait()
+                _end(started)
                 break
             time.sleep(0.05)
         if any(p.returncode for p in started):
             told = [f"--- rank {r} ({p.returncode}) {_last(folder, r)}" for r, p in enumerate(started)]
             raise RuntimeError(f"{module} on {ranks} ranks\n" + "\n".join(told))
         return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _end(started: list[subprocess.Popen]) -> None:
+    """Kill what still runs, once it has written to its log where it is."""
+    for process in started:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def _last(folder: str, rank: int) -> str:
@@ -70,7 +79,9 @@ if __name__ == "__main__":
 
     import torch.distributed as dist
 
-    faulthandler.dump_traceback_later(100)
+    # Not dump_traceback_later: it reads the frames of a thread that runs on, and can crash.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
 
     result = importlib.import_module(sys.argv[1]).main(json.loads(sys.argv[2]))
     Path(f"{sys.argv[3]}.json").write_text(json.dumps(result))
