@@ -10,6 +10,7 @@ on every batch all gates take their gradient, through ``kondo.gated`` and the us
 - bias: cosine and norm ratio of the gate's expected gradient to that of PG, whose batches are others. A mean of n
   batches is longer than its expectation, by the variance over n, which is taken off;
 - noise: standard deviation of a batch's gradient, in norms of the gate's expected gradient;
+- right: how many of the tokens that the gradient is made of are right;
 - for gates that draw: how far the mean over draws on one batch is from the batch's PG gradient, over how far it would
   be by chance were there no bias.
 """
@@ -23,7 +24,20 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import record
 import torch
-from reversal import CONTROLS, RATES, Batch, Decoder, Loss, Method, answers_logp, dg_loss, learn, pg_loss, sample
+from reversal import (
+    CONTROLS,
+    RATES,
+    TOKEN_RATES,
+    Batch,
+    Decoder,
+    Loss,
+    Method,
+    answers_logp,
+    dg_loss,
+    learn,
+    pg_loss,
+    sample,
+)
 from torch import Tensor
 
 import kondo_hooks as kondo
@@ -34,12 +48,13 @@ DRAWN = {"deterministic": False, "rate": 0.1, "temperature": 1.0}
 GATES: dict[str, dict[str, Any]] = {
     **{f"{name} {rate:.0%}": {"rate": rate, "priority": p} for name, p in PRIORITIES.items() for rate in RATES},
     "delight 10%, DG-weighted": {"rate": 0.1, "weight": "dg"},
-    "delight tokens 10%": {"rate": 0.1, "unit": "token"},
+    **{f"delight tokens {rate:.0%}": {"rate": rate, "unit": "token"} for rate in TOKEN_RATES},
     "delight price 0": {"price": 0.0},
     "random 10%, by kept": {"rate": 0.1, "priority": "uniform", "normalize": "kept"},
     "delight drawn": DRAWN,
     "delight drawn, unbiased": {**DRAWN, "unbiased": True},
 }
+FULL: dict[str, Loss] = {"PG": pg_loss, "DG": dg_loss}
 DRAWING = ("random 10%, by kept", "delight drawn", "delight drawn, unbiased")
 
 
@@ -79,6 +94,25 @@ class Sampled:
         return self.mean.square().sum().item() - self.variance / len(self.each)
 
 
+@dataclass
+class Taken:
+    """One gradient, how many rows ran with a graph for it, and the fraction of right tokens among those kept."""
+
+    gradient: Tensor
+    kept: int
+    right: float
+
+
+def take(model: Decoder, batch: Batch, name: str, seed: int = 0) -> Taken:
+    right = batch.right.float()
+    if name in FULL:
+        return Taken(gradient(model, batch, FULL[name]), len(right), right.mean().item())
+    with kondo.gated(model, **GATES[name], seed=seed) as gate:
+        own = gradient(model, batch)
+    kept = (gate.last.factors() != 0).view(len(right), -1).expand_as(right)  # of rows or of tokens
+    return Taken(own, gate.stats.forwarded, right[kept].mean().item())
+
+
 def look(model: Decoder, task: Task, step: int) -> record.Rows:
     """One row a gate."""
     generator = torch.Generator().manual_seed(10_000 * task.seed + step)
@@ -88,30 +122,28 @@ def look(model: Decoder, task: Task, step: int) -> record.Rows:
 
     wanted = Sampled(gradient(model, batch) for batch in draw(task.reference))
     batches = draw(task.batches)
-    pg, dg = ([gradient(model, batch, loss) for batch in batches] for loss in (pg_loss, dg_loss))
+    pg, dg = ([take(model, batch, name).gradient for batch in batches] for name in FULL)
+    first = 1000 * (100 * task.seed + CHECKPOINTS.index(step))
     rows = []
-    for name in ("PG", "DG", *GATES):
-        kept: list[int] = []
-
-        def take(batch: Batch, seed: int, name: str = name, kept: list[int] = kept) -> Tensor:
-            with kondo.gated(model, **GATES[name], seed=seed) as gate:
-                taken = gradient(model, batch)
-            kept.append(gate.stats.forwarded)
-            return taken
-
-        first = 1000 * (100 * task.seed + CHECKPOINTS.index(step))
-        full = {"PG": pg, "DG": dg}.get(name)
-        own = Sampled(full or [take(batch, first + i) for i, batch in enumerate(batches)])
-        row: dict[str, Any] = {"step": step, "gate": name, "kept": sum(kept) / len(kept) if kept else 100}
-        for of, exact in (("pg", pg), ("dg", dg)):
-            row[f"cos_{of}"] = sum(map(cosine, own.each, exact)) / len(exact)
-            row[f"norm_{of}"] = sum((a.norm() / b.norm()).item() for a, b in zip(own.each, exact, strict=True)) / len(
-                exact
-            )
+    for name in (*FULL, *GATES):
+        taken = [take(model, batch, name, first + i) for i, batch in enumerate(batches)]
+        own = Sampled(one.gradient for one in taken)
+        looks = [
+            {
+                "kept": one.kept,
+                "right": one.right,
+                "cos_pg": cosine(one.gradient, of_pg),
+                "norm_pg": (one.gradient.norm() / of_pg.norm()).item(),
+                "cos_dg": cosine(one.gradient, of_dg),
+                "norm_dg": (one.gradient.norm() / of_dg.norm()).item(),
+            }
+            for one, of_pg, of_dg in zip(taken, pg, dg, strict=True)
+        ]
+        row: dict[str, Any] = {"step": step, "gate": name, **pd.DataFrame(looks).mean()}
         row |= {"dot": (own.mean @ wanted.mean).item(), "square": own.square, "square_pg": wanted.square}
         row |= {"variance": own.variance, "draw_bias": float("nan"), "draw_chance": float("nan")}
         if name in DRAWING:
-            drawn = Sampled(take(batches[0], first + 500 + i) for i in range(task.draws))
+            drawn = Sampled(take(model, batches[0], name, first + 500 + i).gradient for i in range(task.draws))
             row["draw_bias"] = ((drawn.mean - pg[0]).norm() / pg[0].norm()).item()
             row["draw_chance"] = (drawn.variance / len(drawn.each)) ** 0.5 / pg[0].norm().item()
         rows.append(row)
@@ -153,7 +185,8 @@ def report(frame: pd.DataFrame) -> None:
     pooled = expectation(frame)
     for step, own in frame.groupby("step"):
         at = own.groupby("gate", sort=False)
-        table = pd.DataFrame({"kept": at.kept.mean().map("{:.0f}".format)})
+        kept, right = at.kept.mean().map("{:.0f}".format), (100 * at.right.mean()).map("{:.0f}".format)
+        table = pd.DataFrame({"kept": kept, "right %": right})
         for name, label in COLUMNS.items():
             table[label] = at[name].apply(record.spread, form="{:.2f}")
         told = pooled.loc[step].round({"cosine": 2, "norm": 2, "noise": 1})

@@ -34,9 +34,9 @@ Rows = list[dict[str, Any]]
 _FLOAT = "%.5g"
 
 
-def _cell(value: Any) -> str:
-    """What a CSV holds of a task's field."""
-    return _FLOAT % value if isinstance(value, float) else str(value)
+def _name(task: Any) -> tuple[str, ...]:
+    """A task's fields as a CSV spells them."""
+    return tuple(_FLOAT % value if isinstance(value, float) else str(value) for value in asdict(task).values())
 
 
 def parser(doc: str, seeds: int = 5) -> argparse.ArgumentParser:
@@ -71,9 +71,10 @@ def read(path: Path) -> pd.DataFrame:
 def collect(
     tasks: Sequence[Any], work: Callable[[Any], Rows], path: Path, workers: int, packages: Iterable[str] = ()
 ) -> pd.DataFrame:
-    """Run the tasks that the file at ``path`` does not hold yet, and append the rows of each as it ends.
+    """Run the tasks that the file at ``path`` does not hold yet, and add the rows of each as it ends.
 
-    Once all have run, the file's rows are put in the order of the tasks, whichever worker ended first.
+    The file is replaced as a whole, so that all rows of a run are in it or none, and holds its runs in the order of the
+    tasks, whichever worker ended first.
 
     Args:
         tasks: frozen dataclasses of one class.
@@ -85,51 +86,40 @@ def collect(
     Raises:
         SystemExit: if the file holds runs that were not asked for, or was made with other versions or on another
             device; it is left alone.
+        ValueError: if a run leaves no rows, or rows with other columns than the runs before it.
     """
-    key = [field.name for field in fields(tasks[0])]
-    wanted = {tuple(map(_cell, asdict(task).values())): task for task in tasks}
-    done: set[tuple[str, ...]] = set()
-    first, held = header(*packages), ""
+    wanted = {_name(task): task for task in tasks}
+    first, columns, runs = header(*packages), "", dict[tuple[str, ...], str]()
     if path.exists():
-        made, held = path.read_text().split("\n", 1)
+        made, columns, runs = _held(path, [field.name for field in fields(tasks[0])])
         if made.split(" | ")[1:] != first.split(" | ")[1:]:
             raise SystemExit(f"{path} was made elsewhere ({made.partition(' | ')[2]}): give another --out")
-        done = set(_runs(path, key)) if held else done
-        if strange := done - set(wanted):
+        if strange := set(runs) - set(wanted):
             raise SystemExit(f"{path} holds runs that were not asked for, such as {min(strange)}: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, f"{first}\n{held}")
-    remaining = [task for name, task in wanted.items() if name not in done]
-    bar = tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0)
-    with path.open("ab", buffering=0) as file, bar:  # a run's rows are one write: all of them are there, or none
+    remaining = [task for name, task in wanted.items() if name not in runs]
+    with tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0) as bar:
         for task, rows in _results(remaining, work, workers):
-            if not rows:
-                raise ValueError(f"{task} left no rows")
             frame = pd.DataFrame([{**asdict(task), **row} for row in rows])
-            file.write(frame.to_csv(index=False, header=not held, float_format=_FLOAT).encode())
-            held = "its names are written"
+            names, _, text = frame.to_csv(index=False, float_format=_FLOAT, lineterminator="\n").partition("\n")
+            if not rows or names != (columns or names):
+                raise ValueError(f"{task} left {len(rows)} rows of {names}, where the file has {columns}")
+            columns, runs[_name(task)] = names, text
+            renewed = path.with_suffix(".part")
+            renewed.write_text("".join([f"{first}\n{columns}\n", *(runs[name] for name in wanted if name in runs)]))
+            renewed.replace(path)
             bar.update()
-    _put_in_order(path, key, [*wanted])
     return read(path)
 
 
-def _runs(path: Path, key: list[str]) -> list[tuple[str, ...]]:
-    """Of each row the run that it belongs to, its fields as the file spells them."""
-    return [*pd.read_csv(path, comment="#", dtype=str)[key].itertuples(index=False, name=None)]
-
-
-def _put_in_order(path: Path, key: list[str], wanted: list[tuple[str, ...]]) -> None:
-    made, names, *rows = path.read_text().splitlines(keepends=True)
-    places = {run: place for place, run in enumerate(wanted)}
-    in_order = sorted(zip(_runs(path, key), rows, strict=True), key=lambda row: places[row[0]])
-    _replace(path, "".join([made, names, *(row for _, row in in_order)]))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write all of a file, or nothing."""
-    renewed = path.with_suffix(".part")
-    renewed.write_text(text)
-    renewed.replace(path)
+def _held(path: Path, key: list[str]) -> tuple[str, str, dict[tuple[str, ...], str]]:
+    """A file's first line, its columns, and the lines of each run."""
+    made, columns, *lines = path.read_text().splitlines(keepends=True)
+    frame = pd.read_csv(path, comment="#", dtype=str, keep_default_na=False)
+    runs: dict[tuple[str, ...], str] = {}
+    for name, line in zip(frame[key].itertuples(index=False, name=None), lines, strict=True):
+        runs[name] = runs.get(name, "") + line
+    return made.rstrip("\n"), columns.rstrip("\n"), runs
 
 
 def _results(tasks: list[Any], work: Callable[[Any], Rows], workers: int) -> Iterable[tuple[Any, Rows]]:

@@ -155,9 +155,9 @@ def last(path, key, value="error"):
 @pytest.mark.slow
 def test_reversal_is_learned_by_delight_and_not_by_random_rows(tmp_path):
     run("benchmarks/reversal.py", "--quick", "--workers", "1", "--out", str(tmp_path))
-    error = last(tmp_path / "reversal.csv", "method")
+    error = last(tmp_path / "reversal_init.csv", "method")
     assert error["DG-K 10%"] < 0.05 < 0.15 < error["random 10%"]
-    assert last(tmp_path / "reversal.csv", "method", "backward_rows").tolist() == [6000, 6000]
+    assert last(tmp_path / "reversal_init.csv", "method", "backward_rows").tolist() == [6000, 6000]
 
 
 @pytest.mark.slow
