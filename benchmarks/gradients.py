@@ -10,7 +10,7 @@ on every batch all gates take their gradient, through ``kondo.gated`` and the us
 - bias: cosine and norm ratio of the gate's expected gradient to that of PG, whose batches are others. A mean of n
   batches is longer than its expectation, by the variance over n, which is taken off;
 - noise: standard deviation of a batch's gradient, in norms of the gate's expected gradient;
-- right: how many of the tokens that the gradient is made of are right;
+- right, likely: of the tokens that the gradient is made of, how many are right, and their mean probability;
 - for gates that draw: how far the mean over draws on one batch is from the batch's PG gradient, over how far it would
   be by chance were there no bias.
 """
@@ -32,11 +32,13 @@ from reversal import (
     Decoder,
     Loss,
     Method,
+    Weights,
     answers_logp,
     dg_loss,
     learn,
     pg_loss,
     sample,
+    snapshot,
 )
 from torch import Tensor
 
@@ -64,8 +66,8 @@ class Task:
 
     seed: int
     steps: int = CHECKPOINTS[-1]
-    batches: int = 12
-    reference: int = 50
+    batches: int = 24
+    reference: int = 100
     draws: int = 20
 
 
@@ -96,21 +98,31 @@ class Sampled:
 
 @dataclass
 class Taken:
-    """One gradient, how many rows ran with a graph for it, and the fraction of right tokens among those kept."""
+    """One gradient, and what it is made of.
+
+    Attributes:
+        gradient: (P,).
+        rows: how many ran with a graph.
+        right: fraction of right tokens among those kept.
+        probability: mean probability of those kept, as sampled.
+    """
 
     gradient: Tensor
-    kept: int
+    rows: int
     right: float
+    probability: float
 
 
 def take(model: Decoder, batch: Batch, name: str, seed: int = 0) -> Taken:
-    right = batch.right.float()
+    rows, kept = len(batch.right), torch.ones_like(batch.right)
     if name in FULL:
-        return Taken(gradient(model, batch, FULL[name]), len(right), right.mean().item())
-    with kondo.gated(model, **GATES[name], seed=seed) as gate:
-        own = gradient(model, batch)
-    kept = (gate.last.factors() != 0).view(len(right), -1).expand_as(right)  # of rows or of tokens
-    return Taken(own, gate.stats.forwarded, right[kept].mean().item())
+        own = gradient(model, batch, FULL[name])
+    else:
+        with kondo.gated(model, **GATES[name], seed=seed) as gate:
+            own = gradient(model, batch)
+        kept = (gate.last.factors() != 0).view(rows, -1).expand_as(kept)  # of rows or of tokens
+        rows = gate.stats.forwarded
+    return Taken(own, rows, batch.right[kept].float().mean().item(), batch.logp[kept].exp().mean().item())
 
 
 def look(model: Decoder, task: Task, step: int) -> record.Rows:
@@ -130,14 +142,16 @@ def look(model: Decoder, task: Task, step: int) -> record.Rows:
         own = Sampled(one.gradient for one in taken)
         looks = [
             {
-                "kept": one.kept,
+                "kept": one.rows,
                 "right": one.right,
+                "probability": one.probability,
                 "cos_pg": cosine(one.gradient, of_pg),
                 "norm_pg": (one.gradient.norm() / of_pg.norm()).item(),
                 "cos_dg": cosine(one.gradient, of_dg),
                 "norm_dg": (one.gradient.norm() / of_dg.norm()).item(),
             }
             for one, of_pg, of_dg in zip(taken, pg, dg, strict=True)
+            if of_pg.any()  # once the task is learned, some batches teach nothing
         ]
         row: dict[str, Any] = {"step": step, "gate": name, **pd.DataFrame(looks).mean()}
         row |= {"dot": (own.mean @ wanted.mean).item(), "square": own.square, "square_pg": wanted.square}
@@ -151,12 +165,11 @@ def look(model: Decoder, task: Task, step: int) -> record.Rows:
 
 
 def measure(task: Task) -> record.Rows:
-    checkpoints: dict[int, tuple[float, dict[str, Tensor]]] = {}
+    checkpoints: dict[int, tuple[float, Weights]] = {}
 
     def probe(step: int, model: Decoder, batch: Batch) -> None:
         if step - 1 in CHECKPOINTS:
-            weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            checkpoints[step - 1] = 1 - batch.rewards.mean().item(), weights
+            checkpoints[step - 1] = 1 - batch.rewards.mean().item(), snapshot(model)
 
     learn(Method({"rate": 0.1}), task.seed, steps=task.steps + 1, probe=probe)
     rows: record.Rows = []
@@ -171,10 +184,12 @@ COLUMNS = {"cos_pg": "cosine to PG", "cos_dg": "to DG", "norm_pg": "norm / PG", 
 
 
 def expectation(frame: pd.DataFrame) -> pd.DataFrame:
-    """Bias and noise of each gate at each checkpoint, pooled over seeds; NaN where noise is all there is."""
+    """Bias and noise of each gate at each checkpoint, pooled over seeds; NaN where noise is all there is, as an
+    impossible cosine tells, too."""
     means = frame.groupby(["step", "gate"], sort=False)[["dot", "square", "square_pg", "variance"]].mean()
     length, wanted = means["square"].clip(lower=0).pow(0.5), means.square_pg.clip(lower=0).pow(0.5)
-    told = means[[]].assign(cosine=means["dot"] / (length * wanted), norm=length / wanted)
+    cosine = means["dot"] / (length * wanted)
+    told = means[[]].assign(cosine=cosine.where(cosine.abs() < 1.1), norm=length / wanted)
     return told.assign(noise=means.variance.pow(0.5) / length).replace([float("inf"), -float("inf")], float("nan"))
 
 
@@ -185,8 +200,8 @@ def report(frame: pd.DataFrame) -> None:
     pooled = expectation(frame)
     for step, own in frame.groupby("step"):
         at = own.groupby("gate", sort=False)
-        kept, right = at.kept.mean().map("{:.0f}".format), (100 * at.right.mean()).map("{:.0f}".format)
-        table = pd.DataFrame({"kept": kept, "right %": right})
+        made_of = {"kept": at.kept.mean(), "right %": 100 * at.right.mean(), "likely %": 100 * at.probability.mean()}
+        table = pd.DataFrame(made_of).map("{:.0f}".format)
         for name, label in COLUMNS.items():
             table[label] = at[name].apply(record.spread, form="{:.2f}")
         told = pooled.loc[step].round({"cosine": 2, "norm": 2, "noise": 1})

@@ -1,6 +1,7 @@
 """What the gate saves of a GRPO step on a Llama-like model: of the learner's step, and end to end with generation.
 
     python benchmarks/llm.py                                   # on a GPU where there is one
+    python benchmarks/llm.py --rounds 20                       # adds rounds to what is there
     python benchmarks/llm.py --quick                           # a tiny model
     python benchmarks/llm.py --draw --out benchmarks/results   # the table and the picture of what is committed
 
@@ -11,47 +12,46 @@ the loss is clipped and a mean over the tokens of the batch. The learner's step 
 one AdamW update, at a learning rate of 0: this is about cost, and so all variants meet the same policy.
 
 All variants take turns within a round, in random order, on the same answers. In each turn the variant generates them
-again, inside its own open gate, so that what an open gate costs a sampler is in the end-to-end ratio. Medians are over
-rounds. "rows" are those that ran with a graph. The floor is a no-grad forward of each micro-batch, the loss on its
-outputs, and one forward and backward of the kept rows, with nothing of ours in them. "peak_mb" is on a GPU the most
-that was allocated during the learner's step above what was held before it, and on a CPU the most that autograd held for
-backwards (``torch.autograd.graph.saved_tensors_hooks``), without parameters, and what waited for the end of a window.
-"of_floor" is blank where other rows are run than the floor's. "windowed" takes all micro-batches as one
-population, replayed in passes of a micro-batch's size.
+again, inside its own open gate, so that what an open gate costs a sampler is in the end-to-end ratio. The file holds
+every round; the table has medians over rounds and, in brackets, the lowest and the highest. "rows" are those that ran
+with a graph; "tokens/s" counts the answers' tokens of the whole batch, dropped ones too. The floor is a no-grad forward
+of each micro-batch, the loss on its outputs, and one forward and backward of the kept rows, with nothing of ours in
+them; "of floor" is blank where other rows are run than the floor's. "peak MB" is on a GPU the most that was allocated
+during the learner's step above what was held before it, and on a CPU the most that autograd held for backwards
+(``torch.autograd.graph.saved_tensors_hooks``), without parameters, and what waited for the end of a window. "windowed"
+takes all micro-batches as one population, replayed in passes of a micro-batch's size.
 
 Where the gate pays little stands in the table too: at a rate of 50%, and in the second setting, a single micro-batch
 of 8, of which 3% is still one row, and in which sampling takes longer than learning.
 """
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import kondo_gate
+import matplotlib.pyplot as plt
 import pandas as pd
 import record
 import torch
 from step import saved_bytes
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kondo_hooks as kondo
 
 FULL, PEER, FLOOR = "full step", "kondo-gate 0.1.0, 3%", "floor, 3%"
 GROUP = 8
-SETTLED = ["setting", "parameters", "batch", "micro_batch", "prompt", "completion"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A model and the batch that it learns from."""
+class Task:
+    """A model, the batch that it learns from, and a round: one turn of each variant."""
 
     setting: str
     vocabulary: int
@@ -63,19 +63,20 @@ class Setting:
     micro_batch: int
     prompt: int
     completion: int
+    round: int = 0
 
     @property
     def window(self) -> int:
         return self.batch // self.micro_batch
 
 
-def settings(cuda: bool, quick: bool) -> list[Setting]:
+def settings(cuda: bool, quick: bool) -> list[Task]:
     if quick:
-        batch = Setting("batch", 500, 128, 344, 4, 4, batch=64, micro_batch=8, prompt=16, completion=16)
+        batch = Task("batch", 500, 128, 344, 4, 4, batch=64, micro_batch=8, prompt=16, completion=16)
     elif cuda:
-        batch = Setting("batch", 16_000, 768, 2048, 12, 12, batch=256, micro_batch=32, prompt=64, completion=192)
+        batch = Task("batch", 16_000, 768, 2048, 12, 12, batch=256, micro_batch=32, prompt=64, completion=192)
     else:
-        batch = Setting("batch", 4000, 320, 864, 6, 5, batch=64, micro_batch=8, prompt=16, completion=48)
+        batch = Task("batch", 4000, 320, 864, 6, 5, batch=64, micro_batch=8, prompt=16, completion=48)
     return [batch, replace(batch, setting="small batch", batch=GROUP, micro_batch=GROUP)]
 
 
@@ -120,8 +121,8 @@ Learn = Callable[[Answers], None]
 class Work:
     """A model, its sampler, and the ways to learn from what it samples; each leaves its gradients in ``.grad``."""
 
-    def __init__(self, setting: Setting, device: torch.device):
-        self.setting, self.device = setting, device
+    def __init__(self, setting: Task):
+        self.setting, self.device = setting, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=setting.vocabulary,
@@ -133,11 +134,11 @@ class Work:
             bos_token_id=None,
             eos_token_id=None,  # every answer is sampled to its full length
         )
-        self.model = LlamaForCausalLM(config).to(device)
-        if device.type == "cuda":
+        self.model = LlamaForCausalLM(config).to(self.device)
+        if self.device.type == "cuda":
             self.model.to(torch.bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
-        prompts = torch.randint(setting.vocabulary, (setting.batch // GROUP, setting.prompt), device=device)
+        prompts = torch.randint(setting.vocabulary, (setting.batch // GROUP, setting.prompt), device=self.device)
         self.prompts = prompts.repeat_interleave(GROUP, 0)
 
     def clock(self) -> float:
@@ -252,7 +253,7 @@ def variants(work: Work) -> dict[str, Variant]:
 
 
 def turn(work: Work, variant: Variant, seed: int) -> dict[str, float]:
-    """Sample and learn once."""
+    """Sample and learn once: seconds, rows with a graph, and on a GPU the bytes that were allocated at most."""
     cuda, rows, held, peak = work.device.type == "cuda", variant.rows, 0, 0
     with variant.context():
         before = variant.gate.stats.forwarded if variant.gate else 0
@@ -268,43 +269,11 @@ def turn(work: Work, variant: Variant, seed: int) -> dict[str, float]:
             peak = torch.cuda.max_memory_allocated() - held
         if variant.gate:
             rows = variant.gate.stats.forwarded - before
-    return {"generation": sampled - start, "learner": end - sampled, "all": end - start, "rows": rows, "peak": peak}
-
-
-def measure(work: Work, chosen: dict[str, Variant], rounds: int, bar: tqdm) -> record.Rows:
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    order, shuffle = list(chosen), random.Random(0).shuffle
-    for i in range(rounds + 1):
-        shuffle(order)  # what ran before leaves its mark on the allocator and the caches
-        for name in order:
-            turned = turn(work, chosen[name], seed=i)
-            if i:
-                turns[name].append(turned)
-            bar.update()
-    frames = {name: pd.DataFrame(each) for name, each in turns.items()}
-    setting, full, floor = work.setting, frames[FULL], frames[FLOOR]
-    settled = vars(setting) | {"parameters": sum(p.numel() for p in work.model.parameters())}
-    rows = []
-    for name, frame in frames.items():
-        learner, alike = frame.learner.median(), frame.rows.median() == floor.rows.median()
-        rows.append(
-            {column: settled[column] for column in SETTLED}
-            | {
-                "step": name,
-                "rows": int(frame.rows.median()),
-                "learner_ms": 1000 * learner,
-                "of_full": (frame.learner / full.learner).median(),
-                "of_floor": (frame.learner / floor.learner).median() if alike else float("nan"),
-                "tokens_per_s": setting.batch * (setting.prompt + setting.completion) / learner,
-                "generation_ms": 1000 * frame.generation.median(),
-                "end_to_end_of_full": (frame["all"] / full["all"]).median(),
-                "peak_mb": (frame.peak.max() or saved(work, chosen[name])) / 2**20,
-            }
-        )
-    return rows
+    return {"rows": rows, "generation": sampled - start, "learner": end - sampled, "peak": peak}
 
 
 def saved(work: Work, variant: Variant) -> int:
+    """Bytes that one learner's step holds at most for backwards."""
     parameters = {p.untyped_storage().data_ptr() for p in work.model.parameters()}
     with variant.context():
         answers = work.sample(0)
@@ -312,57 +281,104 @@ def saved(work: Work, variant: Variant) -> int:
     return most + (variant.gate.stats.waiting_bytes if variant.gate else 0)
 
 
-def show(path: Path) -> None:
-    """Print the table, and draw it beside the CSV."""
-    table, head = record.read(path), path.read_text().partition("\n")[0].removeprefix("# ")
-    print(head)
-    figure, axes = record.plt.subplots(1, table.setting.nunique(), figsize=(12, 4.8), sharex=True, squeeze=False)
-    for axis, (settled, rows) in zip(axes.flat, table.groupby(SETTLED, sort=False), strict=True):
-        setting, parameters, batch, micro, prompt, completion = settled
-        title = f"{setting}: {batch // micro} x {micro} answers of {prompt} + {completion} tokens"
-        numbers = rows.drop(columns=SETTLED).rename(columns={"end_to_end_of_full": "end_to_end"})
-        digits = {"learner_ms": 1, "of_full": 3, "of_floor": 3, "tokens_per_s": 0, "generation_ms": 1, "end_to_end": 3}
-        record.print_table(numbers.round(digits | {"peak_mb": 1}), f"{title}, {parameters / 1e6:.1f}M parameters")
-        at = range(len(rows))
-        axis.barh([y - 0.2 for y in at], rows.of_full, 0.4, label="learner's step", color="tab:red")
-        axis.barh([y + 0.2 for y in at], rows.end_to_end_of_full, 0.4, label="with generation", color="tab:blue")
-        axis.axvline(rows[rows.step == FLOOR].of_full.item(), color="black", ls=":", lw=1, label="floor of the learner")
+@cache
+def prepared(setting: Task) -> tuple[Work, dict[str, Variant], dict[str, int]]:
+    """The variants after a first turn that is not measured, and what each then holds for backwards."""
+    work = Work(setting)
+    chosen = variants(work)
+    for variant in chosen.values():
+        turn(work, variant, seed=0)
+    return work, chosen, {name: saved(work, variant) for name, variant in chosen.items()}
+
+
+def measure(task: Task) -> record.Rows:
+    """One row a variant."""
+    work, chosen, held = prepared(replace(task, round=0))
+    order = [*chosen]
+    random.Random(task.round).shuffle(order)  # what ran before leaves its mark on the allocator and the caches
+    turns = {name: turn(work, chosen[name], seed=task.round) for name in order}
+    parameters = sum(p.numel() for p in work.model.parameters())
+    return [
+        {"parameters": parameters, "step": name, **turns[name], "peak": turns[name]["peak"] or held[name]}
+        for name in chosen
+    ]
+
+
+def ratios(turns: pd.DataFrame, phase: str, of: str) -> pd.DataFrame:
+    """(rounds, variants) seconds over those of one variant in the same round."""
+    seconds = turns.pivot(index="round", columns="step", values=phase)
+    return seconds.div(seconds[of], axis=0)
+
+
+def middle(values: "pd.Series[float]") -> str:
+    return f"{values.median():.3f} ({values.min():.2f}-{values.max():.2f})"
+
+
+def report(turns: pd.DataFrame) -> None:
+    """Print the table of one setting."""
+    of_full, of_floor = (ratios(turns, "learner", of) for of in (FULL, FLOOR))
+    end_to_end, rows = ratios(turns, "all", FULL), turns.groupby("step").rows.median()
+    table = []
+    for name, own in turns.groupby("step", sort=False):
+        table.append(
+            {
+                "step": name,
+                "rows": f"{rows[name]:.0f}",
+                "learner ms": f"{1000 * own.learner.median():.0f}",
+                "of full": middle(of_full[name]),
+                "of floor": middle(of_floor[name]) if rows[name] == rows[FLOOR] else "-",
+                "tokens/s": f"{(own.batch * own.completion / own.learner).median():,.0f}",
+                "generation ms": f"{1000 * own.generation.median():.0f}",
+                "end to end": middle(end_to_end[name]),
+                "peak MB": f"{own.peak.max() / 2**20:.1f}",
+            }
+        )
+    record.print_table(table, f"{title(turns)}, {turns.parameters.iloc[0] / 1e6:.1f}M parameters")
+
+
+def title(turns: pd.DataFrame) -> str:
+    one = turns.iloc[0]
+    passes = one.batch // one.micro_batch
+    return f"{one.setting}: {passes} x {one.micro_batch} answers of {one.prompt} + {one.completion} tokens"
+
+
+def draw(frame: pd.DataFrame, device: str, path: Path) -> None:
+    figure, axes = plt.subplots(1, frame.setting.nunique(), figsize=(12, 4.8), sharex=True, squeeze=False)
+    for axis, (_, turns) in zip(axes.flat, frame.groupby("setting", sort=False), strict=True):
+        names = [*turns.step.unique()]
+        bars = {"learner": ("learner's step", "tab:red"), "all": ("with generation", "tab:blue")}
+        for shift, (phase, (label, color)) in zip((-0.2, 0.2), bars.items(), strict=True):
+            of_full = ratios(turns, phase, FULL)[names]
+            at, low, high = of_full.median(), of_full.min(), of_full.max()
+            places = [place + shift for place in range(len(names))]
+            axis.barh(places, at, 0.4, xerr=(at - low, high - at), error_kw={"lw": 0.8}, label=label, color=color)
+        floor = ratios(turns, "learner", FULL)[FLOOR].median()
+        axis.axvline(floor, color="black", ls=":", lw=1, label="floor of the learner")
         axis.axvline(1, color="gray", lw=0.8)
-        axis.set(yticks=at, yticklabels=rows.step, xlabel="time, full step = 1")
-        axis.set_title(title, fontsize=9)
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="time, full step = 1")
+        axis.set_title(title(turns), fontsize=9)
         axis.invert_yaxis()
     axes[0, 0].legend(loc="lower right", fontsize=8)
-    name = f"{table.parameters[0] / 1e6:.0f}M parameters on {head.split(' | ')[-1]}"
-    figure.suptitle(f"GRPO step, {name}", fontsize=10)
-    record.save(figure, path.with_suffix(".png"))
+    figure.suptitle(f"GRPO step, {frame.parameters[0] / 1e6:.0f}M parameters on {device}", fontsize=10)
+    record.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, seeded=False)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="a small run that shows the main orderings, in a minute")
-    parser.add_argument("--draw", action="store_true", help="print and draw from the file in --out, and run nothing")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the CSV file and the picture")
     args = parser.parse_args()
-    path = args.out / "llm.csv"
+    path, rounds = args.out / "llm.csv", 3 if args.quick else args.rounds
     if not args.draw:
-        torch.set_num_threads(args.threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(f"{record.device_name()}, {torch.get_num_threads()} threads")
-        rounds = min(args.rounds, 3) if args.quick else args.rounds
-        works = [Work(setting, device) for setting in settings(device.type == "cuda", args.quick)]
-        rows: record.Rows = []
-        chosen = [variants(work) for work in works]
-        with tqdm(total=(rounds + 1) * sum(map(len, chosen)), unit="turn", smoothing=0) as bar:
-            for work, of_work in zip(works, chosen, strict=True):
-                bar.set_description(work.setting.setting)
-                rows += measure(work, of_work, rounds, bar)
-        args.out.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            file.write(f"{record.header('transformers', 'kondo-gate')}, {args.threads} threads\n")
-            pd.DataFrame(rows).to_csv(file, index=False, float_format="%.5g")
-    show(path)
+        chosen = settings(torch.cuda.is_available(), args.quick)
+        tasks = [replace(setting, round=i + 1) for setting in chosen for i in range(rounds)]
+        record.collect(tasks, measure, path, 1, ["transformers", "kondo-gate"], args.threads)
+    frame = record.read(path).assign(all=lambda turns: turns.learner + turns.generation)
+    head = path.read_text().partition("\n")[0].removeprefix("# ")
+    print(head)
+    for _, turns in frame.groupby("setting", sort=False):
+        report(turns)
+    draw(frame, head.split(" | ")[-1], path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ def _name(task: Any) -> tuple[str, ...]:
     return tuple(_FLOAT % value if isinstance(value, float) else str(value) for value in asdict(task).values())
 
 
-def parser(doc: str, seeds: int = 5) -> argparse.ArgumentParser:
-    """The options that every evidence script has."""
+def parser(doc: str, seeded: bool = True) -> argparse.ArgumentParser:
+    """The options that the evidence scripts share; ``seeded`` runs are one for each seed, several at a time."""
     parsed = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parsed.add_argument("--seeds", type=int, default=seeds)
-    parsed.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    if seeded:
+        parsed.add_argument("--seeds", type=int, default=5)
+        parsed.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parsed.add_argument("--quick", action="store_true", help="a small run that shows the main orderings, in a minute")
     parsed.add_argument("--draw", action="store_true", help="print and draw from the files in --out, and run nothing")
     parsed.add_argument("--out", type=Path, default=Path("out"), help="folder of the CSV files and pictures")
@@ -58,18 +59,26 @@ def device_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def header(*packages: str) -> str:
+def header(packages: Iterable[str] = (), threads: int = 1) -> str:
     """The command, the versions and the device, as the first line of a CSV."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "kondo-hooks", *packages))
-    return f"# python {shlex.join(sys.argv)} | {versions} | {device_name()}"
+    device = device_name() if threads == 1 else f"{device_name()}, {threads} threads"
+    return f"# python {shlex.join(sys.argv)} | {versions} | {device}"
 
 
 def read(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: run without --draw first")
     return pd.read_csv(path, comment="#", keep_default_na=False, na_values=[""])
 
 
 def collect(
-    tasks: Sequence[Any], work: Callable[[Any], Rows], path: Path, workers: int, packages: Iterable[str] = ()
+    tasks: Sequence[Any],
+    work: Callable[[Any], Rows],
+    path: Path,
+    workers: int,
+    packages: Iterable[str] = (),
+    threads: int = 1,
 ) -> pd.DataFrame:
     """Run the tasks that the file at ``path`` does not hold yet, and add the rows of each as it ends.
 
@@ -82,6 +91,7 @@ def collect(
         path: the CSV.
         workers: processes; with 1 the tasks run in this one.
         packages: further packages whose versions matter.
+        threads: of torch, in each process.
 
     Raises:
         SystemExit: if the file holds runs that were not asked for, or was made with other versions or on another
@@ -89,7 +99,7 @@ def collect(
         ValueError: if a run leaves no rows, or rows with other columns than the runs before it.
     """
     wanted = {_name(task): task for task in tasks}
-    first, columns, runs = header(*packages), "", dict[tuple[str, ...], str]()
+    first, columns, runs = header(packages, threads), "", dict[tuple[str, ...], str]()
     if path.exists():
         made, columns, runs = _held(path, [field.name for field in fields(tasks[0])])
         if made.split(" | ")[1:] != first.split(" | ")[1:]:
@@ -99,7 +109,7 @@ def collect(
     path.parent.mkdir(parents=True, exist_ok=True)
     remaining = [task for name, task in wanted.items() if name not in runs]
     with tqdm(total=len(remaining), desc=path.stem, unit="run", smoothing=0) as bar:
-        for task, rows in _results(remaining, work, workers):
+        for task, rows in _results(remaining, work, workers, threads):
             frame = pd.DataFrame([{**asdict(task), **row} for row in rows])
             names, _, text = frame.to_csv(index=False, float_format=_FLOAT, lineterminator="\n").partition("\n")
             if not rows or names != (columns or names):
@@ -112,6 +122,26 @@ def collect(
     return read(path)
 
 
+def collect_each(
+    files: dict[str, tuple[Callable[[Any], Rows], Sequence[Any]]], args: argparse.Namespace
+) -> dict[str, pd.DataFrame]:
+    """Collect the files that were asked for, each a work and its tasks by the file's name, and read those that exist.
+
+    Raises:
+        SystemExit: as :func:`collect`, and if there is nothing to read.
+    """
+    frames = {}
+    for name, (work, tasks) in files.items():
+        path = args.out / f"{name}.csv"
+        if not args.draw and args.only in (None, name):
+            collect(tasks, work, path, args.workers)
+        if path.exists():
+            frames[name] = read(path)
+    if not frames:
+        raise SystemExit(f"{args.out} holds none of {', '.join(files)}: run without --draw first")
+    return frames
+
+
 def _held(path: Path, key: list[str]) -> tuple[str, str, dict[tuple[str, ...], str]]:
     """A file's first line, its columns, and the lines of each run."""
     made, columns, *lines = path.read_text().splitlines(keepends=True)
@@ -122,13 +152,17 @@ def _held(path: Path, key: list[str]) -> tuple[str, str, dict[tuple[str, ...], s
     return made.rstrip("\n"), columns.rstrip("\n"), runs
 
 
-def _results(tasks: list[Any], work: Callable[[Any], Rows], workers: int) -> Iterable[tuple[Any, Rows]]:
+def _results(tasks: list[Any], work: Callable[[Any], Rows], workers: int, threads: int) -> Iterable[tuple[Any, Rows]]:
     if workers == 1:
-        torch.set_num_threads(1)
-        yield from ((task, work(task)) for task in tasks)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            yield from ((task, work(task)) for task in tasks)
+        finally:
+            torch.set_num_threads(before)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         running = {pool.submit(work, task): task for task in tasks}
         try:
             for future in as_completed(running):
@@ -174,7 +208,7 @@ def curve(axis: Axes, runs: pd.DataFrame, x: str, y: str = "error", **style: Any
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"wrote {path}")

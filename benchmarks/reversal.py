@@ -33,6 +33,7 @@ PHASES = ("sampling", "screen", "loss", "replay", "optimizer")
 SOLVED = 0.05
 
 Cache = list[tuple[Tensor, Tensor]]
+Weights = dict[str, Tensor]
 
 
 class Block(nn.Module):
@@ -77,6 +78,10 @@ class Decoder(nn.Module):
         return logits if past is None else (logits, cache)
 
 
+def snapshot(model: nn.Module) -> Weights:
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
 @dataclass
 class Batch:
     """Sampled answers.
@@ -101,13 +106,13 @@ class Batch:
     @property
     def advantages(self) -> Tensor:
         """(B,) reward less the mean of the prompt's group."""
-        groups = self.rewards.view(PROMPTS, SAMPLES)
+        groups = self.rewards.view(-1, SAMPLES)
         return (groups - groups.mean(1, keepdim=True)).flatten()
 
 
 @torch.no_grad()
-def sample(model: Decoder, horizon: int, tokens: int, generator: torch.Generator) -> Batch:
-    prompts = torch.randint(tokens, (PROMPTS, horizon), generator=generator)
+def sample(model: Decoder, horizon: int, tokens: int, generator: torch.Generator, number: int = PROMPTS) -> Batch:
+    prompts = torch.randint(tokens, (number, horizon), generator=generator)
     logits, cache = model(prompts, [])
     cache = [(k.repeat_interleave(SAMPLES, 0), v.repeat_interleave(SAMPLES, 0)) for k, v in cache]
     logits = logits[:, -1].repeat_interleave(SAMPLES, 0)
@@ -154,12 +159,14 @@ class Method:
         loss: of the answers' log-probs and their batch.
         screen: made for the model of a run, gives from a batch what ``gate.screen`` is told before the forward.
         epochs: updates a batch.
+        prompts: in a batch, with ten answers each.
     """
 
     gate: dict[str, Any] | None = None
     loss: Loss = pg_loss
     screen: Callable[[Decoder], Screen] | None = None
     epochs: int = 1
+    prompts: int = PROMPTS
 
 
 def sampled(model: Decoder) -> Screen:
@@ -192,8 +199,10 @@ METHODS: dict[str, Method] = {
     "advantage 10%, screen-first": Method({"rate": 0.1, "priority": "advantage"}, screen=sampled),
     "random positive 10%, screen-first": Method({"rate": 0.1}, screen=positive),
     "DG, random 10%": Method({"rate": 0.1, "priority": "uniform"}, loss=dg_loss),
+    "DG, small batch 10%": Method(loss=dg_loss, prompts=PROMPTS // 10),
 }
-STEPS = dict.fromkeys(METHODS, 600) | dict.fromkeys(("PG", "DG-K 10%", "random 10%"), 3000)
+STEPS = dict.fromkeys(METHODS, 600)
+STEPS |= dict.fromkeys(("PG", "DG-K 10%", "random 10%", "DG, random 10%", "DG, small batch 10%"), 3000)
 INIT = ("PG", "DG", "DG-K 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
 HARD = ("PG", "PPO", "DG", "DG-K 3%", "DG-K 10%", "DG-K 10%, screen-first", "random 10%")
@@ -299,7 +308,7 @@ def learn(
     with gated as gate:
         for step in range(1, steps + 1):
             clock.start()
-            batch = sample(model, horizon, tokens, generator)
+            batch = sample(model, horizon, tokens, generator, method.prompts)
             clock.stop("sampling")
             probe(step, model, batch)
             for _ in range(method.epochs):
@@ -328,21 +337,23 @@ def learn(
     return rows
 
 
-def tasks(args: Any) -> dict[str, list[Any]]:
-    """The runs of each file: the curves, other embeddings at the start, and the table of difficulty."""
+def tasks(args: Any) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:
+    """The runs of each file: the curves, the same from other weights, and the table of difficulty."""
     if args.quick:
         # From these weights random rows stay on their plateau for thousands of steps, whatever the seed.
-        return {"reversal_init": [InitTask(m, 0, init="all weights 0.02") for m in ("DG-K 10%", "random 10%")]}
+        return {"reversal_init": (train, [InitTask(m, 0, init="all weights 0.02") for m in ("DG-K 10%", "random 10%")])}
     seeds = range(args.seeds)
     shapes = [(h, 2) for h in HORIZONS] + [(10, m) for m in VOCABULARIES if m != 2]
     return {
-        "reversal": [Task(m, seed, steps=args.steps or STEPS[m]) for seed in seeds for m in METHODS],
-        "reversal_init": [
-            InitTask(m, seed, steps=INIT_STEPS[init], init=init) for seed in seeds for init in INITS for m in INIT
-        ],
-        "reversal_difficulty": [
-            Task(method, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for method in HARD
-        ],
+        "reversal": (train, [Task(m, seed, steps=args.steps or STEPS[m]) for seed in seeds for m in METHODS]),
+        "reversal_init": (
+            train,
+            [InitTask(m, seed, steps=INIT_STEPS[init], init=init) for seed in seeds for init in INITS for m in INIT],
+        ),
+        "reversal_difficulty": (
+            train,
+            [Task(method, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for method in HARD],
+        ),
     }
 
 
@@ -370,9 +381,14 @@ def report(frame: pd.DataFrame) -> None:
     record.print_table(phases, "milliseconds a step; without a gate, screen and replay are its forward and backward")
 
 
+def in_time(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs that were solved within their budget: a run looks at the clock every 20 steps."""
+    return frame[(frame.error <= SOLVED) & (frame.seconds <= frame.budget)]
+
+
 def longest(frame: pd.DataFrame, column: str) -> "pd.Series[float]":
     """The largest that each seed solved, 0 if none."""
-    solved = frame[frame.error <= SOLVED]
+    solved = in_time(frame)
     return solved.groupby("seed")[column].max().reindex(frame.seed.unique(), fill_value=0)
 
 
@@ -381,7 +397,7 @@ def report_difficulty(frame: pd.DataFrame) -> None:
     for method, own in frame.groupby("method", sort=False):
         row = {"method": method, "longest H": record.spread(longest(own[own.tokens == 2], "horizon"))}
         for (horizon, tokens), at in own.groupby(["horizon", "tokens"]):
-            solved = at[at.error <= SOLVED]
+            solved = in_time(at)
             took = f", {solved.seconds.median():.0f} s" if len(solved) else f", {100 * at.error.mean():.0f}%"
             row[f"H {horizon}, M {tokens}"] = f"{len(solved)}/{len(at)}{took}"
         table.append(row)
@@ -403,15 +419,18 @@ def report_init(frame: pd.DataFrame) -> None:
 
 REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficulty": report_difficulty}
 COLORS = {"PG": "black", "PPO": "tab:brown", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
-COLORS |= {"DG-K 10%, screen-first": "tab:green", "random 10%": "tab:gray"}
+COLORS |= {"DG-K 10%, screen-first": "tab:green", "random positive 10%, screen-first": "tab:pink"}
+COLORS |= {"DG, small batch 10%": "tab:purple", "random 10%": "tab:gray"}
 BY_RATE = {"DG-K": "tab:red", "random": "black", "advantage": "tab:blue", "abs_advantage": "tab:cyan"}
 BY_RATE |= {"surprisal": "tab:green", "additive": "tab:purple", "DG-K tokens": "tab:orange"}
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
     frame, init, difficulty = frames.values()
-    figure, axes = plt.subplots(2, 3 + init.init.nunique(), figsize=(26, 9))
-    panels = [(frame, "step", "")] + [(runs, "step", f"from {name}") for name, runs in init.groupby("init", sort=False)]
+    figure, axes = plt.subplots(2, 3 + init.init.nunique(), figsize=(24, 9))
+    panels = [(frame, "step", "from embeddings 0.02")] + [
+        (runs, "step", f"from {name}") for name, runs in init.groupby("init", sort=False)
+    ]
     panels += [(frame, "backward_rows", ""), (frame, "seconds", "")]
     for axis, (runs, x, title) in zip(axes[0], panels, strict=True):
         for method, color in COLORS.items():
@@ -424,11 +443,11 @@ def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
     for axis in axes[1, 4:]:
         axis.set_axis_off()
     axes[1, 4].legend(*axes[0, 0].get_legend_handles_labels(), title="color", loc="center")
-    draw_rates(axes[1, 0], frame)
-    draw_phases(axes[1, 1], frame)
+    draw_phases(axes[1, 0], frame)
+    draw_rates(axes[1, 1], frame)
     draw_difficulty(axes[1, 2], difficulty[difficulty.tokens == 2], "horizon", "H (M 2)")
     draw_difficulty(axes[1, 3], difficulty[difficulty.horizon == 10], "tokens", "M (H 10)")
-    for axis in (*axes[0], axes[1, 0], *axes[1, 2:4]):
+    for axis in (*axes[0], *axes[1, 1:4]):
         axis.grid(alpha=0.3)
     record.save(figure, folder / "reversal.png")
 
@@ -447,8 +466,14 @@ def draw_rates(axis: Axes, frame: pd.DataFrame) -> None:
 def draw_difficulty(axis: Axes, frame: pd.DataFrame, x: str, label: str) -> None:
     for method, color in COLORS.items():
         at = frame[frame.method == method].groupby(x).error
+        if not len(at):
+            continue
         axis.errorbar(at.mean().index, 100 * at.mean(), 100 * at.apply(record.interval), fmt="o-", color=color, ms=4)
-    axis.set(xlabel=label, ylabel=f"error, %, when solved or after {frame.budget.max():.0f} s")
+    axis.set(
+        xlabel=label,
+        xticks=sorted(frame[x].unique()),
+        ylabel=f"error, %, when solved or after {frame.budget.max():.0f} s",
+    )
 
 
 def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
@@ -465,18 +490,13 @@ def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = record.parser(__doc__)
-    parser.add_argument("--steps", type=int, help="of every run of the curves; by default 600 to 3,000, see STEPS")
+    parser.add_argument("--steps", type=int, help="of every run of the curves; by default 600 or 3,000, see STEPS")
     parser.add_argument("--budget", type=float, default=24.0, help="seconds for each run of the table of difficulty")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
-    frames = {}
-    for name, chosen in tasks(args).items():
-        path = args.out / f"{name}.csv"
-        if not args.draw and args.only in (None, name):
-            record.collect(chosen, train, path, args.workers)
-        if path.exists():
-            frames[name] = timed(record.read(path))
-            REPORTS[name](frames[name])
+    frames = {name: timed(frame) for name, frame in record.collect_each(tasks(args), args).items()}
+    for name, frame in frames.items():
+        REPORTS[name](frame)
     if len(frames) == len(REPORTS):
         draw(frames, args.out)
 

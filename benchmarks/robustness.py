@@ -1,7 +1,7 @@
 """How wrong may delight be? Noise, cheap and stale screens, gambling arms, and vocabularies that grow.
 
     python benchmarks/robustness.py
-    python benchmarks/robustness.py --only noise   # or screens, gambling, vocabulary
+    python benchmarks/robustness.py --only robustness_noise   # one of the files
     python benchmarks/robustness.py --quick
 
 - noise: token reversal (H 10, M 2; benchmarks/reversal.py) with an answer's delight, for DG that of each of its tokens,
@@ -27,13 +27,28 @@ import record
 import torch
 from gradients import cosine, gradient
 from matplotlib.axes import Axes
-from reversal import METHODS, SOLVED, Batch, Decoder, Loss, Method, Screen, answers_logp, dg_loss, learn, sampled
+from reversal import (
+    METHODS,
+    SOLVED,
+    Batch,
+    Decoder,
+    Loss,
+    Method,
+    Screen,
+    Weights,
+    answers_logp,
+    dg_loss,
+    learn,
+    sampled,
+    snapshot,
+)
 from torch import Tensor, nn
 
 import kondo_hooks as kondo
 
 STEPS = 300
 NOISE = (0.0, 0.5, 1.0, 2.0)
+NOISE_SEED = 10_000  # the sampler's generator has the run's seed
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ def delight(batch: Batch) -> Tensor:
 
 
 def noisy_dg(noise: float, seed: int) -> Loss:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(NOISE_SEED + seed)
 
     def loss(logp: Tensor, batch: Batch) -> Tensor:
         exact = -logp.detach() * batch.advantages.unsqueeze(1)
@@ -63,7 +78,7 @@ def noisy_dg(noise: float, seed: int) -> Loss:
 
 
 def noisy_screen(noise: float, seed: int) -> Callable[[Decoder], Screen]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(NOISE_SEED + seed)
 
     def screen(batch: Batch) -> dict[str, Tensor]:
         exact = delight(batch)
@@ -114,11 +129,11 @@ def stale(updates: int) -> Callable[[Decoder], Screen]:
     """The model as it was some updates ago. What it costs to keep the weights is in the time."""
 
     def make(model: Decoder) -> Screen:
-        weights: deque[dict[str, Tensor]] = deque(maxlen=updates + 1)
+        weights: deque[Weights] = deque(maxlen=updates + 1)
         old = copy.deepcopy(model)
 
         def screen(batch: Batch) -> dict[str, Tensor]:
-            weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
+            weights.append(snapshot(model))
             old.load_state_dict(weights[0])
             return seen_by(old, batch)
 
@@ -152,12 +167,12 @@ class Screened:
 def run_screen(task: Screened) -> record.Rows:
     """The end of a run; from every 10th batch before it is learned, what was kept and the cosine to the full DG."""
     method = SCREENS[task.signal]
-    looked_at: list[tuple[dict[str, Tensor], Batch]] = []
+    looked_at: list[tuple[Weights, Batch]] = []
     told: list[dict[str, Tensor]] = []
 
     def probe(step: int, model: Decoder, batch: Batch) -> None:
         if step % 10 == 0 and batch.rewards.mean() < 1 - SOLVED:
-            looked_at.append(({name: weight.clone() for name, weight in model.state_dict().items()}, batch))
+            looked_at.append((snapshot(model), batch))
 
     def recording(model: Decoder) -> Screen:
         screen = method.screen(model)
@@ -257,25 +272,32 @@ def run_vocabulary(task: Vocabulary) -> record.Rows:
 
 
 def tasks(seeds: range) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:
-    noisy, growing = ("DG", "DG-K 10%", "DG-K 3%"), ("DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "random 10%")
+    noisy = ("DG", "DG-K 10%", "DG-K 3%")
+    growing = ("DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "random 10%")
     sigmas = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
     return {
-        "noise": (run_noise, [Noise(m, s, seed) for seed in seeds for s in NOISE for m in noisy]),
-        "screens": (run_screen, [Screened(name, seed) for seed in seeds for name in SCREENS]),
-        "gambling": (
+        "robustness_noise": (run_noise, [Noise(m, s, seed) for seed in seeds for s in NOISE for m in noisy]),
+        "robustness_screens": (run_screen, [Screened(name, seed) for seed in seeds for name in SCREENS]),
+        "robustness_gambling": (
             run_gamble,
             [Gamble(m, on, s, seed) for seed in seeds for on in NOISY for s in sigmas for m in GAMBLERS],
         ),
-        "vocabulary": (run_vocabulary, [Vocabulary(m, n, seed) for seed in seeds for n in (2, 8, 32) for m in growing]),
+        "robustness_vocabulary": (
+            run_vocabulary,
+            [Vocabulary(m, n, seed) for seed in seeds for n in (2, 8, 32) for m in growing],
+        ),
     }
 
 
 def quick() -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:
     return {
-        "noise": (run_noise, [Noise("DG-K 10%", s, 0, 300) for s in (0.0, 2.0)]),
-        "screens": (run_screen, [Screened(n, 0, 100) for n in ("bf16 copy", "5 updates old", "random rows")]),
-        "gambling": (run_gamble, [Gamble("DG-K 3%", on, 10.0, 0, 300) for on in NOISY]),
-        "vocabulary": (run_vocabulary, [Vocabulary(m, 8, 0, 200) for m in ("DG-K 3%", "DG-K price 0")]),
+        "robustness_noise": (run_noise, [Noise("DG-K 10%", s, 0, 300) for s in (0.0, 2.0)]),
+        "robustness_screens": (
+            run_screen,
+            [Screened(n, 0, 100) for n in ("bf16 copy", "5 updates old", "random rows")],
+        ),
+        "robustness_gambling": (run_gamble, [Gamble("DG-K 3%", on, 10.0, 0, 300) for on in NOISY]),
+        "robustness_vocabulary": (run_vocabulary, [Vocabulary(m, 8, 0, 200) for m in ("DG-K 3%", "DG-K price 0")]),
     }
 
 
@@ -287,14 +309,14 @@ def grid(frame: pd.DataFrame, across: list[str], value: str = "error") -> pd.Dat
 
 
 def report(name: str, frame: pd.DataFrame) -> None:
-    if name == "noise":
+    if name == "robustness_noise":
         record.print_table(grid(frame, ["noise"]), f"error, %, after {frame.steps.max()} steps, by noise on delight")
-    elif name == "gambling":
+    elif name == "robustness_gambling":
         for noisy, own in frame.groupby("noisy", sort=False):
             record.print_table(grid(own, ["noise"]), f"regret, % of the gap, by sigma / gap on {noisy}")
         one = frame[frame.noisy == "one arm"]
         record.print_table(grid(one, ["noise"], "gambles"), "how often the gambling arm is played, %")
-    elif name == "vocabulary":
+    elif name == "robustness_vocabulary":
         record.print_table(grid(frame, ["tokens"]), f"error, %, after {frame.steps.max()} steps of H 5, by tokens")
         kept = frame.assign(kept=frame.backward_rows / frame.steps / 100)
         record.print_table(grid(kept, ["tokens"], "kept"), "rows with a backward, %")
@@ -334,15 +356,17 @@ def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
 
-    lines(axes[0, 0], frames["noise"], "noise", "relative noise on delight")
+    lines(axes[0, 0], frames["robustness_noise"], "noise", "relative noise on delight")
     for axis, noisy in zip(axes[0, 1:], NOISY, strict=True):
-        own = frames["gambling"][frames["gambling"].noisy == noisy]
+        own = frames["robustness_gambling"][frames["robustness_gambling"].noisy == noisy]
         lines(axis, own, "noise", f"sigma / gap of the reward's noise on {noisy}")
         axis.set_xscale("symlog", linthresh=0.1)
         axis.set_xlim(-0.01, 12)
-    lines(axes[1, 0], frames["vocabulary"], "tokens", "tokens M (reversal, H 5)")
+    lines(axes[1, 0], frames["robustness_vocabulary"], "tokens", "tokens M (reversal, H 5)")
     axes[1, 0].set_xscale("log", base=2)
-    screens = frames["screens"][frames["screens"].signal != "full DG"].groupby("signal", sort=False)
+    screens = frames["robustness_screens"][frames["robustness_screens"].signal != "full DG"].groupby(
+        "signal", sort=False
+    )
     for axis, value in zip(axes[1, 1:], ("overlap", "error"), strict=True):
         mean, half = screens[value].mean(), screens[value].apply(record.interval)
         axis.barh(mean.index, 100 * mean, xerr=100 * half, color="tab:orange")
@@ -353,17 +377,12 @@ def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
 
 def main() -> None:
     parser = record.parser(__doc__)
-    parser.add_argument("--only", choices=("noise", "screens", "gambling", "vocabulary"))
+    parser.add_argument("--only", choices=tuple(tasks(range(0))), help="one of the files")
     args = parser.parse_args()
-    frames = {}
-    for name, (work, chosen) in (quick() if args.quick else tasks(range(args.seeds))).items():
-        path = args.out / f"robustness_{name}.csv"
-        if not args.draw and args.only in (None, name):
-            record.collect(chosen, work, path, args.workers)
-        if path.exists():
-            frames[name] = record.read(path)
-            report(name, frames[name])
-    if len(frames) == 4:
+    frames = record.collect_each(quick() if args.quick else tasks(range(args.seeds)), args)
+    for name, frame in frames.items():
+        report(name, frame)
+    if len(frames) == len(quick()):
         draw(frames, args.out)
 
 
