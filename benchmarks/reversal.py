@@ -352,7 +352,7 @@ def tasks(args: Any) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]
         ),
         "reversal_difficulty": (
             train,
-            [Task(method, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for method in HARD],
+            [Task(m, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for m in args.methods],
         ),
     }
 
@@ -492,6 +492,7 @@ def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--steps", type=int, help="of every run of the curves; by default 600 or 3,000, see STEPS")
     parser.add_argument("--budget", type=float, default=24.0, help="seconds for each run of the table of difficulty")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=HARD, metavar="METHOD", help="in that table")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
     frames = {name: timed(frame) for name, frame in record.collect_each(tasks(args), args).items()}
