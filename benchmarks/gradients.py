@@ -114,6 +114,7 @@ class Taken:
 
 
 def take(model: Decoder, batch: Batch, name: str, seed: int = 0) -> Taken:
+    """The gradient of a gate, or of the whole batch for a name in ``FULL``."""
     rows, kept = len(batch.right), torch.ones_like(batch.right)
     if name in FULL:
         own = gradient(model, batch, FULL[name])
@@ -134,11 +135,12 @@ def look(model: Decoder, task: Task, step: int) -> record.Rows:
 
     wanted = Sampled(gradient(model, batch) for batch in draw(task.reference))
     batches = draw(task.batches)
-    pg, dg = ([take(model, batch, name).gradient for batch in batches] for name in FULL)
+    full = {name: [take(model, batch, name) for batch in batches] for name in FULL}
+    pg, dg = ([one.gradient for one in full[name]] for name in FULL)
     first = 1000 * (100 * task.seed + CHECKPOINTS.index(step))
     rows = []
     for name in (*FULL, *GATES):
-        taken = [take(model, batch, name, first + i) for i, batch in enumerate(batches)]
+        taken = full.get(name) or [take(model, batch, name, first + i) for i, batch in enumerate(batches)]
         own = Sampled(one.gradient for one in taken)
         looks = [
             {

@@ -283,12 +283,13 @@ def saved(work: Work, variant: Variant) -> int:
 
 @cache
 def prepared(setting: Task) -> tuple[Work, dict[str, Variant], dict[str, int]]:
-    """The variants after a first turn that is not measured, and what each then holds for backwards."""
+    """The variants after a first turn that is not measured, and on a CPU what each then holds for backwards."""
     work = Work(setting)
     chosen = variants(work)
     for variant in chosen.values():
         turn(work, variant, seed=0)
-    return work, chosen, {name: saved(work, variant) for name, variant in chosen.items()}
+    on_cpu = work.device.type == "cpu"
+    return work, chosen, {name: saved(work, variant) for name, variant in chosen.items() if on_cpu}
 
 
 def measure(task: Task) -> record.Rows:
@@ -299,7 +300,7 @@ def measure(task: Task) -> record.Rows:
     turns = {name: turn(work, chosen[name], seed=task.round) for name in order}
     parameters = sum(p.numel() for p in work.model.parameters())
     return [
-        {"parameters": parameters, "step": name, **turns[name], "peak": turns[name]["peak"] or held[name]}
+        {"parameters": parameters, "step": name, **turns[name], "peak": held.get(name, turns[name]["peak"])}
         for name in chosen
     ]
 

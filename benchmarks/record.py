@@ -11,7 +11,7 @@ import multiprocessing
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -124,22 +124,25 @@ def collect(
 
 def collect_each(
     files: dict[str, tuple[Callable[[Any], Rows], Sequence[Any]]], args: argparse.Namespace
-) -> dict[str, pd.DataFrame]:
+) -> Iterator[tuple[str, pd.DataFrame]]:
     """Collect the files that were asked for, each a work and its tasks by the file's name, and read those that exist.
+
+    Yields:
+        Name and rows of a file, once it is complete.
 
     Raises:
         SystemExit: as :func:`collect`, and if there is nothing to read.
     """
-    frames = {}
+    found = False
     for name, (work, tasks) in files.items():
         path = args.out / f"{name}.csv"
         if not args.draw and args.only in (None, name):
             collect(tasks, work, path, args.workers)
         if path.exists():
-            frames[name] = read(path)
-    if not frames:
+            found = True
+            yield name, read(path)
+    if not found:
         raise SystemExit(f"{args.out} holds none of {', '.join(files)}: run without --draw first")
-    return frames
 
 
 def _held(path: Path, key: list[str]) -> tuple[str, str, dict[tuple[str, ...], str]]:

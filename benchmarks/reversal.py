@@ -495,9 +495,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=HARD, metavar="METHOD", help="in that table")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
-    frames = {name: timed(frame) for name, frame in record.collect_each(tasks(args), args).items()}
-    for name, frame in frames.items():
-        REPORTS[name](frame)
+    frames = {}
+    for name, frame in record.collect_each(tasks(args), args):
+        frames[name] = timed(frame)
+        REPORTS[name](frames[name])
     if len(frames) == len(REPORTS):
         draw(frames, args.out)
 

@@ -379,8 +379,9 @@ def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--only", choices=tuple(tasks(range(0))), help="one of the files")
     args = parser.parse_args()
-    frames = record.collect_each(quick() if args.quick else tasks(range(args.seeds)), args)
-    for name, frame in frames.items():
+    frames = {}
+    for name, frame in record.collect_each(quick() if args.quick else tasks(range(args.seeds)), args):
+        frames[name] = frame
         report(name, frame)
     if len(frames) == len(quick()):
         draw(frames, args.out)
