@@ -205,19 +205,24 @@ STEPS = dict.fromkeys(METHODS, 600)
 STEPS |= dict.fromkeys(("PG", "DG-K 10%", "random 10%", "DG, random 10%", "DG, small batch 10%"), 3000)
 INIT = ("PG", "DG", "DG-K 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
-HARD = ("PG", "PPO", "DG", "DG-K 3%", "DG-K 10%", "DG-K 10%, screen-first", "random 10%")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run: ``steps`` steps, or until solved where ``budget`` seconds are given."""
+    """One run of H 10 and M 2."""
 
     method: str
     seed: int
-    horizon: int = 10
-    tokens: int = 2
     steps: int = 600
-    budget: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClimbTask:
+    """Runs of other H and M, each until it is solved or its seconds are spent."""
+
+    method: str
+    seed: int
+    budget: float
 
 
 @dataclass(frozen=True)
@@ -278,8 +283,30 @@ def answers_logp(logits: Tensor, batch: Batch) -> Tensor:
 
 def train(task: Task) -> record.Rows:
     init = INITS[task.init] if isinstance(task, InitTask) else small_embeddings
-    rows = learn(METHODS[task.method], task.seed, task.horizon, task.tokens, task.steps, task.budget, init)
-    return rows[-1:] if task.budget else rows
+    return learn(METHODS[task.method], task.seed, steps=task.steps, init=init)
+
+
+def climb(task: ClimbTask) -> record.Rows:
+    """Look for the longest H and the largest M that a method solves within its seconds.
+
+    From H 10 and M 2 up in H and then up in M, each until one is not solved; down to H 5 if H 10 is not.
+    """
+    rows: record.Rows = []
+
+    def solved(horizon: int, tokens: int) -> bool:
+        last = learn(METHODS[task.method], task.seed, horizon, tokens, steps=10**6, budget=task.budget)[-1]
+        in_time = last["error"] <= SOLVED and sum(last[phase] for phase in PHASES) <= task.budget
+        rows.append({"horizon": horizon, "tokens": tokens, "solved": in_time, **last})
+        return in_time
+
+    shorter, start, *longer = HORIZONS
+    few, *more = VOCABULARIES
+    if solved(start, few):
+        all(solved(horizon, few) for horizon in longer)  # ends at the first that is not
+    else:
+        solved(shorter, few)
+    all(solved(start, tokens) for tokens in more)
+    return rows
 
 
 def learn(
@@ -343,17 +370,13 @@ def tasks(args: Any) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]
         # From these weights random rows stay on their plateau for thousands of steps, whatever the seed.
         return {"reversal_init": (train, [InitTask(m, 0, init="all weights 0.02") for m in ("DG-K 10%", "random 10%")])}
     seeds = range(args.seeds)
-    shapes = [(h, 2) for h in HORIZONS] + [(10, m) for m in VOCABULARIES if m != 2]
     return {
         "reversal": (train, [Task(m, seed, steps=args.steps or STEPS[m]) for seed in seeds for m in METHODS]),
         "reversal_init": (
             train,
             [InitTask(m, seed, steps=INIT_STEPS[init], init=init) for seed in seeds for init in INITS for m in INIT],
         ),
-        "reversal_difficulty": (
-            train,
-            [Task(m, seed, *shape, 10**6, args.budget) for seed in seeds for shape in shapes for m in args.methods],
-        ),
+        "reversal_difficulty": (climb, [ClimbTask(m, seed, args.budget) for seed in seeds for m in METHODS]),
     }
 
 
@@ -381,30 +404,26 @@ def report(frame: pd.DataFrame) -> None:
     record.print_table(phases, "milliseconds a step; without a gate, screen and replay are its forward and backward")
 
 
-def in_time(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs that were solved within their budget: a run looks at the clock every 20 steps."""
-    return frame[(frame.error <= SOLVED) & (frame.seconds <= frame.budget)]
-
-
-def longest(frame: pd.DataFrame, column: str) -> "pd.Series[float]":
-    """The largest that each seed solved, 0 if none."""
-    solved = in_time(frame)
-    return solved.groupby("seed")[column].max().reindex(frame.seed.unique(), fill_value=0)
+def longest(runs: pd.DataFrame) -> "pd.Series[float]":
+    """The largest H that each seed solved with two tokens, 0 if none."""
+    solved = runs[runs.solved & (runs.tokens == 2)].groupby("seed").horizon.max()
+    return solved.reindex(runs.seed.unique(), fill_value=0)
 
 
 def report_difficulty(frame: pd.DataFrame) -> None:
     table = []
+    shapes = sorted({*zip(frame.tokens, frame.horizon, strict=True)})
     for method, own in frame.groupby("method", sort=False):
-        row = {"method": method, "longest H": record.spread(longest(own[own.tokens == 2], "horizon"))}
-        for (horizon, tokens), at in own.groupby(["horizon", "tokens"]):
-            solved = in_time(at)
-            took = f", {solved.seconds.median():.0f} s" if len(solved) else f", {100 * at.error.mean():.0f}%"
-            row[f"H {horizon}, M {tokens}"] = f"{len(solved)}/{len(at)}{took}"
+        row = {"method": method, "longest H": record.spread(longest(own))}
+        for tokens, horizon in shapes:
+            at = own[(own.tokens == tokens) & (own.horizon == horizon)]
+            took = f"{at[at.solved].seconds.median():.0f} s" if at.solved.any() else f"{100 * at.error.mean():.0f}%"
+            row[f"H {horizon}, M {tokens}"] = f"{at.solved.sum()}/{len(at)}, {took}" if len(at) else "-"
         table.append(row)
-    budget = frame.budget.max()
     record.print_table(
         table,
-        f"seeds that reached {SOLVED:.0%} within {budget:.0f} s, and their median seconds (if none: the mean error)",
+        f"seeds that reached {SOLVED:.0%} in {frame.budget.max():.0f} s / that tried, and their median seconds "
+        "(if none: the mean error)",
     )
 
 
@@ -445,8 +464,8 @@ def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
     axes[1, 4].legend(*axes[0, 0].get_legend_handles_labels(), title="color", loc="center")
     draw_phases(axes[1, 0], frame)
     draw_rates(axes[1, 1], frame)
-    draw_difficulty(axes[1, 2], difficulty[difficulty.tokens == 2], "horizon", "H (M 2)")
-    draw_difficulty(axes[1, 3], difficulty[difficulty.horizon == 10], "tokens", "M (H 10)")
+    draw_longest(axes[1, 2], difficulty)
+    draw_vocabularies(axes[1, 3], difficulty[difficulty.horizon == 10])
     for axis in (*axes[0], *axes[1, 1:4]):
         axis.grid(alpha=0.3)
     record.save(figure, folder / "reversal.png")
@@ -454,26 +473,41 @@ def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
 
 def draw_rates(axis: Axes, frame: pd.DataFrame) -> None:
     early = frame.steps.min()
-    found = frame[frame.step == early].join(frame.method.str.extract(r"^(?P<kind>.+) (?P<rate>\d+)%$"))
-    for kind, color in BY_RATE.items():
-        at = found[found.kind == kind].astype({"rate": float}).groupby("rate").error
-        half = 100 * at.apply(record.interval)
-        axis.errorbar(at.mean().index, 100 * at.mean(), half, fmt="o-", color=color, ms=4, label=kind)
-    axis.set(xlabel="rate, %", xscale="log", ylabel=f"error after {early} steps, %", ylim=(-2, 90))
+    at = frame[frame.step == early]
+    by_rate(axis, 100 * at.set_index(["method", "seed"]).error)
+    axis.set(ylabel=f"error after {early} steps, %", ylim=(-2, 90))
     axis.legend(fontsize=8)
 
 
-def draw_difficulty(axis: Axes, frame: pd.DataFrame, x: str, label: str) -> None:
-    for method, color in COLORS.items():
-        at = frame[frame.method == method].groupby(x).error
-        if not len(at):
-            continue
-        axis.errorbar(at.mean().index, 100 * at.mean(), 100 * at.apply(record.interval), fmt="o-", color=color, ms=4)
-    axis.set(
-        xlabel=label,
-        xticks=sorted(frame[x].unique()),
-        ylabel=f"error, %, when solved or after {frame.budget.max():.0f} s",
-    )
+def draw_longest(axis: Axes, frame: pd.DataFrame) -> None:
+    by_rate(axis, pd.concat({method: longest(own) for method, own in frame.groupby("method")}, names=["method"]))
+    for i, method in enumerate(("PG", "PPO", "DG", "DG-K 10%, screen-first", "DG, small batch 10%")):
+        mean = longest(frame[frame.method == method]).mean()
+        axis.axhline(mean, color=COLORS[method], ls=(3 * i, (3, 9)))  # dashes apart, where two are as long
+    axis.set(ylabel=f"longest H solved in {frame.budget.max():.0f} s", ylim=(-1, 26), yticks=(0, *HORIZONS))
+
+
+def by_rate(axis: Axes, values: "pd.Series[float]") -> None:
+    """``values`` by method and seed: a line for each kind of gate, and the interval over seeds."""
+    frame = values.rename("value").reset_index()
+    found = frame.join(frame.method.str.extract(r"^(?P<kind>.+) (?P<rate>\d+)%$"))
+    for i, (kind, color) in enumerate(BY_RATE.items()):
+        at = found[found.kind == kind].astype({"rate": float}).groupby("rate").value
+        beside = at.mean().index * 1.03 ** (i - 3)
+        axis.errorbar(beside, at.mean(), at.apply(record.interval), fmt="o-", color=color, ms=4, label=kind)
+    axis.set(xlabel="rate, %", xscale="log", xticks=[100 * rate for rate in RATES])
+    axis.minorticks_off()
+    axis.xaxis.set_major_formatter("{x:.0f}")
+
+
+def draw_vocabularies(axis: Axes, frame: pd.DataFrame) -> None:
+    places = range(len(VOCABULARIES))
+    for i, (method, color) in enumerate(COLORS.items()):
+        own = frame[frame.method == method]
+        solved = own[own.solved].groupby("tokens").seed.nunique().reindex(VOCABULARIES, fill_value=0)
+        axis.bar([place + 0.09 * (i - 4) for place in places], solved, 0.09, color=color)
+    axis.set(xticks=places, xticklabels=VOCABULARIES, xlabel="M (H 10)")
+    axis.set(ylabel=f"seeds of {frame.seed.nunique()} that solved it in {frame.budget.max():.0f} s")
 
 
 def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
@@ -491,8 +525,7 @@ def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
 def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--steps", type=int, help="of every run of the curves; by default 600 or 3,000, see STEPS")
-    parser.add_argument("--budget", type=float, default=24.0, help="seconds for each run of the table of difficulty")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=HARD, metavar="METHOD", help="in that table")
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds for each run of the table of difficulty")
     parser.add_argument("--only", choices=tuple(REPORTS), help="one of the files")
     args = parser.parse_args()
     frames = {}

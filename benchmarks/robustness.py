@@ -273,7 +273,7 @@ def run_vocabulary(task: Vocabulary) -> record.Rows:
 
 def tasks(seeds: range) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:
     noisy = ("DG", "DG-K 10%", "DG-K 3%")
-    growing = ("DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "random 10%")
+    growing = ("PG", "DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "advantage 10%", "random 10%")
     sigmas = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
     return {
         "robustness_noise": (run_noise, [Noise(m, s, seed) for seed in seeds for s in NOISE for m in noisy]),
@@ -341,7 +341,7 @@ def report(name: str, frame: pd.DataFrame) -> None:
 
 
 COLORS = {"PG": "black", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
-COLORS |= {"DG-K price 0": "tab:purple", "random 10%": "tab:gray"}
+COLORS |= {"DG-K price 0": "tab:purple", "advantage 10%": "tab:cyan", "random 10%": "tab:gray"}
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:

@@ -198,6 +198,40 @@ def test_sampler_with_its_cache_sees_the_log_probs_of_the_model(scripts):
     assert torch.equal(batch.right, batch.answers == batch.sequences[:, :5].flip(1))
 
 
+@pytest.mark.parametrize(
+    ("solvable", "tried"),
+    [
+        ({}, [(10, 2), (5, 2), (10, 4)]),
+        ({(5, 2), (15, 2), (10, 4)}, [(10, 2), (5, 2), (10, 4), (10, 8)]),
+        ({(10, 2), (15, 2), (25, 2)}, [(10, 2), (15, 2), (20, 2), (10, 4)]),
+        ({(h, m) for h in (10, 15, 20, 25) for m in (2, 4, 8)}, [(10, 2), (15, 2), (20, 2), (25, 2), (10, 4), (10, 8)]),
+    ],
+)
+def test_difficulty_climbs_until_one_is_not_solved(scripts, monkeypatch, solvable, tried):
+    reversal = scripts("reversal")
+
+    def learn(method, seed, horizon, tokens, steps, budget):
+        seconds = dict.fromkeys(reversal.PHASES, 0.0) | {"sampling": budget}
+        return [{"error": 0.6}, {"error": 0.05 if (horizon, tokens) in solvable else 0.06, **seconds}]
+
+    monkeypatch.setattr(reversal, "learn", learn)
+    rows = reversal.climb(reversal.ClimbTask("DG", 0, 15.0))
+    assert [(row["horizon"], row["tokens"]) for row in rows] == tried
+    assert {shape for shape, row in zip(tried, rows, strict=True) if row["solved"]} == {*tried} & {*solvable}
+
+
+def test_longest_answer_that_each_seed_solved(scripts):
+    runs = [(0, 10, 2, True), (0, 15, 2, True), (0, 20, 2, False), (1, 10, 2, False), (1, 5, 2, True), (2, 10, 4, True)]
+    frame = pd.DataFrame(runs, columns=["seed", "horizon", "tokens", "solved"])
+    assert scripts("reversal").longest(frame).to_dict() == {0: 15, 1: 5, 2: 0}
+
+
+@pytest.mark.parametrize("name", ["reversal", "reversal_difficulty"])
+def test_every_method_is_in_the_tables_of_reversal(scripts, name):
+    frame = scripts("record").read(RESULTS / f"{name}.csv")
+    assert list(frame.method.unique()) == list(scripts("reversal").METHODS)
+
+
 @pytest.mark.parametrize("name", [name for files in SCRIPTS.values() for name in files])
 def test_files_say_how_they_were_made(name):
     with (RESULTS / f"{name}.csv").open() as file:
@@ -206,7 +240,8 @@ def test_files_say_how_they_were_made(name):
     assert "torch 2." in versions and "kondo-hooks" in versions and device
     frame = pd.read_csv(RESULTS / f"{name}.csv", comment="#")
     if "seed" in frame:
-        names = ("method", "signal", "gate", "setting", "init", "horizon", "tokens", "noise", "noisy")
+        names = ("method", "signal", "gate", "setting", "init", "tokens", "noise", "noisy")
+        names = ("method",) if "solved" in frame else names  # seeds climb to different H and M
         assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == 5).all()
 
 
