@@ -217,19 +217,19 @@ class Task:
 
 
 @dataclass(frozen=True)
+class InitTask(Task):
+    """The same from other weights."""
+
+    init: str = "unit embeddings"
+
+
+@dataclass(frozen=True)
 class ClimbTask:
     """Runs of other H and M, each until it is solved or its seconds are spent."""
 
     method: str
     seed: int
     budget: float
-
-
-@dataclass(frozen=True)
-class InitTask(Task):
-    """The same from other weights."""
-
-    init: str = "unit embeddings"
 
 
 def small_embeddings(model: Decoder) -> None:
