@@ -220,6 +220,13 @@ def test_difficulty_climbs_until_one_is_not_solved(scripts, monkeypatch, solvabl
     assert {shape for shape, row in zip(tried, rows, strict=True) if row["solved"]} == {*tried} & {*solvable}
 
 
+def test_what_is_solved_after_its_seconds_is_not_solved(scripts, monkeypatch):
+    reversal = scripts("reversal")
+    late = dict.fromkeys(reversal.PHASES, 0.0) | {"sampling": 14.9, "replay": 0.2}
+    monkeypatch.setattr(reversal, "learn", lambda *args, **kwargs: [{"error": 0.01, **late}])
+    assert not any(row["solved"] for row in reversal.climb(reversal.ClimbTask("DG", 0, 15.0)))
+
+
 def test_longest_answer_that_each_seed_solved(scripts):
     runs = [(0, 10, 2, True), (0, 15, 2, True), (0, 20, 2, False), (1, 10, 2, False), (1, 5, 2, True), (2, 10, 4, True)]
     frame = pd.DataFrame(runs, columns=["seed", "horizon", "tokens", "solved"])
