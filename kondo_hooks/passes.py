@@ -27,11 +27,11 @@ from kondo_hooks.replay import (
     replay,
     silenced,
     taking_draws,
-    verify,
     with_gradients,
 )
 from kondo_hooks.replay import forward as run_assembled
 from kondo_hooks.trace import silence
+from kondo_hooks.verify import verify
 from kondo_hooks.window import Spread
 
 Learned = dict[tuple[str, ...], Layout]
@@ -167,7 +167,7 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
     forwarded = run_assembled(group, inputs)
     try:
         replayed = with_gradients(group, forwarded.outputs(), leaves)
-        verify(replayed)
+        verify(replayed.group, replayed.all_outputs)
     except Exception as error:
         if ranks.alone:
             raise

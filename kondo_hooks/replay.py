@@ -1,9 +1,8 @@
 """The replay: kept rows run again, with a graph, and checked against what the screen returned for them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +18,12 @@ from kondo_hooks.batch import (
     unflatten,
 )
 from kondo_hooks.draws import TakeDraws
-from kondo_hooks.errors import ReplayMismatchError, coupled_rows
+from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.verify import rows_of, verify
 
 
 @dataclass
@@ -65,7 +65,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     check_unchanged(group)
     if (held := held_layout(group)) is not None:
         replayed = run(group, held)
-        verify(replayed)
+        verify(replayed.group, replayed.all_outputs)
         return replayed
     key = tuple(call.input_paths)
     readings = list(call.readings())
@@ -79,7 +79,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     for layout in readings:
         try:
             replayed = run(group, layout)
-            verify(replayed)
+            verify(replayed.group, replayed.all_outputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -118,7 +118,8 @@ def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> 
         differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
             try:
-                verify(run(group, other))
+                replayed = run(group, other)
+                verify(replayed.group, replayed.all_outputs)
             except (RuntimeError, ValueError, IndexError):
                 continue
             return True
@@ -213,7 +214,7 @@ def _gradient(group: list[Part], i: int, output: Tensor) -> Tensor:
     where = group[0].call.rows[i]
     assert where is not None
     pieces = []
-    for part, rows in zip(group, _rows_of(group, i, output), strict=True):
+    for part, rows in zip(group, rows_of(group, i, output), strict=True):
         grad = part.grads[i]
         if isinstance(grad, RankOne):
             grad = grad.grad(rows[tuple(slice(n) for n in grad.shape)])
@@ -223,17 +224,6 @@ def _gradient(group: list[Part], i: int, output: Tensor) -> Tensor:
         pieces.append(grad)
     joined = join_rows(pieces, where.axis)
     return pad_to(joined, output.shape)
-
-
-def _rows_of(group: list[Part], i: int, output: Tensor) -> list[Tensor]:
-    """The output's rows, part by part; a reading on a wrong axis gives what it gives."""
-    where = group[0].call.rows[i]
-    assert where is not None
-    sizes = [len(part) * where.repeat for part in group]
-    if output.dim() <= where.axis or output.shape[where.axis] != sum(sizes):
-        shape = [*output.shape]
-        raise ReplayMismatchError(_wrong_axis(group[0].call, i, shape, sum(sizes), where.axis))
-    return list(output.detach().split(sizes, where.axis)) if len(group) > 1 else [output.detach()]
 
 
 @contextlib.contextmanager
@@ -249,60 +239,6 @@ def taking_draws(group: Iterable[Part]) -> Iterator[None]:
         yield
 
 
-def verify(replayed: Replayed) -> None:
-    """Hold the replay's outputs against what the screen returned for the same rows."""
-    group = replayed.group
-    call = group[0].call
-    for i, output in replayed.all_outputs.items():
-        where = call.rows[i]
-        assert where is not None
-        ours, theirs = [], []
-        for part, rows in zip(group, _rows_of(group, i, output), strict=True):
-            grad, expected = part.grads[i], part.output(i)
-            if isinstance(grad, RankOne):
-                ours.append(grad.log_probs(rows[tuple(slice(n) for n in grad.shape)]))
-                theirs.append(grad.logp)
-            elif expected is not None:
-                if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
-                    len(group) == 1 and expected.shape != rows.shape
-                ):
-                    raise ReplayMismatchError(_wrong_axis(call, i, rows.shape, expected.shape, where.axis))
-                ours.append(rows[tuple(slice(n) for n in expected.shape)] if len(group) > 1 else rows)
-                theirs.append(expected)
-        if len(group) > 1:
-            ours, theirs = ([torch.cat([t.reshape(-1) for t in each])] if each else [] for each in (ours, theirs))
-        if not ours:
-            continue
-        difference, magnitude = largest_difference(theirs[0], ours[0])
-        if not difference <= call.autocast.tolerance(output) * max(magnitude, 1e-30):
-            raise ReplayMismatchError(
-                f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows "
-                f"changed {_name(call, i)} by up to {difference:.3g} (its largest value is {magnitude:.3g}): in this "
-                "model a row's output depends on the other rows of the batch, or the model is not deterministic. "
-                "Likely: normalisation or attention over the batch axis, state that a forward updates, randomness from "
-                "outside torch, inputs that are no tensors (arrays, objects of your own: they are not cut into rows), "
-                "rows of different lengths packed into one batch for a model that does not mask what is padded, "
-                "or a batch axis that is not the first one (then name it with batch_dim=). Make "
-                "the layer work row by row, or gate a part of the model that does. No gradient was changed."
-            )
-
-
-def _name(call: Call, i: int) -> str:
-    path = call.paths[i]
-    return path if path.startswith("the ") else f"output {path}" if path else "the output"
-
-
-def _wrong_axis(call: Call, i: int, shape: Sequence[int], expected: Any, axis: int) -> str:
-    name = _name(call, i)
-    if call.makes_loss(i):
-        return coupled_rows(name)
-    wanted = tuple(expected) if isinstance(expected, torch.Size) else f"{expected} on axis {axis}"
-    return (
-        f"gated: for the kept rows {name} has shape {tuple(shape)} where {wanted} was "
-        "expected: rows were taken on the wrong axis. Name the batch axis with batch_dim=."
-    )
-
-
 def input_grads(replayed: Replayed) -> list[Tensor | None]:
     """Gradients of the inputs that want one, in full size: zero at the rows that were not replayed."""
     part = replayed.group[0]
@@ -316,23 +252,3 @@ def input_grads(replayed: Replayed) -> list[Tensor | None]:
         else:
             full.append(where.put(torch.zeros_like(like), part.rows.to(like.device), leaf.grad))
     return full
-
-
-def largest_difference(screen: Tensor, replay: Tensor) -> tuple[float, float]:
-    """Largest absolute difference of two tensors of one shape, and the magnitude to hold it against.
-
-    NaN equals NaN. A few values far above the rest (an action masked with -1e9) are no measure for the others.
-    """
-    if not screen.numel():
-        return 0.0, 0.0
-    apart, size = (screen - replay).abs(), screen.abs()
-    difference, magnitude = torch.stack([apart.max(), size.max()]).tolist()
-    if difference == 0 or magnitude <= _ORDINARY:
-        return difference, magnitude
-    same = (screen == replay) | (screen.isnan() & replay.isnan())
-    ordinary = size.isfinite() & (size <= _ORDINARY * size[~same].median())
-    difference = float(apart.masked_fill(same, 0).max())
-    return difference, float(size[ordinary].max()) if ordinary.any() else 0.0
-
-
-_ORDINARY = 1e4
