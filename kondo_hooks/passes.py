@@ -166,8 +166,8 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
         group, inputs, leaves = _standing_in(first, learned)
     forwarded = run_assembled(group, inputs)
     try:
-        replayed = with_gradients(group, forwarded.outputs(), leaves)
-        verify(replayed.group, replayed.all_outputs)
+        replayed = with_gradients(group, forwarded.outputs(), leaves, reading(group[0], learned))
+        verify(replayed)
     except Exception as error:
         if ranks.alone:
             raise

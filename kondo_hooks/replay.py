@@ -28,13 +28,17 @@ from kondo_hooks.verify import rows_of, verify
 
 @dataclass
 class Replayed:
-    """A replay of parts: outputs, their gradients, and the leaves that stand for inputs wanting a gradient."""
+    """A replay of parts: outputs, their gradients, and the leaves that stand for inputs wanting a gradient.
+
+    ``layout`` says how the inputs were read; None for a pass that stands in for rows that failed.
+    """
 
     group: list[Part]
     outputs: list[Tensor]
     grads: list[Tensor]
     leaves: list[tuple[Tensor, Rows | None]]
     all_outputs: dict[int, Tensor] = field(default_factory=dict)
+    layout: Layout | None = None
 
     @property
     def silent(self) -> bool:
@@ -65,7 +69,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     check_unchanged(group)
     if (held := held_layout(group)) is not None:
         replayed = run(group, held)
-        verify(replayed.group, replayed.all_outputs)
+        verify(replayed)
         return replayed
     key = tuple(call.input_paths)
     readings = list(call.readings())
@@ -79,7 +83,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
     for layout in readings:
         try:
             replayed = run(group, layout)
-            verify(replayed.group, replayed.all_outputs)
+            verify(replayed)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -118,8 +122,7 @@ def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> 
         differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
             try:
-                replayed = run(group, other)
-                verify(replayed.group, replayed.all_outputs)
+                verify(run(group, other))
             except (RuntimeError, ValueError, IndexError):
                 continue
             return True
@@ -146,7 +149,7 @@ def assemble(group: list[Part], layout: Layout) -> tuple[list[Tensor], list[tupl
 def run(group: list[Part], layout: Layout) -> Replayed:
     """Run the rows of a group with a graph, each input read by ``layout``."""
     inputs, leaves = assemble(group, layout)
-    return with_gradients(group, forward(group, inputs).outputs(), leaves)
+    return with_gradients(group, forward(group, inputs).outputs(), leaves, layout)
 
 
 @dataclass
@@ -183,7 +186,9 @@ def silenced(group: list[Part], outputs: list[Tensor]) -> Replayed:
     return replayed
 
 
-def with_gradients(group: list[Part], outputs: list[Tensor], leaves: list[tuple[Tensor, Rows | None]]) -> Replayed:
+def with_gradients(
+    group: list[Part], outputs: list[Tensor], leaves: list[tuple[Tensor, Rows | None]], layout: Layout
+) -> Replayed:
     """The outputs of a replay and what the loss sent to them."""
     call = group[0].call
     if len(outputs) != len(call.outputs):
@@ -191,7 +196,7 @@ def with_gradients(group: list[Part], outputs: list[Tensor], leaves: list[tuple[
             f"gated: the model returned {len(call.outputs)} tensors for the whole batch but {len(outputs)} for "
             "the kept rows; its output must not depend on how many rows it gets"
         )
-    replayed = Replayed(group, [], [], leaves)
+    replayed = Replayed(group, [], [], leaves, layout=layout)
     for i, output in enumerate(outputs):
         if all(part.grads[i] is None for part in group):
             continue

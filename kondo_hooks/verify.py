@@ -1,7 +1,7 @@
 """Whether the kept rows came out of the replay as they came out of the screen."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.rank_one import RankOne
 
+if TYPE_CHECKING:
+    from kondo_hooks.replay import Replayed
 
-def verify(group: list[Part], outputs: dict[int, Tensor]) -> None:
+
+def verify(replayed: "Replayed") -> None:
     """Hold a replay's outputs against what the screen returned for the same rows.
-
-    Args:
-        group: whose rows were replayed together.
-        outputs: by index those that the loss used and that have rows.
 
     Raises:
         ReplayMismatchError: if they differ by more than another order of summation explains.
     """
+    group = replayed.group
     call = group[0].call
-    for i, output in outputs.items():
+    for i, output in replayed.all_outputs.items():
         where = call.rows[i]
         assert where is not None
         ours, theirs = [], []
