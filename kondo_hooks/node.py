@@ -30,6 +30,7 @@ from kondo_hooks.batch import (
 )
 from kondo_hooks.draws import Draws, RecordDraws
 from kondo_hooks.inner_loss import InnerLoss, Tape, find_losses
+from kondo_hooks.rounding import Checks
 from kondo_hooks.state import (
     Autocast,
     BufferRecord,
@@ -61,6 +62,8 @@ class Call:
         whole: why only a replay of the whole batch can be exact, if so.
         paths: of the outputs in what the model returned.
         named: which output the user named, and as what.
+        checks: how strictly a replay is held against the screen.
+        policy: the outputs that hold the policy, once its delight was found.
         syncs: whether the host meant to reduce gradients in the backward of this call, at its forward.
     """
 
@@ -70,6 +73,7 @@ class Call:
     receive: Callable[["Call", Any, Sequence[Tensor | None]], tuple[Tensor | None, ...]]
     pairs: bool = False
     shared_loss: bool = False
+    checks: Checks = field(default_factory=Checks)
     flags: tuple[list[bool], list[bool]] = field(init=False)
     autocast: Autocast = field(init=False)
     rng: RngState = field(init=False)
@@ -81,6 +85,7 @@ class Call:
     rows: Layout = field(default_factory=list)
     batch: int = 0
     named: Any = None
+    policy: frozenset[int] = frozenset()
     syncs: bool = True
     inner: InnerLoss | None = None
 
@@ -249,11 +254,16 @@ class Call:
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""
-        tape = self.tape()
-        with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
-            result = self.run(*self.args[0], **self.args[1])
-        self.outputs = self.outputs_in(result, tape, check=False)
+        self.outputs = self.run_without_graph(self.inputs)
         self._output_versions = [leaf._version for leaf in self.outputs]
+
+    def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of another run as the screen's, on these tensors in place of its inputs."""
+        tape = self.tape()
+        args, kwargs = unflatten(self.args, inputs)
+        with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
+            result = self.run(*args, **kwargs)
+        return self.outputs_in(result, tape, check=False)
 
     @contextlib.contextmanager
     def as_screened(self) -> Iterator[None]:

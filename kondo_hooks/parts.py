@@ -9,6 +9,7 @@ from torch import Tensor
 from kondo_hooks.batch import Layout, Rows, Tree, fits
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.rounding import by_column, measure
 
 Gradient = Tensor | RankOne
 
@@ -21,11 +22,13 @@ class Held:
         layout: where the inputs keep their rows.
         inputs: the rows of each input, or all of it where it is shared.
         outputs: what the screen returned for the rows; None where the loss did not use it, or its gradient tells.
+        measures: of each of these, the magnitudes of its columns over all rows of the call.
     """
 
     layout: Layout
     inputs: list[Tensor]
     outputs: list[Tensor | None]
+    measures: list[Tensor | None]
 
 
 @dataclass
@@ -93,6 +96,13 @@ class Part:
         assert where is not None
         return where.take(self.call.outputs[i], self.rows)
 
+    def measure(self, i: int) -> Tensor | None:
+        """(columns,) magnitudes of an output over all rows of the call; None where that was not kept."""
+        if self.held is not None:
+            return self.held.measures[i]
+        where = self.call.rows[i]
+        return None if where is None else measure(by_column(self.call.outputs[i], where.axis))
+
     def select(self, index: Tensor) -> "Part":
         """Some of its rows, by position."""
         grads = [_take(self.call, i, grad, index, len(index) / len(self)) for i, grad in enumerate(self.grads)]
@@ -106,7 +116,7 @@ class Part:
                 None if leaf is None or where is None else where.take(leaf, index)
                 for where, leaf in zip(self.call.rows, held.outputs, strict=True)
             ]
-            held = Held(held.layout, inputs, outputs)
+            held = replace(held, inputs=inputs, outputs=outputs)
         return replace(self, rows=self.rows[index], grads=grads, held=held)
 
     def weighted(self, factors: Tensor, offset: int) -> "Part":
@@ -140,7 +150,7 @@ class Part:
             leaf.detach() if where is None else self.input(i, where)
             for i, (leaf, where) in enumerate(zip(self.call.inputs, layout, strict=True))
         ]
-        grads, outputs = list(self.grads), []
+        grads, outputs, measures = list(self.grads), [], []
         for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
             output = None if grad is None or where is None else self.output(i)
             if output is not None and where == Rows(0) and isinstance(grad, Tensor):
@@ -148,7 +158,8 @@ class Part:
                 if form is not None:
                     grads[i], output = form, None
             outputs.append(output)
-        return replace(self, grads=grads, held=Held(layout, inputs, outputs))
+            measures.append(None if output is None else self.measure(i))
+        return replace(self, grads=grads, held=Held(layout, inputs, outputs, measures))
 
     def nbytes(self) -> int:
         """Bytes that it holds of its own."""
@@ -206,7 +217,8 @@ class Part:
             outputs.append(output)
         for leaf, where in zip(inputs, template.held.layout, strict=True):
             n = n if where is None else leaf.shape[where.axis] // where.repeat
-        return cls(template.call, torch.arange(n, device=device), grads, Held(template.held.layout, inputs, outputs))
+        held = replace(template.held, inputs=inputs, outputs=outputs)
+        return cls(template.call, torch.arange(n, device=device), grads, held)
 
 
 def _take(call: Call, i: int, grad: Gradient | None, index: Tensor, share: float = 1.0) -> Gradient | None:

@@ -45,6 +45,26 @@ class Replayed:
         """Whether no row of it is kept."""
         return all(part.silent for part in self.group)
 
+    def alone(self, part: Part) -> dict[int, Tensor] | None:
+        """A part's rows of each output, run without a graph in a batch of the screen's size that has no other rows.
+
+        Each row stands in its own place, so that random numbers are the screen's; copies of them fill the others.
+        None where there are no others.
+        """
+        call = part.call
+        size = max(call.batch, len(part))
+        if self.layout is None or call.whole or len(part) == size:
+            return None
+        index = torch.arange(size, device=part.rows.device) % len(part)
+        index[part.rows] = torch.arange(len(part), device=part.rows.device)
+        inputs, _ = assemble([part], self.layout)
+        inputs = [
+            leaf if rows is None else rows.take(leaf, index.to(leaf.device))
+            for leaf, rows in zip(inputs, self.layout, strict=True)
+        ]
+        outputs = call.run_without_graph(inputs)
+        return {i: where.take(outputs[i], part.rows) for i in self.all_outputs if (where := call.rows[i]) is not None}
+
     def summary(self) -> "Replayed":
         """Without its graph."""
         return Replayed(self.group, [], [], [])

@@ -243,10 +243,14 @@ class Autocast:
             torch.is_autocast_cache_enabled(),
         )
 
+    def lowest(self, output: Tensor) -> torch.dtype:
+        """The least precise type that an output was computed in, by what is known of it."""
+        used = [output.real.dtype if output.is_complex() else output.dtype] + [d for _, on, d in self.states if on]
+        return max((dtype for dtype in used if dtype in _TOLERANCE), key=_TOLERANCE.__getitem__)
+
     def tolerance(self, output: Tensor) -> float:
         """How far a row may come out otherwise in a batch of another size, relative to the largest value."""
-        used = [output.real.dtype if output.is_complex() else output.dtype] + [d for _, on, d in self.states if on]
-        tolerance = max(_TOLERANCE[dtype] for dtype in used if dtype in _TOLERANCE)
+        tolerance = _TOLERANCE[self.lowest(output)]
         tf32 = output.is_cuda and torch.backends.cuda.matmul.allow_tf32
         return max(tolerance, 1e-2) if tf32 else tolerance
 

@@ -1,6 +1,17 @@
-"""Whether the kept rows came out of the replay as they came out of the screen."""
+"""Whether the kept rows came out of the replay as they came out of the screen.
 
-from collections.abc import Sequence
+A GPU's kernels sum in another order for another number of rows, so equality is not to be had. What is held against
+what, the cheapest first:
+
+1. Only where the loss sent a gradient. Each column of an output (a class, a feature) has its own measure, its largest
+   value among those that came out otherwise: a mask of -1e9 or one large column must not hide the others.
+2. A column that fails is measured by all rows of the screen: a value near zero is no measure of its own rounding. A
+   log-prob may differ by some fraction of a nat, whatever its size.
+3. Then a control decides: the same rows once more, in a batch of the screen's size and without the other rows. Rounding
+   that comes of the batch size is gone there; what comes of the other rows is not.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +21,7 @@ from kondo_hooks.errors import ReplayMismatchError, coupled_rows
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.rounding import Limit, by_column, differences
 
 if TYPE_CHECKING:
     from kondo_hooks.replay import Replayed
@@ -21,40 +33,109 @@ def verify(replayed: "Replayed") -> None:
     Raises:
         ReplayMismatchError: if they differ by more than another order of summation explains.
     """
-    group = replayed.group
-    call = group[0].call
+    call = replayed.group[0].call
     for i, output in replayed.all_outputs.items():
-        where = call.rows[i]
-        assert where is not None
-        ours, theirs = [], []
-        for part, rows in zip(group, rows_of(group, i, output), strict=True):
-            grad, expected = part.grads[i], part.output(i)
-            if isinstance(grad, RankOne):
-                ours.append(grad.log_probs(rows[tuple(slice(n) for n in grad.shape)]))
-                theirs.append(grad.logp)
-            elif expected is not None:
-                if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
-                    len(group) == 1 and expected.shape != rows.shape
-                ):
-                    raise ReplayMismatchError(wrong_axis(call, i, rows.shape, expected.shape, where.axis))
-                ours.append(rows[tuple(slice(n) for n in expected.shape)] if len(group) > 1 else rows)
-                theirs.append(expected)
-        if len(group) > 1:
-            ours, theirs = ([torch.cat([t.reshape(-1) for t in each])] if each else [] for each in (ours, theirs))
-        if not ours:
+        compared = [c for c in _compare(replayed.group, i, output) if not c.same]
+        if not compared:
             continue
-        difference, magnitude = largest_difference(theirs[0], ours[0])
-        if not difference <= call.autocast.tolerance(output) * max(magnitude, 1e-30):
-            raise ReplayMismatchError(
-                f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows "
-                f"changed {name_of(call, i)} by up to {difference:.3g} (its largest value is {magnitude:.3g}): in this "
-                "model a row's output depends on the other rows of the batch, or the model is not deterministic. "
-                "Likely: normalisation or attention over the batch axis, state that a forward updates, randomness from "
-                "outside torch, inputs that are no tensors (arrays, objects of your own: they are not cut into rows), "
-                "rows of different lengths packed into one batch for a model that does not mask what is padded, "
-                "or a batch axis that is not the first one (then name it with batch_dim=). Make "
-                "the layer work row by row, or gate a part of the model that does. No gradient was changed."
-            )
+        limit = call.checks.limit(
+            call.paths[i], call.autocast.lowest(output), call.autocast.tolerance(output), i in call.policy
+        )
+        exceeding = [c for c in compared if c.exceeds(limit)]
+        if exceeding:
+            worst = max(exceeding, key=lambda c: limit.excess(c.apart, c.measure))
+            if not _is_rounding(replayed, worst, limit):
+                raise ReplayMismatchError(_message(replayed.group, worst))
+
+
+class _Compared:
+    """One part's rows of one output, the replay's beside the screen's.
+
+    Attributes:
+        part: the part.
+        i: which output.
+        same: whether they are equal.
+        apart: (columns,) largest differences where the loss sent a gradient; once ``exceeds`` was asked.
+        measure: (columns,) what they are held against.
+    """
+
+    apart: Tensor
+    measure: Tensor
+
+    def __init__(
+        self, part: Part, i: int, rows: Tensor, read: Callable[[Tensor], Tensor], theirs: Tensor, used: Tensor | None
+    ):
+        self.part = part
+        self.i = i
+        self._read, self._ours, self._theirs, self._used = read, read(rows), theirs, used
+        self.same = torch.equal(self._ours, theirs)
+
+    def exceeds(self, limit: Limit) -> bool:
+        """Whether any column differs by more than it may, by the kept rows' measure and then by all rows'."""
+        self.apart, self.measure = differences(self._ours, self._theirs, self._used)
+        allowed = limit.allows(self.apart, self.measure)
+        if not allowed.all() and (everything := self.part.measure(self.i)) is not None:
+            self.measure = torch.maximum(self.measure, everything.to(self.measure))
+            allowed = limit.allows(self.apart, self.measure)
+        return not bool(allowed.all())
+
+    def differs_from(self, again: Tensor) -> Tensor:
+        """(columns,) largest difference of another run of the same rows from the screen."""
+        return differences(self._read(again), self._theirs, self._used)[0]
+
+
+def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
+    call = group[0].call
+    where = call.rows[i]
+    assert where is not None
+    axis = where.axis
+    for part, rows in zip(group, rows_of(group, i, output), strict=True):
+        grad, expected = part.grads[i], part.output(i)
+        if isinstance(grad, RankOne):
+
+            def picked(rows: Tensor, grad: RankOne = grad) -> Tensor:
+                return grad.log_probs(rows[tuple(slice(n) for n in grad.shape)]).reshape(-1, 1)
+
+            yield _Compared(part, i, rows, picked, grad.logp.reshape(-1, 1), (grad.coefficient != 0).reshape(-1, 1))
+        elif expected is not None:
+            if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
+                len(group) == 1 and expected.shape != rows.shape
+            ):
+                raise ReplayMismatchError(wrong_axis(call, i, rows.shape, expected.shape, axis))
+
+            def values(rows: Tensor, shape: torch.Size = expected.shape) -> Tensor:
+                return by_column(rows[tuple(slice(n) for n in shape)], axis)
+
+            used = None if grad is None or grad.is_complex() else by_column(grad != 0, axis)
+            yield _Compared(part, i, rows, values, by_column(expected, axis), used)
+
+
+def _is_rounding(replayed: "Replayed", compared: _Compared, limit: Limit) -> bool:
+    """Whether a control shows that a difference comes of the batch size alone; how large it is, is remembered."""
+    part, excess = compared.part, limit.excess(compared.apart, compared.measure)
+    if excess > limit.most or (again := replayed.alone(part)) is None:
+        return False
+    left = compared.differs_from(again[compared.i])
+    if not (limit.allows(left, compared.measure) | (left <= 0.5 * compared.apart)).all():
+        return False
+    noise, path = part.call.checks.noise, part.call.paths[compared.i]
+    noise[path] = max(noise.get(path, 0.0), excess)
+    return True
+
+
+def _message(group: list[Part], compared: _Compared) -> str:
+    worst = int((compared.apart / compared.measure.clamp_min(1e-30)).nan_to_num(torch.inf).argmax())
+    return (
+        f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows changed "
+        f"{name_of(group[0].call, compared.i)} by up to {float(compared.apart[worst]):.3g} (its largest value is "
+        f"{float(compared.measure[worst]):.3g}): in this model a row's output depends on the other rows of the batch, "
+        "or the model is not deterministic. Likely: normalisation or attention over the batch axis, state that a "
+        "forward updates, randomness from outside torch, inputs that are no tensors (arrays, objects of your own: they "
+        "are not cut into rows), rows of different lengths packed into one batch for a model that does not mask what "
+        "is padded, or a batch axis that is not the first one (then name it with batch_dim=). Make the layer work row "
+        "by row, or gate a part of the model that does; tolerance= allows more rounding. "
+        "No gradient was changed."
+    )
 
 
 def name_of(call: Call, i: int) -> str:
@@ -84,23 +165,3 @@ def rows_of(group: list[Part], i: int, output: Tensor) -> list[Tensor]:
         shape = [*output.shape]
         raise ReplayMismatchError(wrong_axis(group[0].call, i, shape, sum(sizes), where.axis))
     return list(output.detach().split(sizes, where.axis)) if len(group) > 1 else [output.detach()]
-
-
-def largest_difference(screen: Tensor, replay: Tensor) -> tuple[float, float]:
-    """Largest absolute difference of two tensors of one shape, and the magnitude to hold it against.
-
-    NaN equals NaN. A few values far above the rest (an action masked with -1e9) are no measure for the others.
-    """
-    if not screen.numel():
-        return 0.0, 0.0
-    apart, size = (screen - replay).abs(), screen.abs()
-    difference, magnitude = torch.stack([apart.max(), size.max()]).tolist()
-    if difference == 0 or magnitude <= _ORDINARY:
-        return difference, magnitude
-    same = (screen == replay) | (screen.isnan() & replay.isnan())
-    ordinary = size.isfinite() & (size <= _ORDINARY * size[~same].median())
-    difference = float(apart.masked_fill(same, 0).max())
-    return difference, float(size[ordinary].max()) if ordinary.any() else 0.0
-
-
-_ORDINARY = 1e4
