@@ -62,7 +62,7 @@ class Backward:
         self.stats = Stats()
         self.last: Decision | None = None
         self.forced: Tensor | None = None
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device="cpu")
         self.watcher = LossWatcher(self._called)
         self.window = Window(spread.window)
         self.copy_outputs = False

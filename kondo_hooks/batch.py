@@ -209,8 +209,6 @@ def candidate_rows(tensor: Tensor, batch: int, batch_dim: int, pairs: bool = Fal
     each = 2 if pairs else 1
     axes = [axis for axis, size in enumerate(tensor.shape) if size == batch * each]
     axes.sort(key=lambda axis: axis != batch_dim)
-    if tensor.dim() == 1:
-        axes = [axis for axis in axes if axis == batch_dim]
     return [*(Rows(axis, each, pairs) for axis in axes), None]
 
 

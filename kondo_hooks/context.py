@@ -273,8 +273,10 @@ class Gated:
             if ranks.alone or self._backward.spread.scope == "global":
                 raise
             ranks.announce(error)  # and keep nothing, until the others know
-            self._forward.screened = self._screen_rows(torch.zeros(len(signal.delight)), signal.valid)
-            return Decision(signal.delight, torch.arange(0), None, float("nan"), 0.0)
+            self._forward.screened = self._screen_rows(
+                torch.zeros(len(signal.delight), device=signal.delight.device), signal.valid
+            )
+            return Decision(signal.delight, torch.arange(0, device=signal.delight.device), None, float("nan"), 0.0)
         self._forward.screened = self._screen_rows(factors, signal.valid)
         return decision
 
@@ -361,4 +363,6 @@ class Gated:
 
 
 def _everything(signal: Signal) -> Decision:
-    return Decision(signal.delight, torch.arange(len(signal.delight)), None, float("nan"), 1.0)
+    return Decision(
+        signal.delight, torch.arange(len(signal.delight), device=signal.delight.device), None, float("nan"), 1.0
+    )

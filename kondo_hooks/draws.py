@@ -30,7 +30,7 @@ class Draws:
 
 
 # Their backward repeats the draw inside the kernel, or how much they draw depends on each row's values.
-_OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor", "poisson", "binomial", "gamma", "dirichlet")
+_OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor", "poisson", "binomial", "gamma", "dirichlet", "rrelu")
 
 
 def _key(func: Any, device: torch.device) -> bytes:
@@ -44,10 +44,9 @@ def _draws_numbers(func: Any) -> bool:
 
 
 def _device(args: Iterable[Any], kwargs: dict[str, Any]) -> torch.device:
-    for value in args:
-        if isinstance(value, Tensor):
-            return value.device
-    return torch.device(kwargs.get("device") or "cpu")
+    if (device := kwargs.get("device")) is not None:
+        return torch.device(device)
+    return next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
 
 
 def _shape(value: Any) -> Any:

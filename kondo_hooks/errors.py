@@ -42,6 +42,23 @@ def coupled_rows(tensor: str) -> str:
     )
 
 
+def failed_replay(call: str, rows: int, batch: int, error: Exception) -> str:
+    """The message for a model that cannot run on the kept rows alone.
+
+    Args:
+        call: which, with the shapes that it was given.
+        rows: how many are kept.
+        batch: of how many.
+        error: what the model raised.
+    """
+    return (
+        f"gated: the gate's replay of {rows} of {batch} rows of {call} failed in the model: {type(error).__name__}: "
+        f"{error}. If an input has no batch axis, call it on a batch, x[None] (x.unsqueeze(0)); if rows that belong "
+        "together are regrouped in the model (the steps of a recurrent sequence), make a sequence one row, "
+        "(sequences, T, ...); if rows are on another axis, name it with batch_dim=. No gradient was changed."
+    )
+
+
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of."""
 

@@ -81,7 +81,7 @@ class KondoGate(nn.Module):
             raise ValueError(f"price must be finite, got {config.price}")
         if not config.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {config.temperature}")
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def compute_delight(self, log_probs: Tensor, advantages: Tensor) -> Tensor:
         """Advantage times surprisal, without graph; shape of ``log_probs``, (B,) or (B, T)."""
@@ -114,7 +114,7 @@ class KondoGate(nn.Module):
         if not config.hard:
             weights = probs
         elif not config.deterministic:
-            draws = torch.rand(probs.shape, generator=self._generator, dtype=probs.dtype)
+            draws = torch.rand(probs.shape, generator=self._generator, dtype=probs.dtype, device="cpu")
             weights = (draws.to(probs.device) < probs).to(probs.dtype)
         elif config.gate_rate is None:
             weights = (delight > price).float().detach()

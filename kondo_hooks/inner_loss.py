@@ -121,6 +121,19 @@ def _unflattened(tensor: Tensor) -> Tensor:
     return base if base.is_contiguous() and base.shape[-1] == tensor.shape[-1] else tensor
 
 
+def _as_in_screen(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A replay's tensor on the axes that the screen's had, of this shape.
+
+    What is a view of what depends on strides, and so on the number of rows.
+    """
+    found = _unflattened(tensor)
+    if found.dim() > len(shape) == tensor.dim():
+        return tensor
+    if found.dim() == 2 < len(shape) and found.shape[0] % shape[1:-1].numel() == 0:
+        return found.unflatten(0, (-1, *shape[1:-1]))
+    return found
+
+
 Known = dict[int, dict[str, int | None]]
 """Of each step, the arguments that have a gradient, and the step that made each; None where the graph ends."""
 
@@ -139,6 +152,7 @@ class InnerLoss:
         self.cuts = cuts
         self._given = [cut.of(steps) for cut in cuts]
         self.tensors = [_unflattened(tensor) for tensor in self._given]
+        self._shapes = [tensor.shape for tensor in self.tensors]
         self._names = [steps[cut.step].name for cut in cuts]
         self._length = len(steps)
         self._steps = {i: steps[i] for i in sorted(known)}
@@ -215,7 +229,7 @@ class InnerLoss:
             i = stack.pop()
             self._check_step(i, steps)
             stack += [j for j in self._known[i].values() if j is not None]
-        return [_unflattened(cut.of(steps)) for cut in self.cuts]
+        return [_as_in_screen(cut.of(steps), shape) for cut, shape in zip(self.cuts, self._shapes, strict=True)]
 
     def _check_step(self, i: int, steps: Sequence[Step]) -> None:
         """Whether its gradient goes where the tape says, and nowhere else."""

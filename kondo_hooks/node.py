@@ -277,6 +277,16 @@ class Call:
         ):
             yield
 
+    def described(self) -> str:
+        """What was called, with the shapes of its inputs, for a message."""
+        name = getattr(self.run, "__name__", "")
+        method = "" if name in ("", "__call__", "_call_impl") else f".{name}"
+        shapes = ", ".join(
+            f"{'' if path.startswith('[0]') else _argument(path) + '='}{tuple(leaf.shape)}"
+            for path, leaf in zip(self.input_paths, self.inputs, strict=True)
+        )
+        return f"{self.state.name}{method}({shapes})"
+
     def changed_since(self) -> str | None:
         """What the replay would see otherwise than the screen, if it can be told."""
         for path, leaf, version in zip(self.input_paths, self.inputs, self._input_versions, strict=True):

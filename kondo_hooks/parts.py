@@ -181,13 +181,17 @@ class Part:
         for grad, output in zip(self.grads, self.held.outputs, strict=True):
             if isinstance(grad, RankOne):
                 kinds.append(2)
-                sent += [torch.tensor(grad.shape), torch.empty(0, dtype=grad.dtype), *grad.tensors()]
+                sent += [
+                    torch.tensor(grad.shape, device="cpu"),
+                    torch.empty(0, dtype=grad.dtype, device="cpu"),
+                    *grad.tensors(),
+                ]
             elif grad is not None and output is not None:
                 kinds.append(1)
                 sent += [grad, output]
             else:
                 kinds.append(0)
-        return [torch.tensor(kinds), *tensors, *sent]
+        return [torch.tensor(kinds, device="cpu"), *tensors, *sent]
 
     @classmethod
     def from_tensors(cls, template: "Part", tensors: Sequence[Tensor]) -> "Part":

@@ -86,7 +86,7 @@ def plan(
     for slot, part in zip(slots, parts, strict=True):
         if part is not None:
             by_slot[slot].append(part)
-    replayed = torch.tensor([[sum(map(len, slot)) for slot in by_slot]])
+    replayed = torch.tensor([[sum(map(len, slot)) for slot in by_slot]], device="cpu")
     if counts is not None:
         replayed = counts
         if spread.balance:

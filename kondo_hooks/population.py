@@ -99,7 +99,7 @@ class Arrival:
     def hold(self, rows: Tensor, layout: Layout) -> None:
         """Keep these rows, at least one, and let go of the others and of the call's tensors."""
         if not len(rows):
-            rows = torch.zeros(1, dtype=torch.long) if self.held is None else self.held.rows[:1]
+            rows = torch.zeros(1, dtype=torch.long, device="cpu") if self.held is None else self.held.rows[:1]
         self.held = self._take(rows.to(self._device)).hold(layout)
         self.grads = [None] * len(self.grads)
         if not self.keep_graph:

@@ -18,7 +18,7 @@ from kondo_hooks.batch import (
     unflatten,
 )
 from kondo_hooks.draws import TakeDraws
-from kondo_hooks.errors import ReplayMismatchError
+from kondo_hooks.errors import ReplayMismatchError, failed_replay
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
@@ -106,7 +106,7 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
             verify(replayed)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # a model may check its inputs, and raise anything where they are misread
             failure = failure or error
             continue
         if not everything and known != layout:
@@ -143,7 +143,9 @@ def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> 
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
             try:
                 verify(run(group, other))
-            except (RuntimeError, ValueError, IndexError):
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
                 continue
             return True
     return False
@@ -195,7 +197,13 @@ def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
     args, kwargs = unflatten(call.args, inputs)
     tape = call.tape()
     with call.as_screened(), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
-        result = call.run(*args, **kwargs)
+        try:
+            result = call.run(*args, **kwargs)
+        except (torch.OutOfMemoryError, ReplayMismatchError):
+            raise
+        except Exception as error:
+            rows, batch = sum(map(len, group)), sum(part.call.batch for part in group)
+            raise ReplayMismatchError(failed_replay(call.described(), rows, batch, error)) from error
     return Forwarded(call, result, tape)
 
 

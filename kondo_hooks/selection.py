@@ -277,7 +277,7 @@ class Selector:
     def __init__(self, config: SelectionConfig, stream: int = 0):
         self.config = config
         self.step = 0
-        self._generator = torch.Generator().manual_seed(config.seed + stream)
+        self._generator = torch.Generator("cpu").manual_seed(config.seed + stream)
         self._history: deque[Tensor] = deque(maxlen=config.history)
         self._credit = 0.0
 
@@ -292,7 +292,7 @@ class Selector:
 
     def uniform(self, n: int) -> Tensor:
         """(n,) random scores from the gate's own generator."""
-        return torch.rand(n, generator=self._generator)
+        return torch.rand(n, generator=self._generator, device="cpu")
 
     def __call__(self, delight: Tensor, scores: Tensor, forced: Tensor | None = None) -> Decision:
         """Decide on N samples and count the step.

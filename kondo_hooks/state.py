@@ -11,6 +11,9 @@ from torch import Tensor, nn
 class ModuleState:
     """The parts of a module that a replay must find as the screen did; lists are made once.
 
+    Attributes:
+        name: of the module's class.
+
     Args:
         module: the module.
         swaps_parameters: an engine puts other parameters, or views of them, into the modules while they run. Then
@@ -18,6 +21,7 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module, swaps_parameters: bool = False):
+        self.name = type(module).__name__
         self._swaps = swaps_parameters
         self._modules = list(module.modules())
         self._parameters = list(module.parameters())
@@ -168,9 +172,12 @@ class BufferRecord:
 
 
 def _is_hosts(hook: object) -> bool:
-    """Whether a hook is part of an engine."""
+    """Whether a hook is part of an engine, or of a library that trains the model."""
     function = getattr(hook, "func", hook)
-    return getattr(function, "__module__", "").split(".")[0] in ("torch", "deepspeed", "accelerate")
+    return (getattr(function, "__module__", None) or type(function).__module__).split(".")[0] in _HOSTS
+
+
+_HOSTS = "torch deepspeed accelerate transformers trl peft lightning pytorch_lightning lightning_fabric".split()
 
 
 def _changed(module: nn.Module, name: str, tensor: Tensor | None, values: Tensor | None) -> bool:

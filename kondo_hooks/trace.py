@@ -121,7 +121,9 @@ def _in_order(node: Node, name: str) -> bool:
     if name == "IndexBackward0":
         rows = node._saved_indices[0]
         return rows is None or (
-            rows.dtype == torch.int64 and rows.dim() == 1 and bool((rows == torch.arange(len(rows)).to(rows)).all())
+            rows.dtype == torch.int64
+            and rows.dim() == 1
+            and bool((rows == torch.arange(len(rows), device=rows.device)).all())
         )
     if name == "GatherBackward0":
         return _axis(node, node._saved_dim) != 0

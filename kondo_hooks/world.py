@@ -76,20 +76,20 @@ def decide(
 
 def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:
     n = len(samples.delight)
-    valid = torch.ones(n) if samples.valid is None else samples.valid
+    valid = torch.ones(n, device="cpu") if samples.valid is None else samples.valid
     rows, slot, first = [], [], 0
     tokens = n == sum(s.valid.numel() for s in signals)
     for signal, number in zip(signals, slots, strict=True):
         batch = len(signal.valid)
         per_row = signal.valid.numel() // batch if tokens else 1
-        rows.append(torch.arange(first, first + batch).repeat_interleave(per_row))
-        slot.append(torch.full((batch * per_row,), number))
+        rows.append(torch.arange(first, first + batch, device="cpu").repeat_interleave(per_row))
+        slot.append(torch.full((batch * per_row,), number, device="cpu"))
         first += batch
     columns = [
         samples.delight,
         samples.delight if samples.scores is None else samples.scores,
         valid,
-        torch.zeros(n) if forced is None else forced,
+        torch.zeros(n, device="cpu") if forced is None else forced,
         torch.cat(slot),
         torch.cat(rows),
     ]
@@ -97,7 +97,7 @@ def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Te
 
 
 def _counts(tables: list[Tensor], factors: Tensor, slots: int) -> Tensor:
-    counts = torch.zeros(len(tables), slots, dtype=torch.long)
+    counts = torch.zeros(len(tables), slots, dtype=torch.long, device="cpu")
     start = 0
     for rank, table in enumerate(tables):
         kept = factors[start : start + len(table)] != 0
@@ -151,7 +151,7 @@ def balance(
             if giver == ranks.rank:
                 staying[slot], leaving = _take_last(staying[slot], n)
                 for part in leaving:
-                    parcels[taker].append([torch.tensor(slot), *part.to_tensors()])
+                    parcels[taker].append([torch.tensor(slot, device="cpu"), *part.to_tensors()])
     for parcel in ranks.exchange(parcels, device):
         for slot_number, *tensors in parcel:
             slot = int(slot_number)

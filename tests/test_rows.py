@@ -1,0 +1,235 @@
+"""Which axis holds the rows: readings of inputs and outputs that shapes leave in doubt, and what is said where they stay so."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kondo_hooks as kondo
+
+from .cases import FEATURES, K
+from .reference import copies, grads, largest_relative_difference
+
+B = 12
+
+
+def pick(logits, actions):
+    return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def policy_loss(logits, actions, advantages, w=1.0):
+    return (-advantages * pick(logits, actions) * w).mean()
+
+
+@contextlib.contextmanager
+def told():
+    """The gate's warnings."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        messages: list[str] = []
+        yield messages
+        messages += [str(w.message) for w in seen if issubclass(w.category, kondo.KondoWarning)]
+
+
+def assert_same_gradient(model, reference):
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# A model may raise anything where its inputs are misread.
+
+
+class Checked(nn.Module):
+    """Checks the shape of its mask by an error of its own."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.layer, self.error = nn.Linear(FEATURES, K), error
+
+    def forward(self, x, mask):
+        if mask.shape != x.shape[:2]:
+            raise self.error(f"{mask.shape}")
+        return self.layer(x * mask[..., None])
+
+
+class ShapeError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, KeyError, ShapeError])
+def test_the_next_reading_is_tried_whatever_a_model_raises(error):
+    model, reference = copies(Checked(error).double())
+    x, mask, actions, advantages = double(B, B, FEATURES), double(B, B), torch.randint(K, (B, B)), double(B, B)
+    with kondo.gated(model, rate=0.25) as gate:
+        policy_loss(model(x, mask), actions, advantages).backward()
+    assert gate.stats.forwarded == 3
+    policy_loss(reference(x, mask), actions, advantages, gate.last.factors()[:, None]).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_a_models_own_error_in_the_first_run_is_its_own():
+    model = Checked(ShapeError).double()
+    with kondo.gated(model, rate=0.25), pytest.raises(ShapeError):
+        model(double(B, 5, FEATURES), double(B, 4))
+
+
+class Regrouped(nn.Module):
+    """Rows that are steps of sequences, whose number it takes from the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(FEATURES, 8), nn.Linear(8, K)
+
+    def forward(self, x, h, c):
+        sequences = h.shape[1]
+        return self.head(self.rnn(x.unflatten(0, (-1, sequences)), (h, c))[0].flatten(0, 1))
+
+
+def test_rows_that_are_regrouped_in_the_model_are_refused_in_the_gates_words():
+    model = Regrouped()
+    x, h, actions, advantages = (
+        torch.randn(40, FEATURES),
+        torch.zeros(1, 5, 8),
+        torch.randint(K, (40,)),
+        torch.randn(40),
+    )
+    with kondo.gated(model, rate=0.1), pytest.raises(kondo.ReplayMismatchError) as raised:
+        policy_loss(model(x, h, h), actions, advantages).backward()
+    for part in ("replay of 4 of 40 rows of Regrouped((40, 6), (1, 5, 8), (1, 5, 8))", "sequence one row"):
+        assert part in str(raised.value)
+    assert raised.value.__cause__ is not None and all(p.grad is None for p in model.parameters())
+
+
+def test_a_sample_without_a_batch_axis_whose_features_look_like_rows():
+    model = nn.Sequential(nn.Linear(K, 9), nn.Tanh(), nn.Linear(9, K))
+    with kondo.gated(model, rate=0.3, priority="uniform"), pytest.raises(kondo.ReplayMismatchError, match=r"x\[None\]"):
+        (-torch.stack([model(x).log_softmax(-1)[0] for x in torch.randn(6, K)]).sum()).backward()
+
+
+# Rows on another axis than the first.
+
+
+class LastStep(nn.Module):
+    """(T, B, F) and the (B,) step to look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(FEATURES, 8), nn.Linear(8, K)
+
+    def forward(self, x, last):
+        return self.head(self.rnn(x)[0][last, torch.arange(x.shape[1])])[None]
+
+
+@pytest.mark.parametrize("steps", [5, B])
+def test_a_vector_of_rows_beside_rows_on_the_second_axis(steps):
+    model, reference = copies(LastStep().double())
+    x, last = double(steps, B, FEATURES), torch.randint(steps, (B,))
+    actions, advantages = torch.randint(K, (B,)), double(B)
+    with kondo.gated(model, rate=0.25, batch_dim=1) as gate:
+        policy_loss(model(x, last)[0], actions, advantages).backward()
+    assert gate.stats.forwarded == 3
+    policy_loss(reference(x, last)[0], actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+class Stacked(nn.Module):
+    """Each layer's output, (layers, B, H)."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(FEATURES, FEATURES) for _ in range(layers))
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x).tanh()
+            outputs.append(x)
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("layers", [2, B])
+@pytest.mark.parametrize("keep", [3, B])
+def test_layers_first_after_a_screen(layers, keep):
+    model, reference = copies(Stacked(layers).double())
+    x, weights, kept = double(B, FEATURES), double(layers, B, FEATURES), torch.zeros(B)
+    kept[:keep] = 1
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=kept)
+        (model(x) * weights).sum().backward()
+    (reference(x) * weights * kept[:, None]).sum().backward()
+    assert_same_gradient(model, reference)
+
+
+# Losses of the model's own, of one kept row.
+
+
+class InnerTagger(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn, self.head, self.kind = nn.GRU(FEATURES, 8, batch_first=kind != "time first"), nn.Linear(8, K), kind
+
+    def forward(self, x, y):
+        if self.kind == "time first":
+            logits = self.head(self.rnn(x.transpose(0, 1))[0]).transpose(0, 1)
+        else:
+            logits = self.head(self.rnn(x)[0])
+        return F.cross_entropy(logits.reshape(-1, K), y.reshape(-1)), logits
+
+
+@pytest.mark.parametrize("kind", ["batch first", "time first"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_inner_loss_of_one_row(kind, k):
+    model, reference = copies(InnerTagger(kind).double())
+    x, y = double(B, 5, FEATURES), torch.randint(K, (B, 5))
+    with kondo.gated(model, rate=k / B) as gate:
+        model(x, y)[0].backward()
+    assert gate.stats.forwarded == k
+    nll = F.cross_entropy(reference(x, y)[1].transpose(1, 2), y, reduction="none")
+    (nll * gate.last.factors()[:, None]).mean().backward()
+    assert_same_gradient(model, reference)
+
+
+# A default device other than the data's.
+
+
+@pytest.fixture
+def meta_by_default():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.25},
+        {"rate": 0.25, "priority": "uniform"},
+        {"rate": 0.25, "deterministic": False},
+        {"rate": 0.25, "weight": "dg"},
+        {"rate": 0.25, "history": 4},
+        {"price": 0.0, "hard": False},
+        {"rate": 0.25, "window": 2},
+        {"rate": 0.25, "micro_batch_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [False, True], ids=["hook", "screen"])
+def test_a_default_device_is_none_of_the_gates_business(meta_by_default, options, first):
+    model = nn.Sequential(nn.Linear(FEATURES, 8, device="cpu"), nn.Dropout(0.2), nn.Linear(8, K, device="cpu"))
+    model, reference = copies(model.double().eval())
+    x, advantages = (torch.randn(B, n, dtype=torch.float64, device="cpu") for n in (FEATURES, 1))
+    actions, advantages = torch.randint(K, (B,), device="cpu"), advantages[:, 0]
+    with kondo.gated(model, **options) as gate:
+        for _ in range(options.get("window", 1)):
+            if first and "window" not in options:
+                gate.screen(logp=pick(reference(x), actions).detach(), advantages=advantages)
+            policy_loss(model(x), actions, advantages).backward()
+    for w in gate.last.factors().view(-1, B):
+        policy_loss(reference(x), actions, advantages, w).backward()
+    assert_same_gradient(model, reference)
