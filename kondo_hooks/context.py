@@ -260,7 +260,7 @@ class Gated:
             if not isinstance(kept, Tensor) or kept.dim() != 1:
                 raise ValueError("screen: kept must be a tensor of shape (B,), bool or factors")
             if self.enabled and not self._forward.passes_through():
-                factors = kept.detach().float()
+                factors = kept.detach() if kept.is_floating_point() else kept.float()
                 self._forward.screened = self._screen_rows(factors, torch.ones_like(factors, dtype=torch.bool))
             return None
         signal = self._signal("screen", logp, advantages, mask, delight)

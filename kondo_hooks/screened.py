@@ -122,7 +122,8 @@ class Screened:
         if len(rows) == batch and bool((self.factors == 1).all()):
             return result
         if nothing:
-            self.hooks = silence(leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None)
+            outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
+            self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))
         wheres = self._outputs(call, result, rows, batch_dim, learned_outputs)
 
         source = fill_index(rows, batch)

@@ -300,26 +300,29 @@ def reaches(loss: Any) -> tuple[bool, list[Tensor]]:
     return calls, leaves
 
 
-def silence(outputs: Iterable[Tensor]) -> list[Any]:
-    """Make whatever gradient reaches a leaf from these outputs exactly zero; returns the hooks, to be removed.
+def silence(outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> list[Any]:
+    """Make whatever these outputs send to a leaf, or to ``inputs``, exactly zero; returns the hooks, to be removed.
 
-    A gradient of zero at an output is not enough: times a NaN or an infinity inside the model it is NaN.
+    A gradient of zero at an output is not enough: times a NaN or an infinity inside the model it is NaN. What other
+    outputs send to the same leaves is left alone.
     """
-    handles, seen = [], set()
+    ends = {leaf.grad_fn for leaf in inputs}
+    handles, seen = [], set(ends)
     stack = [output.grad_fn for output in outputs]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or hasattr(node, "variable"):
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            handles.append(node.register_prehook(_zeros))
-        stack.extend(parent for parent, _ in node.next_functions)
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if any(parent in ends or hasattr(parent, "variable") for parent in parents):
+            handles.append(node.register_hook(_zeros))
+        stack.extend(parents)
     return handles
 
 
-def _zeros(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
+def _zeros(sent: tuple[Tensor | None, ...], _received: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if grad is None else torch.zeros_like(grad) for grad in sent)
 
 
 @dataclass(frozen=True)

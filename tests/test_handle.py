@@ -376,6 +376,33 @@ def test_a_screen_that_keeps_nothing_gives_full_size_outputs_and_a_gradient_of_z
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("factors", [([0, 0, 0], [1, 0, 0.3]), ([1, 0.7, 0], [0, 0, 0])], ids=str)
+def test_a_call_that_keeps_nothing_leaves_the_gradient_of_the_others_in_its_backward(factors):
+    """It is silenced on its own way, not at the parameters; nor is what its input was made of."""
+    torch.manual_seed(0)
+    encoder, model, x = nn.Linear(4, 3).double(), nn.Linear(3, K).double(), torch.randn(2, 3, 4).double()
+    factors = torch.tensor(factors, dtype=torch.float64)
+
+    def loss(weights):
+        hidden = encoder(x)
+        return sum((model(h).sin() * w.unsqueeze(1)).sum() for h, w in zip(hidden, weights, strict=True)) + hidden.sum()
+
+    def gated_loss(gate):
+        hidden, terms = encoder(x), []
+        for h, w in zip(hidden, factors, strict=True):
+            gate.screen(kept=w)
+            terms.append(model(h).sin().sum())
+        return sum(terms) + hidden.sum()
+
+    with kondo.gated(model, rate=0.5) as gate:
+        gated_loss(gate).backward()
+    both = nn.ModuleList([encoder, model])
+    ours = grads(both)
+    both.zero_grad()
+    loss(factors).backward()
+    assert largest_relative_difference(ours, grads(both)) < 1e-12
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["screen", "hook"])
 @pytest.mark.parametrize(
     ("options", "factor"),
