@@ -17,7 +17,7 @@ from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
-from kondo_hooks.replay import Replayed, input_grads
+from kondo_hooks.replay import Replayed, have_graph, input_grads
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
@@ -76,6 +76,7 @@ class Backward:
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._selected: dict[str, bool] = {}
+        self._constants: dict[str, bool] = {}
 
     def flush(self) -> int:
         """Decide on what waits and replay it; returns how many calls that were."""
@@ -281,6 +282,8 @@ class Backward:
     def _read(self, arrivals: list[Arrival]) -> None:
         """Find each call's signal."""
         for a in arrivals:
+            if a.unsplit():
+                self._forget_constants(a)
             a.check()
             if a.call.overwritten():
                 self.copy_outputs = True
@@ -413,6 +416,19 @@ class Backward:
         rows, self.forced = self.forced.to(samples.delight.device), None
         mine = forced_mask(rows, len(samples.delight))
         return mine if forced is None else mine | forced
+
+    def _forget_constants(self, arrival: Arrival) -> None:
+        """Drop the gradients of outputs without rows that have no graph, as one row shows: they are constants."""
+        if self.engine.communicates:
+            return  # one more pass, that other ranks might not make
+        unknown = [i for i in arrival.unsplit() if arrival.call.paths[i] not in self._constants]
+        if unknown:
+            with self._model_running():
+                graphs = have_graph(arrival.stand_in(), self.learned)
+            self._constants.update({arrival.call.paths[i]: not graphs[i] for i in unknown})
+        for i in arrival.unsplit():
+            if self._constants[arrival.call.paths[i]]:
+                arrival.grads[i] = None
 
     def _is_selected(self, arrival: Arrival) -> bool:
         """Whether the output that the loss used was picked from log-probs: one row is run with a graph to see."""

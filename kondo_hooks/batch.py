@@ -1,79 +1,14 @@
-"""The batch axis: nested inputs and outputs, which axis holds the rows, taking and packing rows.
+"""The batch axis: which axis holds the rows, taking and packing rows.
 
-Knows tensors in containers and nothing of gates.
+Knows tensors and nothing of gates.
 """
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Tree = Any
-
-
-def map_tensors(
-    fn: Callable[[str, Tensor], Any], tree: Tree, path: str = "", other: Callable[[Any], None] | None = None
-) -> Tree:
-    """Rebuild ``tree`` with every tensor replaced by ``fn(path, tensor)``.
-
-    Goes through tuples, named tuples, lists, dicts and other mutable mappings (so ``ModelOutput``)
-    and dataclasses. Anything else is shown to ``other`` and returned as it is, and so is a container in
-    which nothing changed.
-    """
-    if isinstance(tree, Tensor):
-        return fn(path, tree)
-    if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
-        items = [map_tensors(fn, item, f"{path}[{i}]", other) for i, item in enumerate(tree)]
-        if all(new is old for new, old in zip(items, tree, strict=True)):
-            return tree
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, MutableMapping):
-        values = {key: map_tensors(fn, value, f"{path}[{key!r}]", other) for key, value in tree.items()}
-        changed = {key: value for key, value in values.items() if value is not tree[key]}
-        if not changed:
-            return tree
-        tree = copy.copy(tree)
-        for key, value in changed.items():
-            tree[key] = value
-        return tree
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
-        values = {name: map_tensors(fn, getattr(tree, name), f"{path}.{name}", other) for name in names}
-        changed = {name: value for name, value in values.items() if value is not getattr(tree, name)}
-        if not changed:
-            return tree
-        tree = copy.copy(tree)
-        for name, value in changed.items():
-            object.__setattr__(tree, name, value)
-        return tree
-    if other is not None:
-        other(tree)
-    return tree
-
-
-def flatten(tree: Tree, path: str = "") -> tuple[list[str], list[Tensor]]:
-    """The paths and tensors of ``tree``, in the order in which ``map_tensors`` meets them."""
-    paths: list[str] = []
-    leaves: list[Tensor] = []
-
-    def collect(path: str, leaf: Tensor) -> Tensor:
-        paths.append(path)
-        leaves.append(leaf)
-        return leaf
-
-    map_tensors(collect, tree, path)
-    return paths, leaves
-
-
-def unflatten(tree: Tree, leaves: Sequence[Any]) -> Tree:
-    """``tree`` with its tensors replaced, in order, by ``leaves``."""
-    remaining = iter(leaves)
-    return map_tensors(lambda _path, _leaf: next(remaining), tree)
 
 
 @dataclass(frozen=True)

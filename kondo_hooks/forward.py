@@ -1,7 +1,8 @@
 """What happens in a call of the model: it is screened without a graph, or passes through, or runs kept rows only."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CoroutineType, GeneratorType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
 from kondo_hooks.backward import Backward
-from kondo_hooks.batch import Rows, Tree, flatten, infer_batch_size, map_tensors
+from kondo_hooks.batch import Rows, infer_batch_size
 from kondo_hooks.engines import refuse_outer_wrapper
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.inner_loss import Tape
@@ -18,6 +19,7 @@ from kondo_hooks.node import Call
 from kondo_hooks.screened import Screened
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import find_sources
+from kondo_hooks.tree import Tree, flatten, hidden_tensors, is_atom, map_tensors
 
 Name = str | int | Callable[[Any], Tensor]
 
@@ -143,12 +145,13 @@ class Forward:
                 result = call.screen(self._batch_dim, self._record, copy, Tape())
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
+        self._check_reach(call, result)
         if not call.outputs:
             return result, None, ()
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
         self._record = call.random
-        self._check_outputs(call, result)
+        self._check_outputs(call)
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
             self._warn(
                 "chain",
@@ -158,7 +161,7 @@ class Forward:
             )
         live, outputs = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
-            call.named = self._resolve(call, live)
+            call.named = self._resolve(live, outputs)
         return live, call, outputs
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
@@ -191,23 +194,26 @@ class Forward:
         sources = find_sources(leaf, trust=True) or []
         return any(source.call.state is self._backward.state for source in sources)
 
-    def _check_outputs(self, call: Call, result: Tree) -> None:
-        hidden: list[str] = []
+    def _check_reach(self, call: Call, result: Tree) -> None:
+        """Refuse outputs that hold tensors where they cannot be replaced."""
 
         def look(value: Any) -> None:
-            inside = getattr(value, "__dict__", None)
-            if type(value).__module__ == "transformers.cache_utils":
-                return  # every decoder returns one, and training uses none
-            if inside and any(leaf.is_floating_point() for leaf in _tensors_within(inside, 3)):
-                hidden.append(type(value).__name__)
+            if is_atom(value) or type(value).__module__ == "transformers.cache_utils":
+                return  # every decoder returns such a cache, and training uses none
+            hidden = [t for t in hidden_tensors(value) if t.is_floating_point()]
+            state = self._backward.state
+            if hidden:
+                known = {id(t) for t in (*state.parameters(), *state.buffers(), *call.inputs)}
+                hidden = [t for t in hidden if id(t) not in known]
+            if hidden or isinstance(value, (GeneratorType, CoroutineType)):
+                raise RuntimeError(
+                    f"gated: the model returned a {type(value).__name__}, which holds tensors where the gate cannot "
+                    "reach them, so they would have no gradient; return them in a tuple, a dict or an object"
+                )
 
         map_tensors(lambda _path, leaf: leaf, result, other=look)
-        if hidden:
-            self._warn(
-                "hidden",
-                f"gated: the model returned a {hidden[0]}, which holds tensors that the gate cannot reach into; they "
-                "carry no gradient. (Training needs no KV cache: use_cache=False saves its memory.)",
-            )
+
+    def _check_outputs(self, call: Call) -> None:
         if self._backward.state.has_forward_hooks():
             self._warn(
                 "hooks",
@@ -221,7 +227,7 @@ class Forward:
                 "trains correctly but saves nothing. Put such layers in eval mode where you can.",
             )
 
-    def _resolve(self, call: Call, live: Tree) -> tuple[str, int]:
+    def _resolve(self, live: Tree, outputs: Sequence[Tensor]) -> tuple[str, int]:
         """Which output ``logp=``, ``logits=`` or ``probs=`` names."""
         assert self._named is not None
         kind, name = self._named
@@ -236,22 +242,7 @@ class Forward:
                 found = getattr(live, name)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{kind}={name!r} names no output of {type(self.model).__name__}") from error
-        for i, leaf in enumerate(call.outputs_in(live)):
+        for i, leaf in enumerate(outputs):
             if leaf is found:
                 return kind, i
         raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")
-
-
-def _tensors_within(value: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-        return
-    inside: Any = ()
-    if isinstance(value, dict):
-        inside = value.values()
-    elif isinstance(value, (list, tuple)):
-        inside = value
-    elif hasattr(value, "__dict__"):
-        inside = vars(value).values()
-    for item in inside if depth else ():
-        yield from _tensors_within(item, depth - 1)

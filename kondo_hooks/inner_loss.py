@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kondo_hooks.batch import Tree, flatten, map_tensors, unflatten
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.state import Autocast
+from kondo_hooks.tree import Tree, flatten, map_tensors, unflatten
 
 _FIRST = ("[0][0]", "[1]['input']")
 # Where a function has its second operand; weights of classes and the like are none.

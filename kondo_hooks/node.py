@@ -18,17 +18,14 @@ from torch import Tensor
 from kondo_hooks.batch import (
     Layout,
     Rows,
-    Tree,
     candidate_rows,
-    flatten,
     infer_batch_size,
     is_doubtful,
     layouts,
-    map_tensors,
     output_rows,
-    unflatten,
 )
 from kondo_hooks.draws import Draws, RecordDraws
+from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.inner_loss import InnerLoss, Tape, find_losses
 from kondo_hooks.rounding import Checks
 from kondo_hooks.state import (
@@ -41,8 +38,10 @@ from kondo_hooks.state import (
     same_rng_state,
 )
 from kondo_hooks.trace import Scale
+from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
 
 _serial = itertools.count()
+_GIVEN = "the input "
 
 
 @dataclass(eq=False)
@@ -51,7 +50,7 @@ class Call:
 
     Attributes:
         run: the function that was called.
-        args: positional and keyword arguments, tensors in nested containers.
+        args: positional and keyword arguments, tensors in nested containers; the containers are its own.
         pairs: whether row i and the row half a batch below it are one sample, and so one row here.
         shared_loss: whether a term without rows in a loss of the model's own is taken on the kept rows alone.
         outputs: the differentiable output tensors, as the screen returned them; for a loss that the model computed, the
@@ -91,18 +90,32 @@ class Call:
 
     def __post_init__(self) -> None:
         self.serial = next(_serial)
-        self.input_paths, self.inputs = flatten(self.args)
+        self.input_paths: list[str] = []
+        self.inputs: list[Tensor] = []
+        self._given: Tree = self.args
+        walk = Walk(self._note_input, fresh=True)
+        self.args = walk(self.args)
+        # The dict of keyword arguments is new in every call of a function.
+        self._may_write = walk.copies > 1 or walk.objects > 0
+        self._writes = False
         devices = {leaf.device for leaf in self.inputs}
         self.flags = self.state.flags()
         self.autocast = Autocast.current(devices)
         self.rng = rng_state(devices)
+        self._aliases: dict[str, str] = {}
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
         self.random = False
+        self.overwrites: list[str] = []
         self.scale: Scale | None = None
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
         self._returned = 0
+
+    def _note_input(self, path: str, leaf: Tensor) -> Tensor:
+        self.input_paths.append(path)
+        self.inputs.append(leaf)
+        return leaf
 
     @property
     def observations(self) -> list[Any]:
@@ -128,6 +141,7 @@ class Call:
             tape: notes how the model computes a loss of its own.
         """
         self.buffers = self.state.buffers_before()
+        before = [leaf._version for leaf in self.inputs]
         with (
             torch.no_grad(),
             _no_fast_path(),
@@ -135,9 +149,11 @@ class Call:
             RecordDraws(self.draws) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
         ):
-            result = self.run(*self.args[0], **self.args[1])
+            result = self.run_given()
         self.state.note_changes(self.buffers)
         self._input_versions = [leaf._version for leaf in self.inputs]
+        changed = zip(self.input_paths, before, self._input_versions, strict=True)
+        self.overwrites = [path for path, old, new in changed if old != new]
         self._parameter_versions = self.state.versions()
         drew = not same_rng_state(self.rng, rng_state(device for device, _ in self.rng))
         self.random = drew
@@ -151,7 +167,15 @@ class Call:
         return result
 
     def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None) -> None:
-        every = list(zip(*flatten(result), strict=True))
+        self._writes = self._may_write and self._has_written()
+        every: list[tuple[str, Tensor]] = []
+        paths: dict[int, str] = {}
+        for path, leaf in self._found(result, self._given).items():
+            if id(leaf) in paths:
+                self._aliases[path] = paths[id(leaf)]
+            else:
+                paths[id(leaf)] = path
+                every.append((path, leaf))
         self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim)
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
@@ -160,7 +184,8 @@ class Call:
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]
             self.inner = find_losses(tape.steps, every, constants, self._shares)
-        kept = [(path, leaf) for path, leaf in every if self._is_output(path, leaf)]
+        same = self._constants()
+        kept = [(path, leaf) for path, leaf in every if self._is_output(path, leaf) and id(leaf) not in same]
         self._returned = len(kept)
         if self.inner is not None:
             kept += [(self.inner.name(i), tensor) for i, tensor in enumerate(self.inner.tensors)]
@@ -205,18 +230,75 @@ class Call:
     def _is_output(self, path: str, leaf: Tensor) -> bool:
         return differentiable(leaf) and (self.inner is None or path not in self.inner.ends)
 
-    def outputs_in(self, result: Tree, tape: Tape | None = None, check: bool = True) -> list[Tensor]:
+    def _constants(self) -> set[int]:
+        """Ids of the inputs and buffers that the screen did not change: a model that returns one returns a constant."""
+        inputs = {
+            id(leaf) for path, leaf in zip(self.input_paths, self.inputs, strict=True) if path not in self.overwrites
+        }
+        buffers = {id(buffer) for buffer in self.state.buffers()}
+        return inputs | (buffers - {id(module._buffers[name]) for module, name, *_ in self.buffers.entries})
+
+    def _has_written(self) -> bool:
+        """Whether the screen put tensors into the containers that it was given."""
+        inputs = {id(leaf) for leaf in self.inputs}
+        return any(id(leaf) not in inputs for leaf in flatten(self._given)[1])
+
+    def _found(self, result: Tree, args: Tree) -> dict[str, Tensor]:
+        """By path, what a run returned and, where the model writes into what it is given, what stands there now."""
+        found: dict[str, Tensor] = {}
+        walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True)
+        walk(result)
+        if self._writes:
+            walk(args, _GIVEN)
+        return found
+
+    def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
+        """Run the model on other tensors in containers of their own; returns its result, and those containers."""
+        remaining = iter(inputs)
+        args = Walk(lambda _path, _leaf: next(remaining), fresh=True)(self.args)
+        return self.run(*args[0], **args[1]), args
+
+    def run_given(self) -> Tree:
+        """Run the model on what it was given."""
+        return self.run(*self._given[0], **self._given[1])
+
+    def run_kept(self, inputs: Sequence[Tensor]) -> Tree:
+        """Run the model on the kept rows alone, after ``screen()``; refuses one that writes into its arguments."""
+        result, args = self.run_again(inputs)
+        known = {id(leaf) for leaf in inputs}
+        written = [path for path, leaf in zip(*flatten(args), strict=True) if id(leaf) not in known]
+        if self._may_write and written:
+            raise RuntimeError(
+                f"gated: after screen() the kept rows run alone, and the model writes {_argument(written[0])} into its "
+                "arguments, where it would have fewer rows than the batch: return it, or leave screen() away"
+            )
+        return result
+
+    def outputs_in(self, result: Tree, args: Tree, tape: Tape | None = None, check: bool = True) -> list[Tensor]:
         """The outputs in what the model returned.
 
         Args:
             result: of a run.
+            args: of that run, after it.
             tape: of that run, where losses are to be taken apart.
             check: whether it ran with a graph, which is to be held against the losses.
         """
-        found = [leaf for path, leaf in zip(*flatten(result), strict=True) if self._is_output(path, leaf)]
+        found = self._found(result, args)
+        paths = self.paths[: self._returned]
+        if missing := [path for path in paths if path not in found]:
+            raise ReplayMismatchError(
+                f"gated: the model returned {missing[0] or 'a tensor'} for the whole batch and not for the kept rows; "
+                "what it returns must not depend on how many rows it gets (a list with an entry a row? pad or stack it)"
+            )
+        if check and (split := [path for path, first in self._aliases.items() if found[path] is not found[first]]):
+            raise ReplayMismatchError(
+                f"gated: the model returned one tensor as {self._aliases[split[0]] or 'output'} and {split[0]} without "
+                "a graph, and two with one: return copies of it (clone())"
+            )
+        outputs = [found[path] for path in paths]
         if self.inner is not None and tape is not None:
-            found += self.inner.in_replay(tape.steps, check)
-        return found
+            outputs += self.inner.in_replay(tape.steps, check)
+        return outputs
 
     def tape(self) -> Tape | None:
         """For another run of the model, if this one computed a loss."""
@@ -227,12 +309,21 @@ class Call:
         inputs = [leaf for leaf in self.inputs if leaf.requires_grad]
         returned = list(_Node.apply(self, anchor.view_as(anchor), *inputs))
         self.returned = []
-        remaining = iter(returned)
+        by_path = dict(zip(self.paths[: self._returned], returned, strict=False))
+        live = self._with_live(lambda path, leaf: by_path.get(path, leaf), result)
+        self._given = ((), {})  # it may hold the node's outputs now, and a cycle through autograd is never freed
+        return live, returned
 
-        def live(path: str, leaf: Tensor) -> Tensor:
-            return next(remaining) if self._is_output(path, leaf) else leaf
-
-        return map_tensors(live, result), returned
+    def _with_live(self, fn: Callable[[str, Tensor], Tensor], result: Tree) -> Tree:
+        """``result`` with its tensors replaced; what the model was given is changed in place, and stays the user's."""
+        if not self._writes:
+            return map_tensors(fn, result)
+        inside = Walk(lambda _path, leaf: leaf)
+        inside(self._given)
+        walk = Walk(fn, own=inside.memo.keys())
+        live = walk(result)
+        walk(self._given, _GIVEN)
+        return live
 
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
@@ -260,10 +351,9 @@ class Call:
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of another run as the screen's, on these tensors in place of its inputs."""
         tape = self.tape()
-        args, kwargs = unflatten(self.args, inputs)
         with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
-            result = self.run(*args, **kwargs)
-        return self.outputs_in(result, tape, check=False)
+            result, args = self.run_again(inputs)
+        return self.outputs_in(result, args, tape, check=False)
 
     @contextlib.contextmanager
     def as_screened(self) -> Iterator[None]:
@@ -311,6 +401,7 @@ class Call:
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
         self.args, self.inputs, self.outputs = ((), {}), [], []
+        self._given = ((), {})
 
 
 @contextlib.contextmanager

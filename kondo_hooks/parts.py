@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, Tree, fits
+from kondo_hooks.batch import Layout, Rows, fits
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
 from kondo_hooks.rounding import by_column, measure
+from kondo_hooks.tree import Tree
 
 Gradient = Tensor | RankOne
 

@@ -47,12 +47,18 @@ class Arrival:
     forced: Tensor | None = None
     held: Part | None = None
 
+    def unsplit(self) -> list[int]:
+        """Outputs without rows that the loss used."""
+        call = self.call
+        used = [i for i, grad in enumerate(self.grads) if grad is not None]
+        return [i for i in used if call.rows[i] is None and not call.is_shared(i)]
+
     def check(self) -> None:
         """Refuse gradients that cannot be split into rows."""
         call = self.call
-        for i, (path, rows, grad) in enumerate(zip(call.paths, call.rows, self.grads, strict=True)):
-            if rows is None and grad is not None and not call.is_shared(i):
-                raise RuntimeError(no_rows_in_loss(path) if call.makes_loss(i) else no_batch_axis(path, call.batch))
+        for i in self.unsplit():
+            path = call.paths[i]
+            raise RuntimeError(no_rows_in_loss(path) if call.makes_loss(i) else no_batch_axis(path, call.batch))
         if call.inner is not None:
             call.inner.check()
 

@@ -7,22 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import (
-    Layout,
-    Rows,
-    Tree,
-    fits,
-    flatten,
-    join_rows,
-    pad_to,
-    unflatten,
-)
+from kondo_hooks.batch import Layout, Rows, fits, join_rows, pad_to
 from kondo_hooks.draws import TakeDraws
 from kondo_hooks.errors import ReplayMismatchError, failed_replay
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
-from kondo_hooks.parts import Part
+from kondo_hooks.parts import Part, reading
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.tree import Tree, flatten
 from kondo_hooks.verify import rows_of, verify
 
 
@@ -180,31 +172,37 @@ class Forwarded:
 
     call: Call
     result: Tree
+    args: Tree
     tape: Tape | None
 
     def outputs(self) -> list[Tensor]:
         """Those of the screen; raises ReplayMismatchError if a loss of the model's own was made otherwise."""
-        return self.call.outputs_in(self.result, self.tape)
+        return self.call.outputs_in(self.result, self.args, self.tape)
 
     def everything(self) -> list[Tensor]:
         """All that has a graph."""
-        return [leaf for leaf in flatten(self.result)[1] if leaf.requires_grad]
+        return [leaf for leaf in flatten((self.result, self.args))[1] if leaf.requires_grad]
 
 
 def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
     """Run the model on what ``assemble`` put together."""
     call = group[0].call
-    args, kwargs = unflatten(call.args, inputs)
     tape = call.tape()
     with call.as_screened(), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
         try:
-            result = call.run(*args, **kwargs)
+            result, args = call.run_again(inputs)
         except (torch.OutOfMemoryError, ReplayMismatchError):
             raise
         except Exception as error:
             rows, batch = sum(map(len, group)), sum(part.call.batch for part in group)
             raise ReplayMismatchError(failed_replay(call.described(), rows, batch, error)) from error
-    return Forwarded(call, result, tape)
+    return Forwarded(call, result, args, tape)
+
+
+def have_graph(part: Part, learned: dict[tuple[str, ...], Layout]) -> list[bool]:
+    """Whether each output of a call has a graph, as a run of some of its rows shows."""
+    inputs, _ = assemble([part], reading(part, learned))
+    return [output.requires_grad for output in forward([part], inputs).outputs()]
 
 
 def silenced(group: list[Part], outputs: list[Tensor]) -> Replayed:

@@ -11,25 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import (
-    Layout,
-    Rows,
-    Tree,
-    candidate_rows,
-    fill_index,
-    fits,
-    flatten,
-    is_doubtful,
-    kept_rows,
-    rows_between,
-    unflatten,
-)
+from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, fits, is_doubtful, kept_rows, rows_between
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.replay import AmbiguousRowsError, replay
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import silence
+from kondo_hooks.tree import Tree, flatten, unflatten
 
 
 class _Spread(torch.autograd.Function):
@@ -117,10 +106,9 @@ class Screened:
             leaf if where is None else where.take(leaf, rows.to(leaf.device))
             for leaf, where in zip(call.inputs, layout, strict=True)
         ]
-        args, kwargs = unflatten(call.args, taken)
-        result = call.run(*args, **kwargs)
         if len(rows) == batch and bool((self.factors == 1).all()):
-            return result
+            return call.run_given()
+        result = call.run_kept(taken)
         if nothing:
             outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
             self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))
@@ -176,7 +164,7 @@ class Screened:
             else:
                 if full is None:
                     with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():
-                        full = dict(zip(*flatten(call.run(*call.args[0], **call.args[1])), strict=True))
+                        full = dict(zip(*flatten(call.run_again(call.inputs)[0]), strict=True))
                 where = None
                 if path in full:
                     where = rows_between(full[path].shape, leaf.shape, len(self.factors), len(rows))

@@ -13,7 +13,8 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
 import kondo_hooks as kondo
-from kondo_hooks.batch import Rows, flatten, infer_batch_size, layouts, map_tensors, output_rows, unflatten
+from kondo_hooks.batch import Rows, infer_batch_size, layouts, output_rows
+from kondo_hooks.tree import flatten, map_tensors, unflatten
 
 
 class Point(NamedTuple):

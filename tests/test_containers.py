@@ -1,0 +1,465 @@
+"""What people pass to a model and return from it: exact, or an error that says what to do."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Mapping
+
+import pytest
+import torch
+import torch.distributions as D
+from torch import nn
+
+import kondo_hooks as kondo
+from kondo_hooks.tree import flatten, map_tensors
+from tests.reference import grads, kept_mask, largest_relative_difference
+
+N, F, K = 16, 5, 4
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_exact(model, call, loss, rate=0.25, steps=1, n=N, **options):
+    """``loss(call(model), w)`` with a gate and with the dropped rows' terms times zero, w (n,), give one gradient."""
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=rate, priority="uniform", **options) as gate:
+        for _ in range(steps):
+            loss(call(model), torch.ones(n)).backward()
+            w = kept_mask(gate.last.kept, n, torch.get_default_dtype())
+            loss(call(reference), w).backward()
+    assert 0 < gate.stats.kept < n * steps
+    worst = largest_relative_difference(grads(model), grads(reference))
+    assert worst < 1e-10, f"off by {worst:.1e}"
+    return gate
+
+
+class Net(nn.Module):
+    """Logits and a value, in what ``wrap`` makes of them."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.body, self.pi, self.v = nn.Linear(F, 8), nn.Linear(8, K), nn.Linear(8, 1)
+        self.wrap = wrap
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return self.wrap(self.pi(h), self.v(h)[:, 0])
+
+
+class Plain:
+    def __init__(self, logits, value):
+        self.logits, self.value = logits, value
+
+
+class Slotted:
+    __slots__ = ("__private", "logits", "value")
+
+    def __init__(self, logits, value):
+        self.logits, self.value, self.__private = logits, value, None
+
+    def __setattr__(self, name, value):
+        if hasattr(self, name):
+            raise AttributeError("made once")
+        object.__setattr__(self, name, value)
+
+
+class SlotsOfTwo(Slotted):
+    __slots__ = ("more",)
+
+
+class WithProperty:
+    """What it shows is computed from what it holds."""
+
+    asked = 0
+
+    def __init__(self, logits, value):
+        self._held = {"logits": logits, "value": [value]}
+
+    @property
+    def logits(self):
+        type(self).asked += 1
+        return self._held["logits"]
+
+    @property
+    def value(self):
+        return self._held["value"][0]
+
+    def __copy__(self):
+        raise AssertionError("the class's own code is not run")
+
+    __reduce__ = __deepcopy__ = __copy__
+
+
+class ByRow(Mapping):
+    """A mapping whose [] takes rows, not keys."""
+
+    def __init__(self, **items):
+        self._items = items
+
+    def __getitem__(self, rows):
+        return ByRow(**{key: value[rows] for key, value in self._items.items()})
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+    @property
+    def logits(self):
+        return self._items["logits"]
+
+    @property
+    def value(self):
+        return self._items["value"]
+
+
+class Bunch(dict):
+    """Keys as attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSlots:
+    logits: torch.Tensor
+    value: torch.Tensor
+    sizes: tuple = (1, 2)
+
+
+def _cyclic(logits, value):
+    out = types.SimpleNamespace(logits=logits)
+    out.inner = types.SimpleNamespace(parent=out, value=value)
+    out.value = None
+    return out
+
+
+WRAPS = {
+    "namespace": lambda logits, value: types.SimpleNamespace(logits=logits, value=value),
+    "plain": Plain,
+    "slots": Slotted,
+    "slots_inherited": SlotsOfTwo,
+    "properties": WithProperty,
+    "mapping_by_row": lambda logits, value: ByRow(logits=logits, value=value),
+    "bunch": lambda logits, value: Bunch(logits=logits, value=value),
+    "frozen_slots": FrozenSlots,
+    "read_only": lambda logits, value: Plain(logits, types.SimpleNamespace(v=(value, 3))),
+    "cyclic": _cyclic,
+}
+
+
+def policy_and_value_loss(out, w):
+    value = out.inner.parent.inner.value if hasattr(out, "inner") else out.value
+    value = value.v[0] if hasattr(value, "v") else value
+    return ((out.logits.log_softmax(-1)[:, 1] * 0.3 - (value - 1).pow(2)) * w).mean()
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_outputs_in_objects_of_any_kind(name):
+    x = torch.randn(N, F)
+    assert_exact(Net(WRAPS[name]), lambda m: m(x), policy_and_value_loss)
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_inputs_in_objects_of_any_kind(name):
+    class Reads(Net):
+        def forward(self, batch):
+            value = batch.inner.parent.inner.value if hasattr(batch, "inner") else batch.value
+            value = value.v[0] if hasattr(value, "v") else value
+            assert len(value) == len(batch.logits)
+            return super().forward(batch.logits) * value[:, None]
+
+    batch = WRAPS[name](torch.randn(N, F), torch.rand(N))
+    model = Reads(lambda logits, value: logits + value[:, None])
+    assert_exact(model, lambda m: m(batch), lambda y, w: (y.log_softmax(-1)[:, 0] * w).mean())
+
+
+def test_an_object_stays_one_object_and_a_tensor_one_tensor():
+    def wrap(logits, value):
+        shared = Plain(logits, value)
+        return {"a": shared, "b": [shared, logits], "c": (logits, value)}
+
+    def loss(out, w):
+        assert out["a"] is out["b"][0] and out["a"].logits is out["b"][1] is out["c"][0]
+        terms = out["a"].logits.log_softmax(-1)[:, 1] + out["b"][1].pow(2).sum(-1) + out["c"][0][:, 2]
+        return (terms * w).mean() + (out["c"][1] * w).mean()
+
+    x = torch.randn(N, F)
+    assert_exact(Net(wrap), lambda m: m(x), loss)
+
+
+def _normal(logits, value):
+    return D.Normal(logits, value.exp()[:, None].expand_as(logits))
+
+
+DISTRIBUTIONS = {
+    "normal": (_normal, lambda n: torch.zeros(n, K), lambda t: t.sum(-1)),
+    "categorical": (lambda p, v: D.Categorical(logits=p), lambda n: torch.arange(n) % K, lambda t: t),
+    "categorical_of_probs": (
+        lambda p, v: D.Categorical(probs=p.softmax(-1)),
+        lambda n: torch.arange(n) % K,
+        lambda t: t,
+    ),
+    "bernoulli": (lambda p, v: D.Bernoulli(logits=p), lambda n: torch.ones(n, K), lambda t: t.sum(-1)),
+    "independent": (lambda p, v: D.Independent(_normal(p, v), 1), lambda n: torch.zeros(n, K), lambda t: t),
+    "beta": (lambda p, v: D.Beta(p.exp(), p.exp() + 1), lambda n: torch.full((n, K), 0.3), lambda t: t.sum(-1)),
+    "dirichlet": (lambda p, v: D.Dirichlet(p.exp()), lambda n: torch.full((n, K), 1 / K), lambda t: t),
+    "multivariate": (
+        lambda p, v: D.MultivariateNormal(p, scale_tril=torch.diag_embed(p.exp())),
+        lambda n: torch.zeros(n, K),
+        lambda t: t,
+    ),
+    "relaxed": (
+        lambda p, v: D.RelaxedOneHotCategorical(torch.tensor(0.7), logits=p),
+        lambda n: torch.full((n, K), 1 / K),
+        lambda t: t,
+    ),
+    "transformed": (
+        lambda p, v: D.TransformedDistribution(_normal(p, v), [D.AffineTransform(0.5, 2.0), D.TanhTransform(1)]),
+        lambda n: torch.full((n, K), 0.1),
+        lambda t: t.sum(-1),
+    ),
+    "mixture": (
+        lambda p, v: D.MixtureSameFamily(D.Categorical(logits=p), D.Normal(p * 2, p.exp())),
+        lambda n: torch.zeros(n),
+        lambda t: t,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("asked_inside", [False, True])
+def test_distributions_are_outputs(name, asked_inside):
+    make, action, reduce = DISTRIBUTIONS[name]
+
+    def wrap(logits, value):
+        distribution = make(logits, value)
+        if asked_inside:  # what is computed when it is asked for, is kept in the object
+            _ = distribution.mean if name != "relaxed" and name != "transformed" else None
+            _ = distribution.log_prob(action(len(logits)))
+        return distribution
+
+    def loss(d, w):
+        terms = reduce(d.log_prob(action(N))) * 0.3
+        if name in ("normal", "categorical", "independent", "beta", "bernoulli"):
+            terms = terms + 0.1 * reduce(d.entropy())
+        return (terms * w).mean()
+
+    x = torch.randn(N, F)
+    model = Net(wrap)
+    kind = type(model(x))
+    with kondo.gated(model, rate=0.5):
+        assert type(model(x)) is kind
+    assert_exact(model, lambda m: m(x), loss)
+
+
+def test_a_cached_transform_knows_its_own_sample_again():
+    def wrap(logits, value):
+        squashed = D.TransformedDistribution(_normal(logits, value), D.TanhTransform(cache_size=1))
+        return squashed, squashed.rsample()
+
+    def loss(out, w):
+        distribution, action = out
+        assert distribution.transforms[0]._cached_x_y[1] is action
+        return (distribution.log_prob(action).sum(-1) * w).mean()
+
+    x = torch.randn(N, F)
+    model, reference = Net(wrap), None
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25, priority="uniform") as gate:
+        torch.manual_seed(5)
+        loss(model(x), torch.ones(N)).backward()
+    torch.manual_seed(5)
+    loss(reference(x), kept_mask(gate.last.kept, N, torch.float64)).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_objects_in_which_nothing_of_the_batch_stands_are_passed_on_themselves():
+    class Settings:
+        def __init__(self):
+            self.sizes, self.more = [1, 2], {"a": 1}
+
+    settings = Settings()
+    assert map_tensors(lambda path, t: t + 1, (torch.ones(1), settings))[1] is settings
+    seen = []
+
+    class Reads(Net):
+        def forward(self, x, settings):
+            seen.append(settings)
+            return super().forward(x)
+
+    x = torch.randn(N, F)
+    assert_exact(
+        Reads(lambda logits, value: logits), lambda m: m(x, settings), lambda y, w: (y.log_softmax(-1)[:, 0] * w).mean()
+    )
+    assert all(s is settings for s in seen) and len(seen) == 3
+
+
+def test_modules_functions_and_generators_are_not_gone_into():
+    layer = nn.Linear(2, 2)
+    tree = {"layer": layer, "f": layer.forward, "g": torch.Generator(), "t": torch.ones(1), "type": nn.Linear}
+    assert flatten(tree)[0] == ["['t']"]
+
+
+def test_a_resource_is_not_copied():
+    closed = []
+
+    class File:
+        def __init__(self, t):
+            self.t = t
+
+        def __del__(self):
+            closed.append(self)
+
+    file = File(torch.ones(1))
+    map_tensors(lambda path, t: t + 1, [file])
+    assert not closed
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda logits, value: (logits, lambda: value), "function"),
+        (lambda logits, value: functools.partial(torch.add, logits), "partial"),
+        (lambda logits, value: (t for t in (logits, value)), "generator"),
+        (lambda logits, value: {"logits": logits, "it": iter([value])}, "list_iterator"),
+        (lambda logits, value: {logits, value}, "set"),
+        (lambda logits, value: Plain(logits, value).__eq__, "method-wrapper"),
+    ],
+)
+def test_tensors_out_of_reach_are_an_error_that_names_the_type(wrap, name):
+    model = Net(wrap)
+    with (
+        kondo.gated(model, rate=0.5),
+        pytest.raises(RuntimeError, match=f"gated: the model returned a {name}, which holds"),
+    ):
+        model(torch.randn(N, F))
+
+
+def test_what_holds_nothing_new_is_no_error():
+    model = Net(lambda logits, value: (logits, model.pi, model.pi.forward, functools.partial(print, 1), object()))
+    x = torch.randn(N, F)
+    assert_exact(model, lambda m: m(x)[0], lambda y, w: (y.log_softmax(-1)[:, 0] * w).mean())
+
+
+# What the model writes into its arguments.
+
+
+class Writes(nn.Module):
+    """Dict in, dict out."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.f, self.g = nn.Linear(F, 8), nn.Linear(8, K)
+        self.returns = returns
+
+    def forward(self, batch):
+        assert "hidden" not in batch and len(batch["trace"]) == 0
+        batch["hidden"] = self.f(batch["obs"]).tanh()
+        batch["trace"].append(batch["hidden"])
+        batch["inner"]["logits"] = self.g(batch["hidden"])
+        return self.returns(batch)
+
+
+class Counted(collections.UserDict):
+    pass
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, Counted, Bunch])
+@pytest.mark.parametrize("returns", [lambda b: b, lambda b: b["inner"]["logits"], lambda b: None], ids=range(3))
+def test_what_the_model_writes_into_its_input_is_an_output(kind, returns):
+    x = torch.randn(N, F)
+
+    def call(model):
+        batch = kind(obs=x, trace=[], inner={})
+        out = model(batch)
+        if returns(batch) is batch:
+            assert out is batch
+        elif out is not None:
+            assert out is batch["inner"]["logits"]
+        assert batch["obs"] is x and batch["trace"][0] is batch["hidden"] and len(batch["trace"]) == 1
+        return batch
+
+    def loss(batch, w):
+        terms = batch["inner"]["logits"].log_softmax(-1)[:, 1] + batch["trace"][0].pow(2).sum(-1)
+        return (terms * w).mean()
+
+    assert_exact(Writes(returns), call, loss, steps=3)
+
+
+def test_what_the_model_writes_into_an_object_is_an_output():
+    class Model(Writes):
+        def forward(self, batch):
+            batch.hidden = self.f(batch.obs).tanh()
+            return self.g(batch.hidden)
+
+    x = torch.randn(N, F)
+
+    def call(model):
+        batch = types.SimpleNamespace(obs=x)
+        return model(batch), batch
+
+    def loss(out, w):
+        return ((out[0].log_softmax(-1)[:, 1] + out[1].hidden.pow(2).sum(-1)) * w).mean()
+
+    assert_exact(Model(None), call, loss)
+
+
+def test_the_users_dict_ends_as_the_model_leaves_it():
+    class Pops(nn.Linear):
+        def forward(self, batch):
+            x = batch.pop("x")
+            batch["x2"] = x + 1
+            batch["seen"] += 1
+            return super().forward(x)
+
+    model, batch, x = Pops(F, K), {"seen": 0}, torch.randn(N, F)
+    batch["x"] = x
+    with kondo.gated(model, rate=0.25, priority="uniform"):
+        model(batch).log_softmax(-1)[:, 0].sum().backward()
+    assert batch.keys() == {"seen", "x2"} and batch["seen"] == 1 and batch["x2"].shape == x.shape
+
+
+def test_what_is_written_does_not_keep_the_graph_alive():
+    import gc
+    import weakref
+
+    model = Writes(lambda batch: batch)
+    with kondo.gated(model, rate=0.25, priority="uniform"):
+        batch = {"obs": torch.randn(N, F), "trace": [], "inner": {}}
+        out = model(batch)
+        gone = weakref.ref(out["hidden"])
+        out["inner"]["logits"].log_softmax(-1)[:, 0].sum().backward()
+        del batch, out
+        gc.collect()
+        assert gone() is None
+
+
+def test_a_returned_input_and_a_returned_buffer_are_constants():
+    class Model(Net):
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("scale", torch.rand(K))
+
+        def forward(self, x):
+            return x, self.pi(self.body(x).tanh()), self.scale
+
+    x = torch.randn(N, F)
+
+    def loss(out, w):
+        assert out[0] is x
+        return ((out[1] * out[2]).log_softmax(-1)[:, 0] * out[0][:, 0] * w).mean()
+
+    assert_exact(Model(), lambda m: m(x), loss)
