@@ -1,4 +1,4 @@
-"""Which axis holds the rows: readings of inputs and outputs that shapes leave in doubt, and what is said where they stay so."""
+"""Which axis holds the rows: readings of inputs and outputs that shapes leave in doubt, and what is said then."""
 
 import contextlib
 import warnings
