@@ -23,7 +23,8 @@ class Rows:
     halves: bool = False
 
     def take(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """The rows, a copy; ``rows`` are indices on the tensor's device."""
+        """The rows, a copy."""
+        rows = rows.to(tensor.device)
         if self.repeat == 1:
             return tensor.index_select(self.axis, rows)
         blocks, axis = self._blocks(tensor)
@@ -31,6 +32,7 @@ class Rows:
 
     def put(self, full: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         """Write ``values`` into the rows of ``full``, in place."""
+        rows = rows.to(full.device)
         if self.repeat == 1:
             return full.index_copy_(self.axis, rows, values)
         blocks, axis = self._blocks(full)
@@ -61,7 +63,7 @@ class Rows:
                 without such positions takes each row's largest.
             offset: first position.
         """
-        rows = self.first(tensor)
+        rows, factors = self.first(tensor), factors.to(tensor.device)
         if factors.dim() == 2:
             end = offset + factors.shape[1]
             if factors.shape[1] > 1 and rows.dim() > 1 and rows.shape[1] >= end:

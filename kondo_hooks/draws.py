@@ -23,9 +23,15 @@ class Draws:
     """The random operations of one screen, by the generator's state before each.
 
     Keyed by state, a replay finds them again in any order: activation checkpointing repeats some.
+
+    Attributes:
+        shapes: of each operation's arguments.
+        starts: of each device that was drawn on, its generator's state before.
+        indivisible: an operation that cannot be repeated for some rows, if there is one.
     """
 
     shapes: dict[bytes, list[Any]] = field(default_factory=dict)
+    starts: dict[torch.device, Tensor] = field(default_factory=dict)
     indivisible: str | None = None
 
 
@@ -33,10 +39,13 @@ class Draws:
 _OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor", "poisson", "binomial", "gamma", "dirichlet", "rrelu")
 
 
-def _key(func: Any, device: torch.device) -> bytes:
-    ((_, state), *rest) = rng_state([device])
-    state = rest[0][1] if rest else state
-    return str(func).encode() + ctypes.string_at(state.data_ptr(), state.numel())
+def _state(device: torch.device) -> Tensor:
+    return rng_state([device])[-1][1]
+
+
+def _key(func: Any, device: torch.device, state: Tensor) -> bytes:
+    # With the device: torch.manual_seed brings all of them to one state.
+    return f"{func} {device}".encode() + ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def _draws_numbers(func: Any) -> bool:
@@ -44,9 +53,12 @@ def _draws_numbers(func: Any) -> bool:
 
 
 def _device(args: Iterable[Any], kwargs: dict[str, Any]) -> torch.device:
-    if (device := kwargs.get("device")) is not None:
-        return torch.device(device)
-    return next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
+    if (device := kwargs.get("device")) is None:
+        return next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
+    device = torch.device(device)
+    if device.type in ("cpu", "meta") or device.index is not None:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def _shape(value: Any) -> Any:
@@ -70,10 +82,11 @@ class RecordDraws(TorchDispatchMode):
         if not _draws_numbers(func):
             return func(*args, **kwargs)
         device = _device(args, kwargs)
-        key = _key(func, device)
+        before = _state(device)
         result = func(*args, **kwargs)
-        if _key(func, device) != key:
-            self._draws.shapes[key] = [_shape(value) for value in args]
+        if not torch.equal(_state(device), before):
+            self._draws.starts.setdefault(device, before)
+            self._draws.shapes[_key(func, device, before)] = [_shape(value) for value in args]
             if any(word in str(func) for word in _OPAQUE):
                 self._draws.indivisible = str(func)
         return result
@@ -96,7 +109,8 @@ class TakeDraws(TorchDispatchMode):
         kwargs = kwargs or {}
         if not _draws_numbers(func):
             return func(*args, **kwargs)
-        key = _key(func, _device(args, kwargs))
+        device = _device(args, kwargs)
+        key = _key(func, device, _state(device))
         for draws, batch, rows, pairs in self._calls:
             if (full := draws.shapes.get(key)) is not None:
                 return _draw_rows(func, args, kwargs, full, batch, rows, pairs)
@@ -118,7 +132,7 @@ def _draw_rows(
         if isinstance(value, Tensor):
             # Rows that are not replayed hold a copy of one that is: zeros would be no probabilities to draw from.
             whole[i] = torch.empty_strided(*shape, dtype=value.dtype, device=value.device)
-            whole[i].copy_(where.take(value, source.to(value.device)))
+            whole[i].copy_(where.take(value, source))
         else:
             whole[i] = list(shape[0])
     if where is None:
@@ -128,7 +142,7 @@ def _draw_rows(
     def take(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.dim():
             return tensor
-        return Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows.to(tensor.device))
+        return Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows)
 
     for i, argument in enumerate(func._schema.arguments[: len(args)]):
         if argument.alias_info is not None and argument.alias_info.is_write:

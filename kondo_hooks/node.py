@@ -98,7 +98,7 @@ class Call:
         # The dict of keyword arguments is new in every call of a function.
         self._may_write = walk.copies > 1 or walk.objects > 0
         self._writes = False
-        devices = {leaf.device for leaf in self.inputs}
+        devices = {leaf.device for leaf in self.inputs} | self.state.devices()
         self.flags = self.state.flags()
         self.autocast = Autocast.current(devices)
         self.rng = rng_state(devices)
@@ -155,6 +155,8 @@ class Call:
         changed = zip(self.input_paths, before, self._input_versions, strict=True)
         self.overwrites = [path for path, old, new in changed if old != new]
         self._parameter_versions = self.state.versions()
+        known = {device for device, _ in self.rng}
+        self.rng += [start for start in self.draws.starts.items() if start[0] not in known]
         drew = not same_rng_state(self.rng, rng_state(device for device, _ in self.rng))
         self.random = drew
         if drew and not record:

@@ -83,7 +83,7 @@ class Part:
         if self.held is not None:
             return self.held.inputs[i]
         leaf = self.call.inputs[i].detach()
-        return where.take(leaf, self.rows.to(leaf.device))
+        return where.take(leaf, self.rows)
 
     def inputs(self) -> list[Tensor]:
         """Tensors that have the shapes of the inputs, but for the number of rows."""
@@ -110,7 +110,7 @@ class Part:
         held = self.held
         if held is not None:
             inputs = [
-                leaf if where is None else where.take(leaf, index.to(leaf.device))
+                leaf if where is None else where.take(leaf, index)
                 for where, leaf in zip(held.layout, held.inputs, strict=True)
             ]
             outputs = [
@@ -206,24 +206,23 @@ class Part:
         ]
         grads: list[Gradient | None] = []
         outputs: list[Tensor | None] = []
-        device = template.rows.device
         n = 0
-        for kind in kinds:
+        for kind, like in zip(kinds, template.call.outputs, strict=True):
             grad: Gradient | None = None
             output = None
             if kind == 2:
                 shape, dtype = torch.Size(next(received).tolist()), next(received).dtype
-                coefficient, action, logp = (next(received).to(device) for _ in range(3))
+                coefficient, action, logp = (next(received).to(like.device) for _ in range(3))
                 grad = RankOne(coefficient, action, logp, shape, dtype)
                 n = shape[0]
             elif kind == 1:
-                grad, output = next(received).to(device), next(received).to(device)
+                grad, output = next(received).to(like.device), next(received).to(like.device)
             grads.append(grad)
             outputs.append(output)
         for leaf, where in zip(inputs, template.held.layout, strict=True):
             n = n if where is None else leaf.shape[where.axis] // where.repeat
         held = replace(template.held, inputs=inputs, outputs=outputs)
-        return cls(template.call, torch.arange(n, device=device), grads, held)
+        return cls(template.call, torch.arange(n, device=template.rows.device), grads, held)
 
 
 def _take(call: Call, i: int, grad: Gradient | None, index: Tensor, share: float = 1.0) -> Gradient | None:

@@ -70,7 +70,8 @@ class Arrival:
         rows = torch.zeros(call.batch, dtype=torch.bool, device=call.outputs[0].device)
         for where, grad in zip(call.rows, self.grads, strict=True):
             if where is not None and grad is not None and grad.dtype == torch.float16:
-                rows |= ~where.first(grad).flatten(1).isfinite().all(1) if grad.dim() > 1 else ~grad.isfinite()
+                infinite = ~where.first(grad).flatten(1).isfinite().all(1) if grad.dim() > 1 else ~grad.isfinite()
+                rows |= infinite.to(rows.device)
         return rows if rows.any() else None
 
     def boundaries(self) -> list[Boundary]:

@@ -59,12 +59,13 @@ class RankOne:
 
     def take(self, index: Tensor) -> "RankOne":
         """Some of its rows."""
-        shape = torch.Size((len(index), *self.shape[1:]))
+        shape, index = torch.Size((len(index), *self.shape[1:])), index.to(self.action.device)
         coefficient, action, logp = (t.index_select(0, index) for t in self.tensors())
         return RankOne(coefficient, action, logp, shape, self.dtype)
 
     def weighted(self, factors: Tensor, offset: int) -> "RankOne":
         """Each row times a factor (n,), or each position from ``offset`` on (n, P); others get zero."""
+        factors = factors.to(self.coefficient.device)
         if factors.dim() == 1:
             spread = factors.unsqueeze(1)
         elif factors.shape[1] > 1 and self.coefficient.shape[1] >= offset + factors.shape[1]:

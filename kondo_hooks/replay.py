@@ -51,8 +51,7 @@ class Replayed:
         index[part.rows] = torch.arange(len(part), device=part.rows.device)
         inputs, _ = assemble([part], self.layout)
         inputs = [
-            leaf if rows is None else rows.take(leaf, index.to(leaf.device))
-            for leaf, rows in zip(inputs, self.layout, strict=True)
+            leaf if rows is None else rows.take(leaf, index) for leaf, rows in zip(inputs, self.layout, strict=True)
         ]
         outputs = call.run_without_graph(inputs)
         return {i: where.take(outputs[i], part.rows) for i in self.all_outputs if (where := call.rows[i]) is not None}
@@ -281,5 +280,5 @@ def input_grads(replayed: Replayed) -> list[Tensor | None]:
         if leaf.grad is None or where is None or part.all_rows:
             full.append(leaf.grad)
         else:
-            full.append(where.put(torch.zeros_like(like), part.rows.to(like.device), leaf.grad))
+            full.append(where.put(torch.zeros_like(like), part.rows, leaf.grad))
     return full

@@ -103,8 +103,7 @@ class Screened:
             layout = [candidate_rows(leaf, batch, batch_dim)[0] for leaf in call.inputs]
         self.forwarded = len(rows)
         taken = [
-            leaf if where is None else where.take(leaf, rows.to(leaf.device))
-            for leaf, where in zip(call.inputs, layout, strict=True)
+            leaf if where is None else where.take(leaf, rows) for leaf, where in zip(call.inputs, layout, strict=True)
         ]
         if len(rows) == batch and bool((self.factors == 1).all()):
             return call.run_given()
@@ -125,9 +124,8 @@ class Screened:
                     leaf.register_hook(_refuse(path, batch))
                 spread.append(leaf)
             else:
-                device = leaf.device
-                weights = None if plain else factors.to(device)
-                spread.append(_Spread.apply(leaf, where, rows.to(device), source.to(device), weights, self.valid))
+                weights = None if plain else factors
+                spread.append(_Spread.apply(leaf, where, rows, source, weights, self.valid))
         return unflatten(result, spread)
 
     def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: dict[tuple[str, ...], Layout]) -> Layout:

@@ -340,14 +340,15 @@ class Selector:
             values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
             return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
 
-        delight = torch.cat([each(s, s.delight) for s in signals])
+        device = signals[0].delight.device
+        delight = torch.cat([each(s, s.delight).to(device) for s in signals])
         if config.priority == "delight":
             scores: Tensor | None = delight
         elif config.priority == "uniform":
             scores = None
         else:
-            scores = torch.cat([each(s, s.score(config.priority)) for s in signals])
-        valid = torch.cat([s.valid.reshape(-1) for s in signals]) if tokens else None
+            scores = torch.cat([each(s, s.score(config.priority)).to(device) for s in signals])
+        valid = torch.cat([s.valid.reshape(-1).to(device) for s in signals]) if tokens else None
         return Samples(delight, scores, None if valid is None or valid.all() else valid)
 
     def choose(self, samples: "Samples", forced: Tensor | None = None) -> Decision:
@@ -475,5 +476,6 @@ class Selector:
         """Continue where ``state_dict`` was taken."""
         self.step = state["step"]
         self._credit = state["credit"]
-        self._history = deque(state["history"], maxlen=self.config.history)
-        self._generator.set_state(state["generator"])
+        # Both live on the host, wherever a checkpoint's map_location has put them.
+        self._history = deque((scores.cpu() for scores in state["history"]), maxlen=self.config.history)
+        self._generator.set_state(state["generator"].cpu())

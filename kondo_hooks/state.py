@@ -55,6 +55,10 @@ class ModuleState:
         """Of the parameters."""
         return next((p.device for p in self._parameters), torch.device("cpu"))
 
+    def devices(self) -> set[torch.device]:
+        """Where parameters and buffers are now."""
+        return {tensor.device for tensor in (*self._parameters, *self.buffers())}
+
     def versions(self) -> list[int]:
         """In-place version of each parameter."""
         return [] if self._swaps else [p._version for p in self._parameters]
@@ -202,7 +206,8 @@ def rng_state(devices: Iterable[torch.device]) -> RngState:
     """The state of the CPU's generator and of each accelerator among ``devices``."""
     state = [(torch.device("cpu"), torch.get_rng_state())]
     for device in sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str):
-        state.append((device, torch.get_device_module(device.type).get_rng_state(device)))
+        module = torch.get_device_module(device.type)
+        state.append((device, module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)))
     return state
 
 
@@ -211,6 +216,8 @@ def set_rng_state(state: RngState) -> None:
     for device, values in state:
         if device.type == "cpu":
             torch.set_rng_state(values)
+        elif device.type == "mps":  # there is one such device, and its functions take none
+            torch.mps.set_rng_state(values)
         else:
             torch.get_device_module(device.type).set_rng_state(values, device)
 

@@ -107,10 +107,11 @@ def join(signals: list[Signal]) -> Signal:
     if len(signals) == 1:
         return signals[0]
     dtype = torch.promote_types(signals[0].advantages.dtype, signals[-1].advantages.dtype)
+    device = signals[0].advantages.device
     return Signal(
-        torch.cat([s.advantages.to(dtype) for s in signals], 1),
-        torch.cat([s.surprisal.to(dtype) for s in signals], 1),
-        torch.cat([s.valid for s in signals], 1),
+        torch.cat([s.advantages.to(device, dtype) for s in signals], 1),
+        torch.cat([s.surprisal.to(device, dtype) for s in signals], 1),
+        torch.cat([s.valid.to(device) for s in signals], 1),
     )
 
 

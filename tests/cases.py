@@ -35,6 +35,9 @@ class Batch:
     def rows(self, index: Any) -> "Batch":
         return Batch(**{name: value[index] for name, value in vars(self).items()})
 
+    def to(self, device: str) -> "Batch":
+        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 def make_batch(n: int, sequence: bool, dtype: torch.dtype, seed: int = 0, length: int = T) -> Batch:
     g = torch.Generator().manual_seed(seed)
@@ -219,8 +222,8 @@ def _bert() -> nn.Module:
     )
 
 
-def _causal_mask(length: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
+def _causal_mask(x: Tensor) -> Tensor:
+    return torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
 
 
 @dataclass
@@ -249,14 +252,16 @@ MODELS = [
     ModelCase(
         "gru_hidden_state",
         lambda: Recurrent(nn.GRU),
-        lambda m, b: m(b.x, torch.linspace(-1, 1, 24 * len(b.x), dtype=b.x.dtype).view(2, len(b.x), 12)),
+        lambda m, b: m(
+            b.x, torch.linspace(-1, 1, 24 * len(b.x), dtype=b.x.dtype, device=b.x.device).view(2, len(b.x), 12)
+        ),
         lambda o, b: o[0],
         sequence=True,
     ),
     ModelCase(
         "transformer_dropout",
         lambda: Transformer(0.1),
-        lambda m, b: m(x=b.x, causal_mask=_causal_mask(b.x.shape[1], b.x.dtype)),
+        lambda m, b: m(x=b.x, causal_mask=_causal_mask(b.x)),
         lambda o, b: o["logits"],
         sequence=True,
     ),
@@ -270,7 +275,7 @@ MODELS = [
     ModelCase("llama", llama, lambda m, b: m(b.ids, use_cache=False), lambda o, b: o.logits, sequence=True),
     ModelCase("bert_classifier", _bert, lambda m, b: m(input_ids=b.ids), lambda o, b: o.logits),
     ModelCase("policy_and_value", PolicyAndValue, lambda m, b: m(b.x), lambda o, b: o[0], value=lambda o: o[1]),
-    ModelCase("embedding_bag", Bag, lambda m, b: m(b.ids, torch.full((1,), 0.7, dtype=b.x.dtype)), lambda o, b: o[0]),
+    ModelCase("embedding_bag", Bag, lambda m, b: m(b.ids, b.x.new_full((1,), 0.7)), lambda o, b: o[0]),
     ModelCase("probabilities", Probabilities, lambda m, b: m(b.x), lambda o, b: o.log()),
     ModelCase("named_tuple_log_probs", NamedTupleLogProbs, lambda m, b: m(b.x), lambda o, b: o.log_pi),
     ModelCase("flattened", Flattened, lambda m, b: m(b.x), _unflatten, sequence=True),

@@ -1,0 +1,42 @@
+"""An accelerator is emulated, and the tests in ``tests/device`` run on it in a process of their own.
+
+Registering such a device changes a whole process: torch takes it for the machine's accelerator from then on.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.device.build import NoCompilerError, library
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "device").glob("test_*.py"))
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    try:
+        return library()
+    except NoCompilerError as error:
+        pytest.skip(f"not tested on an emulated device: {error}")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_on_the_emulated_device(file: str, built: Path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"KONDO_EMULATED_DEVICE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(NoCompilerError, match="no C\\+\\+ compiler"):
+        library()
