@@ -21,6 +21,7 @@ from kondo_hooks.replay import Replayed, have_graph, input_grads
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
+from kondo_hooks.streams import Streams
 from kondo_hooks.trace import find_loss_scales, selects_log_prob
 from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone
@@ -52,6 +53,7 @@ class Backward:
         copy_outputs: whether the user's code has been seen to write into outputs.
         running: whether the model runs in a replay.
         learned: by their paths, where inputs keep their rows, as it was found by replaying.
+        streams: that calls and their gradients were made on.
     """
 
     def __init__(self, state: ModuleState, engine: Engine, spread: Spread, selector: Selector, warn: WarnOnce):
@@ -67,6 +69,7 @@ class Backward:
         self.window = Window(spread.window)
         self.copy_outputs = False
         self.running = False
+        self.streams = Streams()
         self._warn = warn
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
         self._ended: list[_Population] | None = None
@@ -85,7 +88,8 @@ class Backward:
         for population in populations:
             self._settle(population)
         if self.window.arrivals:
-            self._finish()
+            with self.streams.joined():
+                self._finish()
         return waiting
 
     def respread(self, spread: Spread) -> None:
@@ -115,7 +119,8 @@ class Backward:
         if len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].grad_fn is not None:
             gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
             factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
-            find_loss_scales(roots[0].grad_fn, factor)
+            with self.streams.joined():
+                find_loss_scales(roots[0].grad_fn, factor)
         try:
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
@@ -222,6 +227,7 @@ class Backward:
         """The node's backward: wait for the end of the backward, or decide at once for an input's gradient."""
         if self.running:
             return ()  # an engine goes through the loss once more, for what else it leads to
+        self.streams.note(grads)
         arrival = Arrival(
             call,
             node,
@@ -264,20 +270,21 @@ class Backward:
         if not arrivals:
             return []
         ranks = self.engine.ranks
-        try:
-            self._read(arrivals)
-        except Exception as error:
-            if ranks.alone:
-                raise
-            ranks.announce(error)
-        self.window.add(arrivals)
-        if self.window.is_full(self.engine.ends_accumulation(arrivals[-1].call)):
-            return self._finish()
-        if self.forced is None:
-            together = ranks.size if self.spread.scope == "global" else 1
-            self.window.compact(self.selector, together, self.learned, self.engine.communicates)
-        self.stats.waiting_bytes = max(self.stats.waiting_bytes, self.window.nbytes())
-        return []
+        with self.streams.joined():
+            try:
+                self._read(arrivals)
+            except Exception as error:
+                if ranks.alone:
+                    raise
+                ranks.announce(error)
+            self.window.add(arrivals)
+            if self.window.is_full(self.engine.ends_accumulation(arrivals[-1].call)):
+                return self._finish()
+            if self.forced is None:
+                together = ranks.size if self.spread.scope == "global" else 1
+                self.window.compact(self.selector, together, self.learned, self.engine.communicates)
+            self.stats.waiting_bytes = max(self.stats.waiting_bytes, self.window.nbytes())
+            return []
 
     def _read(self, arrivals: list[Arrival]) -> None:
         """Find each call's signal."""

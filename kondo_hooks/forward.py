@@ -159,6 +159,7 @@ class Forward:
                 "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
                 "Put the whole sequence into one call (method=), or detach what is carried over.",
             )
+        self._backward.streams.note([*call.inputs, *call.outputs])
         live, outputs = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
             call.named = self._resolve(live, outputs)

@@ -411,3 +411,31 @@ def test_state_is_loaded_with_map_location(options):
         with kondo.gated(model, rate=0.25, **options) as gate:
             gate.load_state_dict(torch.load(saved, map_location=device))
             assert [step(gate) for _ in range(3)] == expected
+
+
+STREAMED = [{}, {"window": 2}, {"micro_batch_size": 2}, {"unit": "token"}, {"priority": "uniform"}, {"screen": True}]
+
+
+@pytest.mark.parametrize("options", STREAMED, ids=str)
+@pytest.mark.parametrize("loss_on_side", [False, True])
+def test_a_forward_on_another_stream_than_its_backward(options, loss_on_side):
+    model, batch = mlp(dropout=0.2), batch_on(sequence=True)
+    side, main = torch.Stream("emu:0"), torch.accelerator.current_stream("emu:0")
+    screens = options.get("screen", False)
+    options = {"rate": 0.25, **{name: value for name, value in options.items() if name != "screen"}}
+    with kondo.gated(model, **options) as gate:
+        for _ in range(4):
+            side.wait_stream(main)
+            with side:
+                if screens:
+                    gate.screen(delight=batch.advantages.sum(1))
+                out = model(batch.x)
+                loss = reinforce(out, batch) / 3 if loss_on_side else None
+            if loss is None:
+                main.wait_stream(side)
+                loss = reinforce(out, batch) / 3
+            loss.backward()
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(0.5)  # as the optimizer does, on the caller's stream
+            del out, loss
