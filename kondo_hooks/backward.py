@@ -187,7 +187,7 @@ class Backward:
         """After the reduction that ends a backward of rows that ran first: raise if a rank could not decide on them."""
         if self._screened_first and self.engine.syncs():
             self._screened_first = False
-            self.engine.ranks.raise_failures()
+            self.engine.ranks.raise_failures(self.state.devices())
 
     def _autograd_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``torch.autograd.grad``, where the model's parameters hang on the node and not on the graph."""
@@ -332,7 +332,7 @@ class Backward:
             if counts is not None and not engine.wrappers:
                 ranks.meet()  # no reduction of gradients comes after which all ranks could look
             if reduces:
-                ranks.raise_failures()
+                ranks.raise_failures(self.state.devices())
         except BaseException:
             self.selector.load_state_dict(before)
             raise
@@ -409,13 +409,8 @@ class Backward:
             decision = self.selector.choose(samples, forced)
             return decision, self.selector.split(decision.factors(), signals), None
         found = signals or []
-        all_ranks = world.decide(
-            self.selector, samples, found, slots or [0] * len(found), forced, ranks, self._device(found)
-        )
+        all_ranks = world.decide(self.selector, samples, found, slots or [0] * len(found), forced, ranks)
         return all_ranks.decision, all_ranks.factors, all_ranks.counts
-
-    def _device(self, signals: list[Signal]) -> torch.device:
-        return signals[0].valid.device if signals else self.state.device()
 
     def _with_users(self, forced: Tensor | None, samples: Samples) -> Tensor | None:
         if self.forced is None:

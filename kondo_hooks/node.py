@@ -145,6 +145,7 @@ class Call:
         with (
             torch.no_grad(),
             _no_fast_path(),
+            self.state.plain_dropout(),
             _uncompiled() if record else contextlib.nullcontext(),
             RecordDraws(self.draws) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
@@ -362,6 +363,7 @@ class Call:
         """Flags, autocast, buffers and random numbers as the screen saw them; undone on exit."""
         with (
             self.state.restored_flags(self.flags),
+            self.state.plain_dropout(),
             self.autocast.restored(),
             self.buffers.restored() if self.buffers.entries else contextlib.nullcontext(),
             forked_rng(self.rng) if self.random else contextlib.nullcontext(),

@@ -93,7 +93,7 @@ def plan(
             replayed = world.even_counts(counts, [not stands_alone(first.call) for first in firsts])
             templates = [_held(first.stand_in(), learned) for first in firsts]
             held = [[_held(part, learned) for part in slot] for slot in by_slot]
-            device = templates[0].rows.device
+            device = templates[0].rows.device if engine.ranks.carries(templates[0].rows.device) else engine.ranks.device
             by_slot = world.balance(held, templates, counts, replayed, engine.ranks, device)
     limit = spread.micro_batch_size
     if not engine.communicates:
@@ -103,7 +103,7 @@ def plan(
     if limit is not None:
         pieces = [max(1, -(-sum(map(len, slot)) // limit)) for slot in by_slot]
         if not engine.ranks.alone:
-            pieces = engine.ranks.largest(pieces, firsts[0].call.outputs[0].device)
+            pieces = engine.ranks.largest(pieces)
     groups = []
     for first, mine, n in zip(firsts, by_slot, pieces, strict=True):
         for group in [mine] if stands_alone(first.call) else cut(mine, n):

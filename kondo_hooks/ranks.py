@@ -7,7 +7,7 @@ taking part until all of them know; choices over the whole world are computed by
 
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,26 @@ from kondo_hooks.selection import Samples
 def _default_store() -> Any:
     """The key-value store behind the default process group. Not public: torch has no other way to it."""
     return dist.distributed_c10d._get_default_store()
+
+
+def _collective_device(group: Any) -> torch.device:
+    """Where a group can run collectives, the host if it can. Not public: torch tells it to its own object collectives.
+
+    Never read off tensors of this rank: parameters may be offloaded, and a rank that failed has no others, while all
+    ranks must use one backend.
+    """
+    kind = dist.distributed_c10d._get_object_coll_device(group)
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+
+def _synchronise(devices: Iterable[torch.device]) -> None:
+    """Wait until the current accelerator and ``devices`` have done what they were given."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", lambda: True)():
+        return
+    used = {device.index for device in devices if device.type == accelerator.type and device.index is not None}
+    for index in used | {torch.accelerator.current_device_index()}:
+        torch.accelerator.synchronize(index)
 
 
 # How often the ranks of a group have looked for failures together. A failure is announced for the next look: a rank
@@ -59,6 +79,15 @@ class Ranks:
         """Whether other ranks see the same rows as this one."""
         return self._tensor_parallel is not None
 
+    @property
+    def device(self) -> torch.device:
+        """Where numbers that the ranks exchange have to be."""
+        return torch.device("cpu") if self._group is None else _collective_device(self._group)
+
+    def carries(self, device: torch.device) -> bool:
+        """Whether the ranks can exchange tensors that are there."""
+        return device.type in {kind.type for kind in self._group._device_types}
+
     # Failures.
 
     @property
@@ -78,12 +107,16 @@ class Ranks:
     def _key(self) -> str:
         return f"{self._prefix}/{_looks[self._prefix]}"
 
-    def raise_failures(self) -> None:
-        """Raise on every rank if one failed; to be called where a collective that all of them entered has ended."""
+    def raise_failures(self, devices: Iterable[torch.device] = ()) -> None:
+        """Raise on every rank if one failed; to be called where a collective that all of them entered has ended.
+
+        Args:
+            devices: that it ran on, beside the current accelerator; the host waits for them. All of their streams: an
+                engine may reduce on one of its own that it lets nobody wait for.
+        """
         if self.alone:
             return
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # a collective on the device has ended only then
+        _synchronise(devices)
         announced = f"{self._key()}/1"
         _looks[self._prefix] += 1
         if not self._store.check([announced]):
@@ -104,11 +137,12 @@ class Ranks:
 
     # Collectives: made in the global scope, and for a bound on the size of a pass; local decisions make none.
 
-    def gather(self, table: Tensor | None, columns: int, device: torch.device) -> list[Tensor]:
-        """Each rank's (n, columns) float64 table, in the order of the ranks; sizes may differ.
+    def gather(self, table: Tensor | None, columns: int) -> list[Tensor]:
+        """Each rank's (n, columns) float64 table, on ``device`` and in the order of the ranks; sizes may differ.
 
         A rank that failed gives None, and every rank raises.
         """
+        device = self.device
         mine = torch.tensor([-1 if table is None else len(table)], device=device)
         sizes = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(sizes, mine, group=self._group)
@@ -123,9 +157,9 @@ class Ranks:
         dist.all_gather(tables, padded, group=self._group)
         return [t[:n] for t, n in zip(tables, lengths, strict=True)]
 
-    def largest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+    def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over the ranks."""
-        values = torch.tensor(list(numbers), device=device)
+        values = torch.tensor(list(numbers), device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return values.tolist()
 
@@ -136,9 +170,12 @@ class Ranks:
     def share_samples(self, samples: Samples) -> Samples:
         """What the first of the ranks that see the same rows makes of them; the others differ by rounding."""
         scores = samples.delight if samples.scores is None else samples.scores
-        both = torch.stack([samples.delight, scores.to(samples.delight.dtype)])
+        both = torch.stack([samples.delight, scores.to(samples.delight.dtype)]).to(
+            _collective_device(self._tensor_parallel)
+        )
         first = dist.get_process_group_ranks(self._tensor_parallel)[0]
         dist.broadcast(both, first, group=self._tensor_parallel)
+        both = both.to(samples.delight.device)
         return replace(samples, delight=both[0], scores=None if samples.scores is None else both[1])
 
     def exchange(self, parcels: list[list[list[Tensor]]], device: torch.device) -> list[list[list[Tensor]]]:

@@ -27,6 +27,7 @@ class ModuleState:
         self._parameters = list(module.parameters())
         self._children = self._find_children()
         self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
+        self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
@@ -50,10 +51,6 @@ class ModuleState:
     def buffers(self) -> list[Tensor]:
         """The buffers, as they are now."""
         return [buffer for m, name in self._buffers if (buffer := m._buffers[name]) is not None]
-
-    def device(self) -> torch.device:
-        """Of the parameters."""
-        return next((p.device for p in self._parameters), torch.device("cpu"))
 
     def devices(self) -> set[torch.device]:
         """Where parameters and buffers are now."""
@@ -101,6 +98,19 @@ class ModuleState:
         return {
             (m, name): value for m in self._modules for name, value in m.__dict__.items() if isinstance(value, Tensor)
         }
+
+    @contextlib.contextmanager
+    def plain_dropout(self) -> Iterator[None]:
+        """RNNs with dropout run without cuDNN, which draws their masks from a state that nobody can put back."""
+        if not any(m.training for m in self._dropping_rnns):
+            yield
+            return
+        before = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.enabled = before
 
     def mixes_batch(self) -> str | None:
         """Name of the type of a batch norm that uses the statistics of its batch, if there is one."""
@@ -241,6 +251,19 @@ def forked_rng(state: RngState) -> Iterator[None]:
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 8e-2}
 
 
+# By what float32 products are made of: as it comes out where those are rounded on the way.
+_PRODUCTS = {"tf32": 1e-2, "bf16": _TOLERANCE[torch.bfloat16]}
+
+
+def products(device: torch.device) -> str:
+    """What float32 products are made of on a device: "tf32", "bf16", or else float32 itself.
+
+    ``allow_tf32`` and ``set_float32_matmul_precision`` set this switch, too; to read them raises once it was used.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision
+
+
 @dataclass
 class Autocast:
     """Autocast state of the CPU and of one accelerator."""
@@ -264,9 +287,10 @@ class Autocast:
 
     def tolerance(self, output: Tensor) -> float:
         """How far a row may come out otherwise in a batch of another size, relative to the largest value."""
-        tolerance = _TOLERANCE[self.lowest(output)]
-        tf32 = output.is_cuda and torch.backends.cuda.matmul.allow_tf32
-        return max(tolerance, 1e-2) if tf32 else tolerance
+        lowest = self.lowest(output)
+        if lowest is torch.float32:
+            return max(_TOLERANCE[lowest], _PRODUCTS.get(products(output.device), 0.0))
+        return _TOLERANCE[lowest]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

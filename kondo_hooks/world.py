@@ -37,7 +37,6 @@ def decide(
     slots: list[int],
     forced: Tensor | None,
     ranks: Ranks,
-    device: torch.device,
 ) -> World:
     """Choose among the rows of all ranks, as one batch in the order of the ranks.
 
@@ -48,12 +47,11 @@ def decide(
         slots: for each call, which of the structures it has that all ranks have in common.
         forced: (N,) samples of this rank that are kept.
         ranks: who decides.
-        device: where collectives run.
     """
     if samples is None:
-        ranks.gather(None, _COLUMNS, device)
+        ranks.gather(None, _COLUMNS)
         raise AssertionError("unreachable: a failed rank raises in gather")
-    tables = ranks.gather(_table(samples, signals, slots, forced).to(device), _COLUMNS, device)
+    tables = ranks.gather(_table(samples, signals, slots, forced), _COLUMNS)
     union = torch.cat(tables)
     scores = None if samples.scores is None else union[:, 1]
     everything = Samples(union[:, 0], scores, union[:, 2] != 0)

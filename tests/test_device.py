@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.device.build import NoCompilerError, library
+from tests.ranks.launch import launch
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "device").glob("test_*.py"))
@@ -32,6 +33,22 @@ def test_on_the_emulated_device(file: str, built: Path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+
+
+def test_ranks_exchange_over_their_process_group_wherever_the_model_is(built: Path):
+    options = {"plain": {}, "balance": {"balance": True}, "micro-batches": {"micro_batch_size": 2}}
+    first, second = launch("tests.device.on_ranks", 2, {"fails": False, "options": options}, 200)
+    for name in options:
+        found = first[name], second[name]
+        assert all(each["difference"] < 1e-10 and not each["races"] for each in found)
+        assert sum(each["kept"] for each in found) == 12
+        if name == "balance":
+            assert [each["forwarded"] for each in found] == [6, 6]
+
+
+def test_all_ranks_on_devices_fail_together(built: Path):
+    healthy, failing = launch("tests.device.on_ranks", 2, {"fails": True, "options": {"plain": {}}}, 200)
+    assert "NaN" in failing["plain"]["error"] and "rank 1" in healthy["plain"]["error"]
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):

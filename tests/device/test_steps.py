@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kondo_hooks as kondo
 from kondo_hooks.parts import Part
+from kondo_hooks.state import Autocast, products
 from tests.cases import FEATURES, K, Mlp, PolicyAndValue, make_batch
 from tests.device import emu
 from tests.reference import grads, largest_relative_difference
@@ -439,3 +440,51 @@ def test_a_forward_on_another_stream_than_its_backward(options, loss_on_side):
                 if p.grad is not None:
                     p.grad.mul_(0.5)  # as the optimizer does, on the caller's stream
             del out, loss
+
+
+@pytest.mark.parametrize("switch", ["old", "new"])
+def test_switches_for_the_precision_of_products(switch):
+    cuda, host = torch.device("cuda"), torch.device("cpu")
+    autocast = Autocast.current([host])
+    precise = autocast.tolerance(torch.zeros(2))
+    try:
+        if switch == "new":
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            with pytest.raises(RuntimeError, match="mix"):
+                torch.get_float32_matmul_precision()
+        else:
+            torch.set_float32_matmul_precision("medium")
+        assert products(cuda) == "tf32"
+        assert autocast.tolerance(torch.zeros(2)) > precise
+        assert autocast.tolerance(torch.zeros(2, dtype=torch.float64)) < precise
+        batch = batch_on()
+        check(mlp(), lambda m, w: reinforce(m(batch.x), batch, w), rate=0.25)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    assert autocast.tolerance(torch.zeros(2)) == precise
+
+
+def test_an_rnn_with_dropout_runs_without_cudnn():
+    seen = []
+
+    class Rnn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(FEATURES, 8, 2, batch_first=True, dropout=0.3), nn.Linear(8, K)
+
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.enabled)
+            return self.head(self.rnn(x)[0])
+
+    torch.manual_seed(0)
+    model, batch = Rnn().double().to("emu:1"), batch_on("emu:1", sequence=True)
+    gate = check(model, lambda m, w: reinforce(m(batch.x), batch, w), rate=0.25)
+    assert gate.stats.forwarded == 3
+    assert seen == [False, False, True]  # the screen, the replay, and the reference outside of the gate
+    seen.clear()
+    with kondo.gated(model.eval(), rate=0.25):
+        reinforce(model(batch.x), batch).backward()
+    assert seen == [True, True] and torch.backends.cudnn.enabled
