@@ -3,6 +3,7 @@
 Registering such a device changes a whole process: torch takes it for the machine's accelerator from then on.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def test_ranks_exchange_over_their_process_group_wherever_the_model_is(built: Pa
 def test_all_ranks_on_devices_fail_together(built: Path):
     healthy, failing = launch("tests.device.on_ranks", 2, {"fails": True, "options": {"plain": {}}}, 200)
     assert "NaN" in failing["plain"]["error"] and "rank 1" in healthy["plain"]["error"]
+
+
+NAMES = "zeros ones empty full arange rand randn randint randperm tensor eye linspace empty_strided"
+MAKE = {f"torch.{name}" for name in NAMES.split()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kondo_hooks").glob("*.py")), ids=lambda path: path.name)
+def test_tensors_of_the_gates_own_name_their_device(path: Path):
+    """Or they would be made on the user's default device."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in MAKE:
+            assert "device" in {keyword.arg for keyword in call.keywords}, f"{path.name}:{call.lineno}"
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
