@@ -119,15 +119,18 @@ def fits(layout: Layout, tensors: Sequence[Tensor], batch: int) -> bool:
     )
 
 
-def infer_batch_size(inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int) -> int:
+def infer_batch_size(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int, lengths: Sequence[int] = ()
+) -> int:
     """How many rows a call has.
 
-    The size along ``batch_dim`` that most tensors of the call share; the first input settles a tie.
+    The size along ``batch_dim`` that most tensors of the call share; the first input settles a tie. ``lengths`` of
+    lists, which may have an entry a row, count as such sizes.
 
     Raises:
         ValueError: if no tensor has an axis ``batch_dim``, or there are no rows.
     """
-    sizes = [leaf.shape[batch_dim] for leaf in inputs if leaf.dim() > batch_dim]
+    sizes = [*(leaf.shape[batch_dim] for leaf in inputs if leaf.dim() > batch_dim), *lengths]
     if not sizes:
         sizes = [leaf.shape[batch_dim] for leaf in outputs if leaf.dim() > batch_dim]
     if not sizes:

@@ -21,7 +21,15 @@ def no_batch_axis(path: str, batch: int) -> str:
     return (
         f"gated: the loss uses output {path or 'of the model'}, which has no batch axis of size {batch}, so its "
         "gradient cannot be split into rows. Compute scalar losses outside the model, expand per-model values "
-        "(a log_std, say) to the batch inside it, or call it on a batch (x.unsqueeze(0))."
+        "(a log_std, say) to the batch inside it, or call it on a batch (x[None])."
+    )
+
+
+def unbatched(features: int) -> str:
+    """The message for a call whose only axis turned out to hold features."""
+    return (
+        f"gated: the model was called without a batch axis, and cannot be run on one of {features} values alone: they "
+        "are features and no rows. Call it on a batch of one row, x[None]."
     )
 
 

@@ -90,7 +90,14 @@ class Tape(TorchFunctionMode):
 
 def _key(tensor: Tensor) -> Any:
     """The same for a scalar and for its alias, which an engine's hooks make."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
     return (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where its values are; of a tensor that has no memory of its own, something that is no address."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,7 @@ def find_losses(
         for path, leaf in outputs
         if leaf.dim() == 0 and leaf.is_floating_point() and _key(leaf) in made
     }
-    given = {leaf.untyped_storage().data_ptr() for leaf in constants}
+    given = {_memory(leaf) for leaf in constants}
     known: Known = {}
     cuts: list[Cut] = []
     # Numerators first, so that a step that is in both counts as one.
@@ -288,7 +295,7 @@ def find_losses(
             if earlier:
                 below.append((earlier[-1], divides or _is_divisor(steps[i].name, path)))
                 known[i][path] = earlier[-1]
-            elif leaf.dim() and path in _OPERANDS and leaf.untyped_storage().data_ptr() not in given:
+            elif leaf.dim() and path in _OPERANDS and _memory(leaf) not in given:
                 here.append((Cut(i, path, divides), leaf))
                 known[i][path] = None
         if any(shared(leaf) for _, leaf in here):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from kondo_hooks.batch import (
     Layout,
@@ -23,8 +24,10 @@ from kondo_hooks.batch import (
     is_doubtful,
     layouts,
     output_rows,
+    pad_to,
 )
 from kondo_hooks.draws import Draws, RecordDraws
+from kondo_hooks.encoded import Encoded, are_alike, encode_input, encode_output, encode_row_list, encode_rows, is_array
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.inner_loss import InnerLoss, Tape, find_losses
 from kondo_hooks.rounding import Checks
@@ -38,7 +41,7 @@ from kondo_hooks.state import (
     same_rng_state,
 )
 from kondo_hooks.trace import Scale
-from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
+from kondo_hooks.tree import Tree, Walk, flatten, unflatten
 
 _serial = itertools.count()
 _GIVEN = "the input "
@@ -93,7 +96,12 @@ class Call:
         self.input_paths: list[str] = []
         self.inputs: list[Tensor] = []
         self._given: Tree = self.args
-        walk = Walk(self._note_input, fresh=True)
+        self._ids: set[int] = set()
+        self._rowwise: set[str] = set()
+        self._has_lists = False
+        self._rowwise_outputs: set[str] = set()
+        self._ragged: set[str] = set()
+        walk = Walk(self._note_input, fresh=True, encode=self._encode_input)
         self.args = walk(self.args)
         # The dict of keyword arguments is new in every call of a function.
         self._may_write = walk.copies > 1 or walk.objects > 0
@@ -113,9 +121,24 @@ class Call:
         self._returned = 0
 
     def _note_input(self, path: str, leaf: Tensor) -> Tensor:
+        self._ids.add(id(leaf))
         self.input_paths.append(path)
-        self.inputs.append(leaf)
-        return leaf
+        # One made under inference_mode has no version and cannot be saved for a backward.
+        self.inputs.append(leaf.clone() if leaf.is_inference() else leaf)
+        return self.inputs[-1]
+
+    def _encode_input(self, path: str, value: Any) -> Encoded | None:
+        if path in self._rowwise:
+            return encode_rows(value)
+        if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+            self._has_lists |= len(path) > 3
+            return None
+        if is_array(value) and value.dtype.hasobject:
+            self._has_lists = True
+        encoded = encode_input(value)
+        if encoded is not None:
+            self._ids.update(map(id, flatten(value)[1]))
+        return encoded
 
     @property
     def observations(self) -> list[Any]:
@@ -171,19 +194,16 @@ class Call:
 
     def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None) -> None:
         self._writes = self._may_write and self._has_written()
-        every: list[tuple[str, Tensor]] = []
-        paths: dict[int, str] = {}
-        for path, leaf in self._found(result, self._given).items():
-            if id(leaf) in paths:
-                self._aliases[path] = paths[id(leaf)]
-            else:
-                paths[id(leaf)] = path
-                every.append((path, leaf))
-        self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim)
+        every = self._every(result)
+        lengths = [*self._list_lengths(self.args), *self._list_lengths(result)] if self._has_lists else []
+        self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim, lengths)
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
         self.batch //= 2 if self.pairs else 1
         self.batch_dim = batch_dim
+        self._cut_lists(result)
+        if self._rowwise_outputs:
+            every = self._every(result)
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]
             self.inner = find_losses(tape.steps, every, constants, self._shares)
@@ -200,6 +220,32 @@ class Call:
         self.rows = [output_rows(leaf, self.batch, batch_dim, self.pairs) for leaf in self.outputs[: self._returned]]
         self.rows += [self._loss_rows(leaf) for leaf in self.outputs[self._returned :]]
         self._output_versions = [leaf._version for leaf in self.outputs]
+
+    def _every(self, result: Tree) -> list[tuple[str, Tensor]]:
+        """What came out of the screen, by path, each tensor once."""
+        every: list[tuple[str, Tensor]] = []
+        paths: dict[int, str] = {}
+        self._aliases = {}
+        for path, leaf in self._found(result, self._given).items():
+            if id(leaf) in paths:
+                self._aliases[path] = paths[id(leaf)]
+            else:
+                paths[id(leaf)] = path
+                every.append((path, leaf))
+        return every
+
+    def _list_lengths(self, tree: Tree) -> list[int]:
+        """Lengths of the outermost lists in a tree, each as often as there are tensors in it."""
+        lengths: list[int] = []
+        inside: list[str] = []
+
+        def look(path: str, value: Any) -> None:
+            if len(path) > 3 and isinstance(value, (list, tuple)) and not any(map(path.startswith, inside)):
+                inside.append(path)
+                lengths.extend([len(value)] * max(1, len(flatten(value)[1])))
+
+        Walk(lambda _path, leaf: leaf, encode=look)(tree)
+        return lengths
 
     def _shares(self, reduced: Tensor) -> bool:
         return self.shared_loss and self._loss_rows(reduced) is None
@@ -231,35 +277,81 @@ class Call:
         return self.inner is not None and i >= self._returned and self.inner.is_summed(i - self._returned)
 
     def _is_output(self, path: str, leaf: Tensor) -> bool:
-        return differentiable(leaf) and (self.inner is None or path not in self.inner.ends)
+        return differentiable(leaf) and not leaf.is_inference() and (self.inner is None or path not in self.inner.ends)
 
     def _constants(self) -> set[int]:
         """Ids of the inputs and buffers that the screen did not change: a model that returns one returns a constant."""
-        inputs = {
-            id(leaf) for path, leaf in zip(self.input_paths, self.inputs, strict=True) if path not in self.overwrites
-        }
+        changed = [x for path, x in zip(self.input_paths, self.inputs, strict=True) if path in self.overwrites]
+        inputs = self._ids - {id(leaf) for leaf in changed}
         buffers = {id(buffer) for buffer in self.state.buffers()}
         return inputs | (buffers - {id(module._buffers[name]) for module, name, *_ in self.buffers.entries})
 
     def _has_written(self) -> bool:
         """Whether the screen put tensors into the containers that it was given."""
-        inputs = {id(leaf) for leaf in self.inputs}
-        return any(id(leaf) not in inputs for leaf in flatten(self._given)[1])
+        return any(id(leaf) not in self._ids for leaf in flatten(self._given)[1])
 
     def _found(self, result: Tree, args: Tree) -> dict[str, Tensor]:
         """By path, what a run returned and, where the model writes into what it is given, what stands there now."""
         found: dict[str, Tensor] = {}
-        walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True)
+        walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True, encode=self._encode_output)
         walk(result)
         if self._writes:
             walk(args, _GIVEN)
         return found
 
+    def _encode_output(self, path: str, value: Any) -> Encoded | None:
+        if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+            encoded = encode_row_list(value) if path in self._rowwise_outputs and are_alike(value) else None
+        else:
+            encoded = encode_output(value)
+        if encoded is not None:
+            self._ragged.add(path)
+        return encoded
+
+    def _find_rowwise(self, tree: Tree, inputs: bool) -> set[str]:
+        """Paths of the lists, outermost, that have an entry a row."""
+        paths: set[str] = set()
+        n = self.batch * (2 if self.pairs else 1)
+
+        def look(path: str, value: Any) -> None:
+            objects = is_array(value) and value.dtype.hasobject
+            if not objects and (not isinstance(value, (list, tuple)) or hasattr(value, "_fields")):
+                return
+            if len(value) != n or (inputs and len(path) <= 3) or any(map(path.startswith, paths)):
+                return
+            leaves = flatten(list(value))[1]
+            if any(leaf.requires_grad or n in leaf.shape[self.batch_dim : self.batch_dim + 1] for leaf in leaves):
+                return
+            if not inputs and not (not objects and are_alike(value) and differentiable(value[0])):
+                return
+            # A tuple of numbers is a shape, or the like.
+            if isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value):
+                return
+            paths.add(path)
+
+        Walk(lambda _path, leaf: leaf, encode=look)(tree)
+        return paths
+
+    def _cut_lists(self, result: Tree) -> None:
+        """Take lists with an entry a row as rows, among the inputs and the outputs."""
+        if self._has_lists and (paths := self._find_rowwise(self.args, inputs=True)):
+            self._rowwise = paths
+            self.input_paths, self.inputs = [], []
+            self.args = Walk(self._note_input, fresh=True, encode=self._encode_input)(self.args)
+            self._input_versions = [leaf._version for leaf in self.inputs]
+        self._rowwise_outputs = self._find_rowwise(result, inputs=False)
+
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
         remaining = iter(inputs)
-        args = Walk(lambda _path, _leaf: next(remaining), fresh=True)(self.args)
+        args = Walk(lambda _path, _leaf: next(remaining), fresh=True, decode=True)(self.args)
         return self.run(*args[0], **args[1]), args
+
+    def widened(self, i: int, output: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+        """Output ``i`` of a replay, padded as widely as any of ``shapes``, if its rows are padded at all."""
+        for shape in shapes if self.paths[i] in self._ragged else ():
+            output = _widened(output, shape)
+        return output
 
     def run_given(self) -> Tree:
         """Run the model on what it was given."""
@@ -298,7 +390,10 @@ class Call:
                 f"gated: the model returned one tensor as {self._aliases[split[0]] or 'output'} and {split[0]} without "
                 "a graph, and two with one: return copies of it (clone())"
             )
-        outputs = [found[path] for path in paths]
+        outputs = [
+            _widened(found[path], screened.shape) if path in self._ragged else found[path]
+            for path, screened in zip(paths, self.outputs, strict=False)
+        ]
         if self.inner is not None and tape is not None:
             outputs += self.inner.in_replay(tape.steps, check)
         return outputs
@@ -319,19 +414,36 @@ class Call:
 
     def _with_live(self, fn: Callable[[str, Tensor], Tensor], result: Tree) -> Tree:
         """``result`` with its tensors replaced; what the model was given is changed in place, and stays the user's."""
-        if not self._writes:
-            return map_tensors(fn, result)
         inside = Walk(lambda _path, leaf: leaf)
-        inside(self._given)
-        walk = Walk(fn, own=inside.memo.keys())
+        if self._writes:
+            inside(self._given)
+        walk = Walk(fn, own=inside.memo.keys(), encode=self._encode_output, decode=True)
         live = walk(result)
-        walk(self._given, _GIVEN)
+        if self._writes:
+            walk(self._given, _GIVEN)
         return live
 
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
         assert self.inner is not None
         return self.inner.run(result, returned[self._returned :])
+
+    def lacks_batch(self) -> bool:
+        """Whether the only axis of a call of one-dimensional tensors holds features: the first cannot be run alone."""
+        shape = (self.batch,)
+        if self.whole or self.pairs or self.batch < 2 or not self.outputs or any(out.dim() > 1 for out in self.outputs):
+            return False
+        if not all(x.dim() == 0 or (x.shape == shape and x.is_floating_point()) for x in self.inputs):
+            return False
+        try:
+            outputs = self.run_without_graph([x[:1] if x.dim() else x for x in self.inputs])
+        except Exception:
+            return True
+        for where, screened, output in zip(self.rows, self.outputs, outputs, strict=True):
+            first = screened if where is None else screened[: where.repeat]
+            if output.shape != first.shape or not (self.random or torch.allclose(output, first, 0.1, 1e-2)):
+                return True
+        return False
 
     def readings(self) -> Iterator[Layout]:
         """Which inputs hold rows, the likeliest reading first."""
@@ -422,6 +534,11 @@ def _no_fast_path() -> Iterator[None]:
 def _uncompiled() -> Any:
     """A compiled model runs as it is written: under a dispatch mode Dynamo would give its frame up for good."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def _widened(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows that were padded among themselves, padded as in ``shape`` where that is more."""
+    return pad_to(rows, [len(rows), *map(max, rows.shape[1:], shape[1:])])
 
 
 def differentiable(leaf: Tensor) -> bool:

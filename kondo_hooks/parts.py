@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout, Rows, fits
+from kondo_hooks.encoded import Encoded
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
 from kondo_hooks.rounding import by_column, measure
-from kondo_hooks.tree import Tree
+from kondo_hooks.tree import Tree, attributes, is_entered
 
 Gradient = Tensor | RankOne
 
@@ -324,7 +325,9 @@ def reading(part: Part, learned: dict[tuple[str, ...], Layout]) -> Layout:
 
 def same_values(x: Tensor, y: Tensor) -> bool:
     """Whether two shared inputs are the same."""
-    return x is y or (x.shape == y.shape and torch.equal(x, y))
+    if x is y or x.layout is not torch.strided or y.layout is not torch.strided:
+        return x is y
+    return x.shape == y.shape and torch.equal(x, y)
 
 
 def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
@@ -333,14 +336,24 @@ def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
 
 def same_constants(a: Tree, b: Tree) -> bool:
     """Whether two trees differ in nothing but their tensors."""
-    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)):
+    return _same_constants(a, b, set())
+
+
+def _same_constants(a: Tree, b: Tree, seen: set[tuple[int, int]]) -> bool:
+    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)) or (id(a), id(b)) in seen:
         return True
     if type(a) is not type(b):
         return False
+    seen.add((id(a), id(b)))
+    if isinstance(a, Encoded):
+        return _same_constants(a.constant, b.constant, seen)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(same_constants, a, b))
+        return len(a) == len(b) and all(_same_constants(x, y, seen) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_constants(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same_constants(a[key], b[key], seen) for key in a)
+    if is_entered(a):
+        mine, theirs = dict(attributes(a)), dict(attributes(b))
+        return mine.keys() == theirs.keys() and all(_same_constants(mine[name], theirs[name], seen) for name in mine)
     try:
         return bool(a == b)
     except Exception:

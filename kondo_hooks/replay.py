@@ -232,6 +232,7 @@ def with_gradients(
             continue
         if call.rows[i] is None:
             continue
+        output = call.widened(i, output, [grad.shape for part in group if (grad := part.grads[i]) is not None])
         replayed.all_outputs[i] = output
         if output.requires_grad:
             replayed.outputs.append(output)

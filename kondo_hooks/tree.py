@@ -5,6 +5,7 @@ Knows containers and objects, and nothing of rows or gates.
 
 import collections
 import copy
+import dataclasses
 import enum
 import functools
 import gc
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kondo_hooks.encoded import Encoded
 
 Tree = Any
 
@@ -76,6 +79,8 @@ class Walk:
         own: ids of the containers that are changed in place, where others are copied.
         fresh: copy every container that a model could write into, whether something in it changes or not.
         repeat: call ``fn`` for a tensor at each of its paths.
+        encode: may have a tensor stand in for a list, tuple, array or tensor of another layout, given its path.
+        decode: put what a tensor stands for in its place again.
 
     Attributes:
         memo: what became of every tensor and container, by id.
@@ -83,7 +88,7 @@ class Walk:
         objects: how many objects other than Python's own containers were met.
     """
 
-    __slots__ = ("copies", "fn", "fresh", "memo", "objects", "other", "own", "repeat")
+    __slots__ = ("copies", "decode", "encode", "fn", "fresh", "memo", "objects", "other", "own", "repeat", "shared")
 
     def __init__(
         self,
@@ -92,12 +97,17 @@ class Walk:
         own: Container[int] = (),
         fresh: bool = False,
         repeat: bool = False,
+        encode: Callable[[str, Any], Encoded | None] | None = None,
+        decode: bool = False,
     ):
         self.fn = fn
         self.other = other
         self.own = own
         self.fresh = fresh
         self.repeat = repeat
+        self.encode = encode
+        self.decode = decode
+        self.shared: dict[Any, Any] = {}
         self.memo: dict[int, Any] = {}
         self.copies = 0
         self.objects = 0
@@ -133,10 +143,33 @@ class Walk:
 
 
 def _tensor(walk: Walk, tree: Tensor, path: str) -> Any:
+    if walk.encode is not None and (tree.layout is not torch.strided or tree.is_nested):
+        encoded = walk.encode(path, tree)
+        if encoded is not None:
+            return _encoded(walk, encoded, path, tree)
     return walk.fn(path, tree)
 
 
+def _encoded(walk: Walk, tree: Encoded, path: str, given: Any = None) -> Any:
+    """What stands in for a value; ``given`` is that value, if it was met itself."""
+    new = walk.fn(path, tree.part)
+    if walk.decode:
+        return given if given is not None and new is tree.part else tree.decode(new, walk.shared)
+    return tree if new is tree.part else dataclasses.replace(tree, part=new)
+
+
+def _array(walk: Walk, tree: Any, path: str) -> Any:
+    encoded = None if walk.encode is None else walk.encode(path, tree)
+    if encoded is not None:
+        return _encoded(walk, encoded, path, tree)
+    if walk.other is not None:
+        walk.other(tree)
+    return tree
+
+
 def _tuple(walk: Walk, tree: tuple[Any, ...], path: str) -> Any:
+    if walk.encode is not None and (encoded := walk.encode(path, tree)) is not None:
+        return _encoded(walk, encoded, path, tree)
     changed = False
     items = []
     for i, item in enumerate(tree):
@@ -151,6 +184,8 @@ def _tuple(walk: Walk, tree: tuple[Any, ...], path: str) -> Any:
 
 
 def _list(walk: Walk, tree: Any, path: str) -> Any:
+    if walk.encode is not None and (encoded := walk.encode(path, tree)) is not None:
+        return _encoded(walk, encoded, path, tree)
     changed = {}
     for i, item in enumerate(tree):
         new = walk(item, f"{path}[{i}]")
@@ -237,6 +272,11 @@ _NOT_ENTERED = (
 )
 
 
+def is_entered(value: Any) -> bool:
+    """Whether it is an object whose attributes are gone through."""
+    return _handler(type(value)) is _object
+
+
 def is_atom(value: Any) -> bool:
     """Whether it is plain data that holds nothing else."""
     return isinstance(value, _ATOMS)
@@ -250,6 +290,10 @@ def _find_handler(kind: type) -> _Handler | None:
         return None
     if kind.__module__ == "transformers.cache_utils":
         return None  # every decoder returns one, and training uses none
+    if (kind.__module__, kind.__name__) == ("numpy", "ndarray"):
+        return _array
+    if kind is Encoded:
+        return _encoded
     if issubclass(kind, tuple):
         return _tuple
     if issubclass(kind, (list, collections.deque)):

@@ -7,10 +7,12 @@ import functools
 import types
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 import torch.distributions as D
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import kondo_hooks as kondo
 from kondo_hooks.tree import flatten, map_tensors
@@ -463,3 +465,339 @@ def test_a_returned_input_and_a_returned_buffer_are_constants():
         return ((out[1] * out[2]).log_softmax(-1)[:, 0] * out[0][:, 0] * w).mean()
 
     assert_exact(Model(), lambda m: m(x), loss)
+
+
+# What is no plain tensor.
+
+
+class Policy(nn.Module):
+    """Logits of (n, F) features, which ``read`` takes from whatever is passed."""
+
+    def __init__(self, read, write=lambda logits, given: logits):
+        super().__init__()
+        self.body, self.pi = nn.Linear(F, 8), nn.Linear(8, K)
+        self.read, self.write = read, write
+        self.seen = []
+
+    def forward(self, *args, **kwargs):
+        x = self.read(*args, **kwargs)
+        self.seen.append(len(x))
+        return self.write(self.pi(self.body(x).tanh()), args)
+
+
+def nll(logits, w):
+    return (logits.log_softmax(-1)[:, 1] * torch.linspace(-1, 1, N) * w).mean()
+
+
+ARRAYS = {
+    "float": lambda: np.random.default_rng(0).normal(size=(N, F)),
+    "strided": lambda: np.random.default_rng(0).normal(size=(F, N)).T[:, ::-1],
+    "read_only": lambda: np.broadcast_to(np.linspace(0, 1, N)[:, None], (N, F)),
+    "int": lambda: np.arange(N * F).reshape(N, F) % 3,
+    "uint8": lambda: (np.arange(N * F).reshape(N, F) % 3).astype(np.uint8),
+    "uint16": lambda: (np.arange(N * F).reshape(N, F) % 3).astype(np.uint16),
+    "bool": lambda: np.arange(N * F).reshape(N, F) % 3 == 0,
+    "big_endian": lambda: np.arange(N * F).reshape(N, F).astype(">f4") % 3,
+    "object": lambda: np.array([[float(i % 5), 2.0] for i in range(N)] + [None], dtype=object)[:-1],
+    "text": lambda: np.array([str(i % 5) for i in range(N)]),
+    "dates": lambda: np.arange(N).astype("datetime64[D]"),
+    "records": lambda: np.array([(i % 3, i % 5) for i in range(N)], dtype=[("a", "i4"), ("b", "f8")]),
+}
+
+
+def _features(array):
+    """(n, F) of any of the arrays."""
+    if array.dtype == object:
+        array = np.array([row[0] + row[1] for row in array])
+    elif array.dtype.kind == "U" or array.dtype.kind == "M":
+        array = array.astype(float)
+    elif array.dtype.names:
+        array = array["a"] + array["b"]
+    x = torch.tensor(np.ascontiguousarray(array).astype(np.float64))
+    return x if x.dim() == 2 else x[:, None].expand(-1, F) / N
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_cut_into_rows_and_stay_arrays(name):
+    array = ARRAYS[name]()
+
+    def read(batch):
+        assert type(batch["obs"]) is np.ndarray and batch["obs"].dtype == array.dtype
+        return _features(batch["obs"])
+
+    model = Policy(read)
+    assert_exact(model, lambda m: m({"obs": array}), nll)
+    assert model.seen[:2] == [N, N // 4]
+
+
+def test_an_array_that_is_written_into_after_the_call_is_replayed_as_it_was():
+    array = np.random.default_rng(0).normal(size=(N, F))
+    model = Policy(torch.as_tensor)
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25, priority="uniform") as gate:
+        y = model(array)
+        z = nll(reference(array.copy()), torch.ones(N)), array.copy()
+        array[:] = 0
+        nll(y, torch.ones(N)).backward()
+    nll(reference(z[1]), kept_mask(gate.last.kept, N, torch.float64)).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_returned_arrays_are_left_alone():
+    x = torch.randn(N, F)
+    model = Policy(lambda x: x, lambda logits, given: (logits, logits.detach().numpy()))
+
+    def loss(out, w):
+        assert type(out[1]) is np.ndarray
+        return nll(out[0], w)
+
+    assert_exact(model, lambda m: m(x), loss)
+
+
+def _texts():
+    return [torch.randn(3 + i % 4, F) for i in range(N)]
+
+
+LISTS = {
+    "tensors": (_texts, lambda row: row.mean(0)),
+    "tensors_of_one_length": (lambda: [torch.randn(3, F) for _ in range(N)], lambda row: row.mean(0)),
+    "scalars": (lambda: list(torch.randn(N)), lambda row: row.expand(F)),
+    "tuple_of_tensors": (lambda: tuple(_texts()), lambda row: row.sum(0)),
+    "strings": (lambda: [f"text {i}" for i in range(N)], lambda row: torch.full((F,), float(row[5:]) / N)),
+    "lengths": (lambda: [i % 5 for i in range(N)], lambda row: torch.full((F,), row / 5)),
+    "tokens": (lambda: [[1] * (i % 5) for i in range(N)], lambda row: torch.full((F,), len(row) / 5)),
+    "chats": (
+        lambda: [{"role": "user", "n": [i]} for i in range(N)],
+        lambda row: torch.full((F,), row["n"][0] / N),
+    ),
+    "samples": (
+        lambda: [{"x": torch.randn(F), "boxes": torch.randn(i % 3, 4)} for i in range(N)],
+        lambda row: row["x"] + row["boxes"].sum(),
+    ),
+    "objects": (lambda: [types.SimpleNamespace(i=i) for i in range(N)], lambda row: torch.full((F,), row.i / N)),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("beside_a_tensor", [False, True])
+def test_lists_with_an_entry_a_row_are_cut_into_rows(name, beside_a_tensor):
+    make, one = LISTS[name]
+    rows, x = make(), torch.randn(N, F)
+
+    def read(rows, x=0):
+        assert type(rows) is type(make()) and len(rows) in (N, N // 4)
+        return torch.stack([one(row) for row in rows]) + x
+
+    call = (lambda m: m(rows, x=x)) if beside_a_tensor else (lambda m: m(rows))
+    model = Policy(read)
+    assert_exact(model, call, nll, steps=2)
+    assert model.seen[:2] == [N, N // 4]
+
+
+@pytest.mark.parametrize("shared", [[1.5] * N, ["a"] * N, list(range(N))], ids=["floats", "strings", "range"])
+def test_a_list_that_only_looks_like_rows_is_shared(shared):
+    def read(x, names):
+        assert len(names) == N
+        return x * (len(names) / N)
+
+    x = torch.randn(N, F)
+    assert_exact(Policy(read), lambda m: m(x, shared), nll)
+
+
+def test_lists_of_several_calls_go_through_the_model_together():
+    def read(texts, names):
+        return torch.stack([text.mean(0) + len(name) for text, name in zip(texts, names, strict=True)])
+
+    model = Policy(read)
+    reference = copy.deepcopy(model)
+    batches = [(_texts(), ["x" * (i % 3) for i in range(N)]) for _ in range(3)]
+    with kondo.gated(model, rate=0.25, priority="uniform", window=3) as gate:
+        for batch in batches:
+            nll(model(*batch), torch.ones(N)).backward()
+    w = kept_mask(gate.last.kept, 3 * N, torch.float64).view(3, N)
+    for batch, mask in zip(batches, w, strict=True):
+        nll(reference(*batch), mask).backward()
+    assert model.seen == [N, N, N, 3 * N // 4]
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_a_list_of_layers_is_no_list_of_rows():
+    layers = [torch.randn(N, F) for _ in range(N)]
+    assert_exact(Policy(lambda layers: sum(layers) / N), lambda m: m(layers), nll)
+
+
+def test_outputs_in_a_list_with_an_entry_a_row():
+    def write(logits, given):
+        return [row.expand(len(text), -1) * text[:, :1] for row, text in zip(logits, given[0], strict=True)]
+
+    def loss(rows, w):
+        assert isinstance(rows, list) and [len(row) for row in rows] == [len(text) for text in texts]
+        terms = torch.stack([row.log_softmax(-1)[:, 1].sum() for row in rows])
+        return (terms * w).mean()
+
+    texts = _texts()
+    model = Policy(lambda texts: torch.stack([text.mean(0) for text in texts]), write)
+    assert_exact(model, lambda m: m(texts), loss)
+    longest = max(range(N), key=lambda i: len(texts[i]))
+    with kondo.gated(model, rate=0.5, priority="uniform") as gate:
+        gate.force(torch.tensor([(longest + 1) % N]))
+        loss(model(texts), torch.ones(N)).backward()
+
+
+def test_a_list_of_other_things_a_row_says_what_to_do():
+    def write(logits, given):
+        return [{"logits": row, "n": i} for i, row in enumerate(logits)]
+
+    model = Policy(lambda x: x, write)
+    with (
+        kondo.gated(model, rate=0.25, priority="uniform"),
+        pytest.raises(RuntimeError, match=r"gated: .*(stack|batch axis)"),
+    ):
+        torch.stack([row["logits"].log_softmax(-1)[0] for row in model(torch.randn(N, F))]).mean().backward()
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("returned", ["packed", "hidden"])
+@pytest.mark.parametrize("window", [1, 2])
+def test_packed_sequences(enforce_sorted, returned, window):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.pi = nn.GRU(F, 8), nn.Linear(8, K)
+
+        def forward(self, packed):
+            out, hidden = self.rnn(packed)
+            if returned == "hidden":
+                return self.pi(hidden[0])
+            return out._replace(data=self.pi(out.data))
+
+    def texts(seed):
+        rows = [torch.randn(2 + (i + seed) % 5, F) for i in range(N)]
+        return sorted(rows, key=len, reverse=True) if enforce_sorted else rows
+
+    batches = [pack_sequence(texts(seed), enforce_sorted=enforce_sorted) for seed in range(2)]
+
+    def loss(out, w):
+        if returned == "hidden":
+            return nll(out, w)
+        assert type(out) is PackedSequence
+        padded, lengths = pad_packed_sequence(out, batch_first=True)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return ((padded.log_softmax(-1)[..., 1] * mask).sum(1) * w).mean()
+
+    model = Recurrent()
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25, priority="uniform", window=window) as gate:
+        masks = []
+        for step, batch in enumerate(batches):
+            loss(model(batch), torch.ones(N)).backward()
+            if (step + 1) % window == 0:
+                masks += kept_mask(gate.last.kept, N * window, torch.float64).view(window, N)
+    for batch, mask in zip(batches, masks, strict=True):
+        loss(reference(batch), mask).backward()
+    assert gate.stats.forwarded == N // 2
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+@pytest.mark.parametrize("returns_jagged", [False, True])
+def test_jagged_tensors(returns_jagged):
+    def read(a, b):
+        return a + b  # of one raggedness
+
+    class Jagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.pi = nn.Linear(F, 8), nn.Linear(8, K)
+
+        def forward(self, a, b):
+            logits = self.pi(self.body(a + b).tanh())
+            return logits if returns_jagged else logits.to_padded_tensor(0.0).sum(1)
+
+    a = torch.nested.nested_tensor([torch.randn(2 + i % 5, F) for i in range(N)], layout=torch.jagged)
+    b = torch.nested.nested_tensor_from_jagged(torch.randn_like(a.values()), a.offsets())
+
+    def loss(out, w):
+        if not returns_jagged:
+            return nll(out, w)
+        assert out.is_nested and out.layout is torch.jagged
+        lengths = out.offsets().diff()
+        return (out.values().log_softmax(-1)[:, 1] * w.repeat_interleave(lengths)).sum() / N
+
+    assert_exact(Jagged(), lambda m: m(a, b), loss)
+
+
+@pytest.mark.parametrize("layout", ["coo", "uncoalesced", "csr", "csc"])
+@pytest.mark.parametrize("rows", [True, False])
+def test_sparse_inputs(layout, rows):
+    dense = torch.randn(N if rows else 7, F) * (torch.rand(N if rows else 7, F) > 0.5)
+    sparse = {
+        "coo": lambda: dense.to_sparse(),
+        "uncoalesced": lambda: torch.cat([dense.to_sparse()._indices()] * 2, 1),
+        "csr": lambda: dense.to_sparse_csr(),
+        "csc": lambda: dense.to_sparse_csc(),
+    }[layout]()
+    if layout == "uncoalesced":
+        sparse = torch.sparse_coo_tensor(sparse, torch.cat([dense.to_sparse()._values()] * 2), dense.shape)
+
+    def read(x, adjacency):
+        assert adjacency.layout is sparse.layout
+        dense = adjacency.to_dense()
+        return x * dense if rows else x + dense.sum(0)
+
+    x = torch.randn(N, F)
+    assert_exact(Policy(read), lambda m: m(x, sparse), nll)
+
+
+def test_a_sparse_output_is_an_error_that_says_to_return_it_dense():
+    model = Policy(lambda x: x, lambda logits, given: logits.to_sparse())
+    with kondo.gated(model, rate=0.5), pytest.raises(RuntimeError, match=r"gated: .*to_dense"):
+        model(torch.randn(N, F))
+
+
+def test_inputs_made_in_inference_mode():
+    with torch.inference_mode():
+        x = torch.randn(N, F)
+
+    model = Policy(lambda x: x * 1.0, lambda logits, given: (logits, given[0]))
+    assert_exact(model, lambda m: m(x), lambda out, w: nll(out[0], w))
+
+
+def test_a_nested_input_that_wants_a_gradient_is_an_error():
+    nested = torch.nested.nested_tensor([torch.randn(2, F)] * N, layout=torch.jagged, requires_grad=True)
+    model = Policy(lambda a: a.to_padded_tensor(0.0).sum(1))
+    with kondo.gated(model, rate=0.5), pytest.raises(RuntimeError, match="gated: an input is a nested tensor"):
+        model(nested)
+
+
+# Calls without a batch axis.
+
+
+@pytest.mark.parametrize("k", [F, 2 * F])
+def test_an_episode_without_a_batch_axis_says_what_to_write(k):
+    model = nn.Linear(F, k)
+    with torch.no_grad():
+        model.weight.zero_()  # outputs would agree
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match=r"gated: .*x\[None\]"):
+        loss = sum(-model(torch.randn(F)).log_softmax(-1)[1] for _ in range(4))
+        loss.backward()
+    assert model.weight.grad is None
+
+
+def test_features_and_outputs_of_other_sizes_say_what_to_write():
+    model = nn.Linear(F, K)
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match=r"gated: .*x\[None\]"):
+        sum(-model(torch.randn(F)).log_softmax(-1)[1] for _ in range(4)).backward()
+    assert model.weight.grad is None
+
+
+def test_rows_of_one_number_each_are_rows():
+    class Scalars(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
+
+        def forward(self, x):
+            return self.layer(x[:, None])[:, 0]
+
+    model = Scalars().eval()
+    assert_exact(model, lambda m: m(torch.linspace(-1, 1, N)), lambda y, w: (y * w).mean())
