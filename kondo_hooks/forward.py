@@ -217,7 +217,8 @@ class Forward:
                     "reach them, so they would have no gradient; return them in a tuple, a dict or an object"
                 )
 
-        map_tensors(lambda _path, leaf: leaf, result, other=look)
+        if not isinstance(result, Tensor):
+            map_tensors(lambda _path, leaf: leaf, result, other=look)
 
     def _check_outputs(self, call: Call) -> None:
         if self._backward.state.has_forward_hooks():

@@ -293,6 +293,8 @@ class Call:
     def _found(self, result: Tree, args: Tree) -> dict[str, Tensor]:
         """By path, what a run returned and, where the model writes into what it is given, what stands there now."""
         found: dict[str, Tensor] = {}
+        if type(result) is Tensor and not (self._writes or result.is_nested or result.layout is not torch.strided):
+            return {"": result}  # the plainest case pays for no walk
         walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True, encode=self._encode_output)
         walk(result)
         if self._writes:
@@ -339,7 +341,8 @@ class Call:
             self.input_paths, self.inputs = [], []
             self.args = Walk(self._note_input, fresh=True, encode=self._encode_input)(self.args)
             self._input_versions = [leaf._version for leaf in self.inputs]
-        self._rowwise_outputs = self._find_rowwise(result, inputs=False)
+        if not isinstance(result, Tensor):
+            self._rowwise_outputs = self._find_rowwise(result, inputs=False)
 
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
@@ -414,6 +417,8 @@ class Call:
 
     def _with_live(self, fn: Callable[[str, Tensor], Tensor], result: Tree) -> Tree:
         """``result`` with its tensors replaced; what the model was given is changed in place, and stays the user's."""
+        if type(result) is Tensor and not (self._writes or result.is_nested or result.layout is not torch.strided):
+            return fn("", result)
         inside = Walk(lambda _path, leaf: leaf)
         if self._writes:
             inside(self._given)
