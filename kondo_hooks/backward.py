@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from kondo_hooks import passes, world
 from kondo_hooks.batch import Layout
 from kondo_hooks.engines import Engine
-from kondo_hooks.errors import DelightError, WarnOnce
+from kondo_hooks.errors import DelightError, ReplayMismatchError, WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
@@ -423,13 +423,19 @@ class Backward:
         """Drop the gradients of outputs without rows that have no graph, as one row shows: they are constants."""
         if self.engine.communicates:
             return  # one more pass, that other ranks might not make
-        unknown = [i for i in arrival.unsplit() if arrival.call.paths[i] not in self._constants]
+        call = arrival.call
+        outputs = [i for i in arrival.unsplit() if not call.makes_loss(i)]
+        unknown = [i for i in outputs if call.paths[i] not in self._constants]
         if unknown:
+            part = arrival.stand_in().whole() if call.whole else arrival.stand_in()
             with self._model_running():
-                graphs = have_graph(arrival.stand_in(), self.learned)
-            self._constants.update({arrival.call.paths[i]: not graphs[i] for i in unknown})
-        for i in arrival.unsplit():
-            if self._constants[arrival.call.paths[i]]:
+                try:
+                    graphs = have_graph(part, self.learned)
+                except ReplayMismatchError:
+                    return  # refused, then, as what has a graph and no rows
+            self._constants.update({call.paths[i]: not graphs[i] for i in unknown})
+        for i in outputs:
+            if self._constants[call.paths[i]]:
                 arrival.grads[i] = None
 
     def _is_selected(self, arrival: Arrival) -> bool:

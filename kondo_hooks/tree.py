@@ -236,7 +236,22 @@ def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:
         result = walk.place(tree, changed)
     for name, new in changed.items():
         set_attribute(result, name, new)
+    if result is not tree:
+        _resize(tree, result)
     return result
+
+
+def _resize(tree: Any, result: Any) -> None:
+    """Let an object that says how many rows its tensors have (a TensorDict, say) say it of the new ones."""
+    for name, value in attributes(tree):
+        if not (name.endswith("batch_size") and isinstance(value, (int, torch.Size))):
+            continue
+        size = torch.Size([value]) if isinstance(value, int) else value
+        for old, new in zip(flatten(tree)[1], flatten(result)[1], strict=False):
+            if old.shape[: len(size)] == size:
+                now = new.shape[: len(size)]
+                set_attribute(result, name, now[0] if isinstance(value, int) else now)
+                break
 
 
 _ATOMS = (

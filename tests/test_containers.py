@@ -801,3 +801,87 @@ def test_rows_of_one_number_each_are_rows():
 
     model = Scalars().eval()
     assert_exact(model, lambda m: m(torch.linspace(-1, 1, N)), lambda y, w: (y * w).mean())
+
+
+# A mapping that knows its batch size.
+
+
+class Sized(collections.abc.MutableMapping):
+    """Tensors of one batch size, checked when they are set; [] by a key or by rows."""
+
+    def __init__(self, items, batch_size):
+        self._items, self._batch_size = {}, torch.Size(batch_size)
+        self.update(items)
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self._items[key]
+        rows = {name: value[key] for name, value in self._items.items()}
+        return Sized(rows, next(iter(rows.values())).shape[:1])
+
+    def __setitem__(self, key, value):
+        assert (
+            value._batch_size if isinstance(value, Sized) else value.shape[: len(self._batch_size)]
+        ) == self._batch_size
+        self._items[key] = value
+
+    def __delitem__(self, key):
+        del self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+class IntoMapping(nn.Linear):
+    def forward(self, batch):
+        batch["logits"] = super().forward(batch["next"]["obs"])
+        return batch
+
+
+def assert_dict_in_dict_out_is_exact(model, make):
+    def call(m):
+        batch = make()
+        out = m(batch)
+        assert out is batch
+        return out
+
+    gate = assert_exact(model, call, lambda out, w: nll(out["logits"], w), steps=2)
+    assert gate.stats.forwarded == N // 2
+
+
+def test_a_mapping_that_checks_the_batch_size_of_what_is_written_into_it():
+    x = torch.randn(N, F)
+    assert_dict_in_dict_out_is_exact(IntoMapping(F, K), lambda: Sized({"next": Sized({"obs": x}, [N])}, [N]))
+
+
+def test_tensordict():
+    tensordict = pytest.importorskip("tensordict")
+    from tensordict.nn import TensorDictModule
+
+    x = torch.randn(N, F)
+    model = TensorDictModule(nn.Linear(F, K), in_keys=[("next", "obs")], out_keys=["logits"])
+
+    def make():
+        inner = tensordict.TensorDict({"obs": x}, batch_size=[N])
+        return tensordict.TensorDict({"next": inner}, batch_size=[N])
+
+    assert_dict_in_dict_out_is_exact(model, make)
+
+
+def test_a_constant_that_the_model_returns_needs_no_rows():
+    scale = torch.rand(K)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pi = nn.Linear(F, K)
+
+        def forward(self, x):
+            base = D.Normal(self.pi(x), torch.ones(K))
+            return D.TransformedDistribution(base, [D.AffineTransform(scale * 2, scale)])
+
+    x = torch.randn(N, F)
+    assert_exact(Scaled(), lambda m: m(x), lambda d, w: (d.log_prob(torch.zeros(N, K)).sum(-1) * w).mean())
