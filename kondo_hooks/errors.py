@@ -25,6 +25,14 @@ def no_batch_axis(path: str, batch: int) -> str:
     )
 
 
+def overwritten_input(name: str) -> str:
+    """The message for a replay that differs where the model writes into its input."""
+    return (
+        f"gated: the model writes into its input {name} in place (x /= 255, x[mask] = 0), so a replay meets what the "
+        "screen left there. Let it make a new tensor (x = x / 255), or pass it a clone."
+    )
+
+
 def unbatched(features: int) -> str:
     """The message for a call whose only axis turned out to hold features."""
     return (

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, infer_batch_size
 from kondo_hooks.engines import refuse_outer_wrapper
-from kondo_hooks.errors import WarnOnce, unbatched
+from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.screened import Screened
@@ -154,7 +154,7 @@ class Forward:
         self._record = call.random
         if not self._backward.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
             if call.lacks_batch():
-                raise RuntimeError(unbatched(call.batch))
+                raise ReplayMismatchError(unbatched(call.batch))
             self._with_batch[tuple(call.input_paths)] = call.batch
         self._check_outputs(call)
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):

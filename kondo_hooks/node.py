@@ -67,6 +67,7 @@ class Call:
         checks: how strictly a replay is held against the screen.
         policy: the outputs that hold the policy, once its delight was found.
         syncs: whether the host meant to reduce gradients in the backward of this call, at its forward.
+        writes_into: an input that the model writes into in place, if there is one.
     """
 
     run: Callable[..., Any]
@@ -104,6 +105,7 @@ class Call:
         walk = Walk(self._note_input, fresh=True, encode=self._encode_input)
         self.args = walk(self.args)
         # The dict of keyword arguments is new in every call of a function.
+        self._spare = walk.spare
         self._may_write = walk.copies > 1 or walk.objects > 0
         self._writes = False
         devices = {leaf.device for leaf in self.inputs} | self.state.devices()
@@ -114,7 +116,7 @@ class Call:
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
         self.random = False
-        self.overwrites: list[str] = []
+        self.writes_into: str | None = None
         self.scale: Scale | None = None
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
@@ -176,8 +178,10 @@ class Call:
             result = self.run_given()
         self.state.note_changes(self.buffers)
         self._input_versions = [leaf._version for leaf in self.inputs]
-        changed = zip(self.input_paths, before, self._input_versions, strict=True)
-        self.overwrites = [path for path, old, new in changed if old != new]
+        changed = enumerate(zip(before, self._input_versions, strict=True))
+        overwritten = [i for i, (old, new) in changed if old != new]
+        self._overwritten = {id(self.inputs[i]) for i in overwritten}
+        self.writes_into = _argument(self.input_paths[overwritten[0]]) if overwritten else None
         self._parameter_versions = self.state.versions()
         known = {device for device, _ in self.rng}
         self.rng += [start for start in self.draws.starts.items() if start[0] not in known]
@@ -277,18 +281,24 @@ class Call:
         return self.inner is not None and i >= self._returned and self.inner.is_summed(i - self._returned)
 
     def _is_output(self, path: str, leaf: Tensor) -> bool:
-        return differentiable(leaf) and not leaf.is_inference() and (self.inner is None or path not in self.inner.ends)
+        ends = () if self.inner is None else self.inner.ends
+        return differentiable(leaf) and not leaf.is_inference() and path not in ends
 
     def _constants(self) -> set[int]:
         """Ids of the inputs and buffers that the screen did not change: a model that returns one returns a constant."""
-        changed = [x for path, x in zip(self.input_paths, self.inputs, strict=True) if path in self.overwrites]
-        inputs = self._ids - {id(leaf) for leaf in changed}
+        changed = {id(module._buffers[name]) for module, name, *_ in self.buffers.entries}
         buffers = {id(buffer) for buffer in self.state.buffers()}
-        return inputs | (buffers - {id(module._buffers[name]) for module, name, *_ in self.buffers.entries})
+        return (self._ids - self._overwritten) | (buffers - changed)
 
     def _has_written(self) -> bool:
         """Whether the screen put tensors into the containers that it was given."""
-        return any(id(leaf) not in self._ids for leaf in flatten(self._given)[1])
+        written = any(id(leaf) not in self._ids for leaf in flatten(self._given)[1])
+        if written and self._spare:
+            walk = Walk(lambda _path, leaf: leaf)
+            walk.memo.update({id(given): before for given, before in self._spare})
+            self.args = walk(self.args)
+        self._spare = []
+        return written
 
     def _found(self, result: Tree, args: Tree) -> dict[str, Tensor]:
         """By path, what a run returned and, where the model writes into what it is given, what stands there now."""
@@ -339,7 +349,7 @@ class Call:
         if self._has_lists and (paths := self._find_rowwise(self.args, inputs=True)):
             self._rowwise = paths
             self.input_paths, self.inputs = [], []
-            self.args = Walk(self._note_input, fresh=True, encode=self._encode_input)(self.args)
+            self.args = Walk(self._note_input, fresh=True, wanted=paths, encode=self._encode_input)(self.args)
             self._input_versions = [leaf._version for leaf in self.inputs]
         if not isinstance(result, Tensor):
             self._rowwise_outputs = self._find_rowwise(result, inputs=False)
@@ -347,7 +357,7 @@ class Call:
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
         remaining = iter(inputs)
-        args = Walk(lambda _path, _leaf: next(remaining), fresh=True, decode=True)(self.args)
+        args = Walk(lambda _path, _leaf: next(remaining), fresh=True, everything=self._writes, decode=True)(self.args)
         return self.run(*args[0], **args[1]), args
 
     def widened(self, i: int, output: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kondo_hooks.batch import Layout, Rows, fits, join_rows, pad_to
 from kondo_hooks.draws import TakeDraws
-from kondo_hooks.errors import ReplayMismatchError, failed_replay
+from kondo_hooks.errors import ReplayMismatchError, failed_replay, overwritten_input
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part, reading
@@ -106,6 +106,8 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
             learned[key] = layout
         return replayed
     assert failure is not None
+    if call.writes_into is not None:
+        raise ReplayMismatchError(overwritten_input(call.writes_into)) from failure
     raise failure
 
 

@@ -11,13 +11,13 @@ import functools
 import gc
 import types
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.encoded import Encoded
+from kondo_hooks.encoded import Encoded, is_array
 
 Tree = Any
 
@@ -77,7 +77,10 @@ class Walk:
         fn: ``map_tensors``'s.
         other: ``map_tensors``'s.
         own: ids of the containers that are changed in place, where others are copied.
-        fresh: copy every container that a model could write into, whether something in it changes or not.
+        fresh: copy every container that a model could write into, whether something in it changes or not, and the
+            objects that hold tensors.
+        everything: copy all objects.
+        wanted: paths of lists that are to be replaced.
         repeat: call ``fn`` for a tensor at each of its paths.
         encode: may have a tensor stand in for a list, tuple, array or tensor of another layout, given its path.
         decode: put what a tensor stands for in its place again.
@@ -86,9 +89,25 @@ class Walk:
         memo: what became of every tensor and container, by id.
         copies: how many containers were copied.
         objects: how many objects other than Python's own containers were met.
+        spare: copies of the objects that were not copied, as they were.
     """
 
-    __slots__ = ("copies", "decode", "encode", "fn", "fresh", "memo", "objects", "other", "own", "repeat", "shared")
+    __slots__ = (
+        "copies",
+        "decode",
+        "encode",
+        "everything",
+        "fn",
+        "fresh",
+        "memo",
+        "objects",
+        "other",
+        "own",
+        "repeat",
+        "shared",
+        "spare",
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -96,6 +115,8 @@ class Walk:
         other: Callable[[Any], None] | None = None,
         own: Container[int] = (),
         fresh: bool = False,
+        everything: bool = False,
+        wanted: Collection[str] = (),
         repeat: bool = False,
         encode: Callable[[str, Any], Encoded | None] | None = None,
         decode: bool = False,
@@ -104,6 +125,9 @@ class Walk:
         self.other = other
         self.own = own
         self.fresh = fresh
+        self.everything = everything
+        self.wanted = wanted
+        self.spare: list[tuple[Any, Any]] = []
         self.repeat = repeat
         self.encode = encode
         self.decode = decode
@@ -215,9 +239,30 @@ def _object(walk: Walk, tree: Any, path: str) -> Any:
         if walk.other is not None:
             walk.other(tree)
         return tree
-    if walk.fresh and type(tree) is not types.SimpleNamespace and not flatten(tree)[1]:
-        return tree  # nothing of a batch is in it: a configuration, an environment
+    if walk.fresh and not walk.everything and not _holds_rows(walk, tree, path):
+        # A configuration, an environment; or one for the model to write into, which shows when it has.
+        if walk.encode is not None:
+            walk.spare.append((tree, Walk(lambda _path, leaf: leaf, fresh=True, everything=True)(tree)))
+        return tree
     return _attributes_of(walk, tree, tree, path)
+
+
+def _holds_rows(walk: Walk, tree: Any, path: str) -> bool:
+    """Whether there is anything of a batch in an object."""
+    found = any(wanted.startswith(path) for wanted in walk.wanted)
+
+    def note(_path: str, leaf: Any) -> Any:
+        nonlocal found
+        found = True
+        return leaf
+
+    def look(path: str, value: Any) -> None:
+        nonlocal found
+        asked = walk.encode is not None and not is_array(value) and not isinstance(value, Tensor)
+        found = found or is_array(value) or (asked and walk.encode(path, value) is not None)  # type: ignore[misc]
+
+    Walk(note, encode=look)(tree, path)
+    return found
 
 
 def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:

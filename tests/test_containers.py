@@ -419,6 +419,55 @@ def test_what_the_model_writes_into_an_object_is_an_output():
     assert_exact(Model(None), call, loss)
 
 
+def test_what_the_model_writes_into_an_object_made_for_it_is_an_output():
+    class Cache:
+        def __init__(self):
+            self.layers, self.last = [], types.SimpleNamespace(value=None)
+
+    class Model(Writes):
+        def forward(self, x, cache):
+            assert not cache.layers and cache.last.value is None
+            cache.layers.append(self.f(x).tanh())
+            cache.last.value = self.g(cache.layers[-1])
+
+    x = torch.randn(N, F)
+
+    def call(model):
+        cache = Cache()
+        model(x, cache)
+        return cache
+
+    def loss(cache, w):
+        assert len(cache.layers) == 1 and len(cache.layers[0]) == N
+        return ((cache.last.value.log_softmax(-1)[:, 1] + cache.layers[0].pow(2).sum(-1)) * w).mean()
+
+    model = Model(None)
+    assert_exact(model, call, loss, steps=2)
+    with kondo.gated(model, rate=0.25, priority="uniform"):
+        cache = call(model)
+        loss(cache, torch.ones(N)).backward()
+        loss(cache, torch.ones(N))  # what a replay writes, it writes elsewhere
+
+
+@pytest.mark.parametrize("inside", ["array", "list"])
+def test_arrays_and_lists_inside_of_objects(inside):
+    class Batch:
+        def __init__(self):
+            texts = ["a" * (i % 5) for i in range(N)]
+            self.obs = np.random.default_rng(0).normal(size=(N, F)) if inside == "array" else texts
+
+    batch = Batch()
+
+    def read(batch):
+        if inside == "array":
+            return torch.as_tensor(batch.obs)
+        return torch.tensor([[float(len(text))] * F for text in batch.obs])
+
+    model = Policy(read)
+    assert_exact(model, lambda m: m(batch), nll)
+    assert model.seen[:2] == [N, N // 4] and len(batch.obs) == N
+
+
 def test_the_users_dict_ends_as_the_model_leaves_it():
     class Pops(nn.Linear):
         def forward(self, batch):
@@ -885,3 +934,16 @@ def test_a_constant_that_the_model_returns_needs_no_rows():
 
     x = torch.randn(N, F)
     assert_exact(Scaled(), lambda m: m(x), lambda d, w: (d.log_prob(torch.zeros(N, K)).sum(-1) * w).mean())
+
+
+def test_a_model_that_writes_into_its_input_is_told_so():
+    class Scales(nn.Linear):
+        def forward(self, x):
+            x /= 2
+            return super().forward(x)
+
+    model = Scales(F, K)
+    error = pytest.raises(RuntimeError, match=r"gated: the model writes into its input args\[0\] in place")
+    with kondo.gated(model, rate=0.25, priority="uniform"), error:
+        nll(model(torch.randn(N, F)), torch.ones(N)).backward()
+    assert model.weight.grad is None
