@@ -21,7 +21,7 @@ def no_batch_axis(path: str, batch: int) -> str:
     return (
         f"gated: the loss uses output {path or 'of the model'}, which has no batch axis of size {batch}, so its "
         "gradient cannot be split into rows. Compute scalar losses outside the model, expand per-model values "
-        "(a log_std, say) to the batch inside it, or call it on a batch (x[None])."
+        "(a log_std, say) to the batch inside it, or call it on a batch, x[None] (x.unsqueeze(0))."
     )
 
 

@@ -203,11 +203,10 @@ class Call:
         self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim, lengths)
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
-        self.batch //= 2 if self.pairs else 1
-        self.batch_dim = batch_dim
-        self._cut_lists(result)
-        if self._rowwise_outputs:
-            every = self._every(result)
+        self.cut_lists(self.batch // (2 if self.pairs else 1), batch_dim)
+        if not isinstance(result, Tensor):
+            self._rowwise_outputs = self._find_rowwise(result, inputs=False)
+            every = self._every(result) if self._rowwise_outputs else every
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]
             self.inner = find_losses(tape.steps, every, constants, self._shares)
@@ -344,21 +343,23 @@ class Call:
         Walk(lambda _path, leaf: leaf, encode=look)(tree)
         return paths
 
-    def _cut_lists(self, result: Tree) -> None:
-        """Take lists with an entry a row as rows, among the inputs and the outputs."""
+    def cut_lists(self, batch: int, batch_dim: int) -> None:
+        """Take lists with an entry a row as rows, among the inputs of a call of ``batch`` rows."""
+        self.batch, self.batch_dim = batch, batch_dim
         if self._has_lists and (paths := self._find_rowwise(self.args, inputs=True)):
             self._rowwise = paths
             self.input_paths, self.inputs = [], []
             self.args = Walk(self._note_input, fresh=True, wanted=paths, encode=self._encode_input)(self.args)
             self._input_versions = [leaf._version for leaf in self.inputs]
-        if not isinstance(result, Tensor):
-            self._rowwise_outputs = self._find_rowwise(result, inputs=False)
 
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
-        remaining = iter(inputs)
-        args = Walk(lambda _path, _leaf: next(remaining), fresh=True, everything=self._writes, decode=True)(self.args)
+        args = self._fresh(inputs)
         return self.run(*args[0], **args[1]), args
+
+    def _fresh(self, inputs: Sequence[Tensor]) -> Tree:
+        remaining = iter(inputs)
+        return Walk(lambda _path, _leaf: next(remaining), fresh=True, everything=self._writes, decode=True)(self.args)
 
     def widened(self, i: int, output: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
         """Output ``i`` of a replay, padded as widely as any of ``shapes``, if its rows are padded at all."""
@@ -371,14 +372,22 @@ class Call:
         return self.run(*self._given[0], **self._given[1])
 
     def run_kept(self, inputs: Sequence[Tensor]) -> Tree:
-        """Run the model on the kept rows alone, after ``screen()``; refuses one that writes into its arguments."""
-        result, args = self.run_again(inputs)
-        known = {id(leaf) for leaf in inputs}
+        """Run the model on the kept rows alone, after ``screen()``; refuses what cannot be spread over the batch."""
+        args = self._fresh(inputs)
+        held = flatten(args)[1]
+        known = {id(leaf) for leaf in held}
+        result = self.run(*args[0], **args[1])
         written = [path for path, leaf in zip(*flatten(args), strict=True) if id(leaf) not in known]
         if self._may_write and written:
             raise RuntimeError(
                 f"gated: after screen() the kept rows run alone, and the model writes {_argument(written[0])} into its "
                 "arguments, where it would have fewer rows than the batch: return it, or leave screen() away"
+            )
+        self._found(result, args)
+        if self._ragged:
+            raise RuntimeError(
+                f"gated: after screen() the kept rows run alone, and output {min(self._ragged)} has rows of several "
+                "lengths, which cannot be put among those of the batch: return it padded, or leave screen() away"
             )
         return result
 

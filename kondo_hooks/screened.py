@@ -86,6 +86,7 @@ class Screened:
             learned_outputs: the same of outputs, by path; updated.
         """
         batch = len(self.factors)
+        call.cut_lists(batch, batch_dim)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
             shapes = [tuple(leaf.shape) for leaf in call.inputs]
             raise ValueError(

@@ -27,6 +27,16 @@ _OPEN = object()
 _MOST_OBJECTS = 10_000
 
 
+class _Everything(Container[int]):
+    """Ids of all there is: of a walk that only looks, so that not even a cycle is copied."""
+
+    def __contains__(self, _key: object) -> bool:
+        return True
+
+
+_EVERYTHING = _Everything()
+
+
 def map_tensors(
     fn: Callable[[str, Tensor], Any],
     tree: Tree,
@@ -60,7 +70,7 @@ def flatten(tree: Tree, path: str = "") -> tuple[list[str], list[Tensor]]:
         leaves.append(leaf)
         return leaf
 
-    Walk(collect)(tree, path)
+    Walk(collect, own=_EVERYTHING)(tree, path)
     return paths, leaves
 
 
@@ -261,7 +271,7 @@ def _holds_rows(walk: Walk, tree: Any, path: str) -> bool:
         asked = walk.encode is not None and not is_array(value) and not isinstance(value, Tensor)
         found = found or is_array(value) or (asked and walk.encode(path, value) is not None)  # type: ignore[misc]
 
-    Walk(note, encode=look)(tree, path)
+    Walk(note, own=_EVERYTHING, encode=look)(tree, path)
     return found
 
 
@@ -287,9 +297,9 @@ def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:
 
 
 def _resize(tree: Any, result: Any) -> None:
-    """Let an object that says how many rows its tensors have (a TensorDict, say) say it of the new ones."""
+    """Let an object that says how many rows its tensors have (a distribution) say it of the new ones."""
     for name, value in attributes(tree):
-        if not (name.endswith("batch_size") and isinstance(value, (int, torch.Size))):
+        if not (name.endswith(("batch_size", "batch_shape")) and isinstance(value, (int, torch.Size))):
             continue
         size = torch.Size([value]) if isinstance(value, int) else value
         for old, new in zip(flatten(tree)[1], flatten(result)[1], strict=False):

@@ -947,3 +947,86 @@ def test_a_model_that_writes_into_its_input_is_told_so():
     with kondo.gated(model, rate=0.25, priority="uniform"), error:
         nll(model(torch.randn(N, F)), torch.ones(N)).backward()
     assert model.weight.grad is None
+
+
+# Rows that were chosen before the call.
+
+
+def screened(model, call, loss):
+    """``loss(call(model), w)`` after ``screen()``, and with the dropped rows' terms times zero."""
+    reference = copy.deepcopy(model)
+    delight = torch.rand(N)
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=delight)
+        loss(call(model), torch.ones(N)).backward()
+    loss(call(reference), kept_mask(gate.last.kept, N, torch.float64)).backward()
+    assert gate.stats.kept == N // 4
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_are_cut_after_screen(name):
+    make, one = LISTS[name]
+    rows, x = make(), torch.randn(N, F)
+    model = Policy(lambda x, rows: torch.stack([one(row) + a for row, a in zip(rows, x, strict=True)]))
+    screened(model, lambda m: m(x, rows), nll)
+    assert N // 4 in model.seen
+
+
+def test_arrays_objects_and_distributions_after_screen():
+    batch = Plain(np.random.default_rng(0).normal(size=(N, F)), None)
+    model = Policy(lambda batch: torch.as_tensor(batch.logits), lambda logits, given: D.Categorical(logits=logits))
+    screened(model, lambda m: m(batch), lambda d, w: (d.log_prob(torch.arange(N) % K) * w).mean())
+
+
+@pytest.mark.parametrize("kind", ["packed", "written"])
+def test_what_cannot_be_spread_over_the_batch_after_screen_is_an_error(kind):
+    def write(logits, given):
+        if kind == "packed":
+            return pack_sequence([row[:2] for row in logits])
+        given[0]["logits"] = logits
+
+    model = Policy(lambda batch: batch["x"], write)
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=torch.rand(N))
+        with pytest.raises(RuntimeError, match=r"gated: after screen\(\) the kept rows run alone"):
+            model({"x": torch.randn(N, F)})
+
+
+def test_one_tensor_passed_as_several_arguments_stays_one():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.pi = nn.MultiheadAttention(F, 1, batch_first=True), nn.Linear(F, K)
+
+        def forward(self, q, k, v):
+            assert q is k is v
+            return self.pi(self.attention(q, k, v)[0].mean(1))
+
+    x = torch.randn(N, 3, F)
+    assert_exact(Attends(), lambda m: m(x, x, x), nll)
+
+
+def test_a_distribution_as_an_input():
+    x, old = torch.randn(N, F), D.Independent(D.Normal(torch.randn(N, K), torch.ones(N, K)), 1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pi = nn.Linear(F, K)
+
+        def forward(self, x, old):
+            logits = self.pi(x)
+            return logits + old.log_prob(torch.zeros(*old.batch_shape, K))[:, None] * 0.1 * logits
+
+    assert_exact(Model(), lambda m: m(x, old), nll)
+
+
+def test_a_queue_of_tensors():
+    frames = collections.deque([torch.randn(N, F) for _ in range(3)], maxlen=3)
+
+    def read(frames):
+        assert frames.maxlen == 3
+        return sum(frames)
+
+    assert_exact(Policy(read), lambda m: m(frames), nll)
