@@ -457,6 +457,8 @@ class Call:
         shape = (self.batch,)
         if self.whole or self.pairs or self.batch < 2 or not self.outputs or any(out.dim() > 1 for out in self.outputs):
             return False
+        if not any(self.rows):
+            return False  # a loss that uses such outputs is refused
         if not all(x.dim() == 0 or (x.shape == shape and x.is_floating_point()) for x in self.inputs):
             return False
         try:
