@@ -11,20 +11,20 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from kondo_hooks import passes, world
-from kondo_hooks.batch import Layout
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
-from kondo_hooks.replay import Replayed, have_graph, input_grads
+from kondo_hooks.readings import Learned
+from kondo_hooks.replay import AmbiguousRowsError, Replayed, have_graph, input_grads, replay
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.streams import Streams
 from kondo_hooks.trace import find_loss_scales, selects_log_prob
 from kondo_hooks.watch import LossWatcher
-from kondo_hooks.window import Spread, Window, gone
+from kondo_hooks.window import Spread, Window, gone, in_doubt
 
 _RESIDUAL = 0.1
 
@@ -52,7 +52,7 @@ class Backward:
         window: what waits.
         copy_outputs: whether the user's code has been seen to write into outputs.
         running: whether the model runs in a replay.
-        learned: by their paths, where inputs keep their rows, as it was found by replaying.
+        learned: where inputs keep their rows, as it was found by replaying.
         streams: that calls and their gradients were made on.
     """
 
@@ -75,7 +75,7 @@ class Backward:
         self._ended: list[_Population] | None = None
         self._hooks: list[Any] = []
         self._screened_first = False
-        self.learned: dict[tuple[str, ...], Layout] = {}
+        self.learned = Learned(warn)
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._selected: dict[str, bool] = {}
@@ -273,6 +273,8 @@ class Backward:
         with self.streams.joined():
             try:
                 self._read(arrivals)
+                if self.waits() and not self.engine.communicates:
+                    self._find_readings(arrivals)
             except Exception as error:
                 if ranks.alone:
                     raise
@@ -309,6 +311,15 @@ class Backward:
             a.forced = a.overflowed()
             for observation in a.call.observations:
                 observation.release()
+
+    def _find_readings(self, arrivals: list[Arrival]) -> None:
+        """Find out where inputs keep their rows, by a row of each call in doubt, before other rows are let go."""
+        for a in arrivals:
+            if a.call.whole is None and self.learned.known(a.call) is None and in_doubt(a.call):
+                some = a.some()
+                if some is not None:
+                    with self._model_running(), self.engine.one_pass(False), contextlib.suppress(AmbiguousRowsError):
+                        replay([some], self.learned)
 
     def _finish(self) -> list[Tensor | None]:
         """Decide on the window's calls and replay their kept rows; returns gradients for inputs that want one."""

@@ -59,6 +59,23 @@ def failed_replay(call: str, rows: int, batch: int, error: Exception) -> str:
     )
 
 
+def unknown_axis(output: str, shape: tuple[int, ...], batch: int, axis: int) -> str:
+    """The message for an output that has the batch size on several axes, where no run could tell which holds rows."""
+    return (
+        f"gated: {output} has shape {shape}: {batch}, the batch size, stands on more than one axis, and the gate could "
+        f"not find out which holds the rows: it takes axis {axis}. If that is wrong, name the axis with batch_dim=."
+    )
+
+
+def rows_not_in_blocks(output: str, shape: tuple[int, ...], batch: int) -> str:
+    """The message for rows that are flattened into another axis in an order that was not confirmed."""
+    return (
+        f"gated: {output} has shape {shape}, in which {batch} rows are flattened with another axis, and no run of "
+        "fewer rows confirms that each row is a block of its own (time first? a layer that mixes rows?). Return it "
+        "with the rows on an axis of their own, (B, T, ...) or (T, B, ...); name that with batch_dim= if it is not 0."
+    )
+
+
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of."""
 

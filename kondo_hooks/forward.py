@@ -16,6 +16,7 @@ from kondo_hooks.engines import refuse_outer_wrapper
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
+from kondo_hooks.readings import settle_outputs
 from kondo_hooks.screened import Screened
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import find_sources
@@ -68,6 +69,7 @@ class Forward:
         self._warmup_steps = reading.warmup_steps
         self._warn = warn
         self._outputs_learned: dict[str, Rows] = {}
+        self._settled: dict[str, Rows] = {}
         self._record = True
         self._learned_tape = False
         self._ungated_task = -1
@@ -151,6 +153,15 @@ class Forward:
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
         self._record = call.random
+        config = self._backward.selector.config
+        with self._backward.engine.one_pass(False):
+            settle_outputs(
+                call,
+                self._settled,
+                call.whole is not None or not config.hard or config.weight != "pg",
+                self._warn,
+                not self._backward.engine.communicates,
+            )
         self._check_outputs(call)
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
             self._warn(

@@ -144,9 +144,9 @@ class Call:
         before = [leaf._version for leaf in self.inputs]
         with (
             torch.no_grad(),
-            _no_fast_path(),
+            no_fast_path(),
             self.state.plain_dropout(),
-            _uncompiled() if record else contextlib.nullcontext(),
+            uncompiled() if record else contextlib.nullcontext(),
             RecordDraws(self.draws) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
         ):
@@ -339,8 +339,17 @@ class Call:
 
     def doubtful(self) -> list[bool]:
         """For each input, whether it can be read otherwise than as is likeliest."""
-        candidates = (candidate_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.inputs)
-        return [is_doubtful(options, self.batch_dim) for options in candidates]
+        candidates = [candidate_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.inputs]
+        several = self.reads_several()
+        return [
+            is_doubtful(options, self.batch_dim) or (several and leaf.dim() == 1 and options[0] is not None)
+            for leaf, options in zip(self.inputs, candidates, strict=True)
+        ]
+
+    def reads_several(self) -> bool:
+        """Whether more than one input looks like rows, so that one of them may be shared."""
+        batch = self.batch * (2 if self.pairs else 1)
+        return sum(batch in leaf.shape for leaf in self.inputs) > 1
 
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
@@ -354,7 +363,7 @@ class Call:
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of another run as the screen's, on these tensors in place of its inputs."""
         tape = self.tape()
-        with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
+        with torch.no_grad(), no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
             result, args = self.run_again(inputs)
         return self.outputs_in(result, args, tape, check=False)
 
@@ -370,6 +379,15 @@ class Call:
             self.state.kept_attributes() as self.left_behind,
         ):
             yield
+
+    def input_name(self, i: int) -> str:
+        """An input, as a message names it."""
+        return _argument(self.input_paths[i])
+
+    def output_name(self, i: int) -> str:
+        """An output, as a message names it."""
+        path = self.paths[i]
+        return path if path.startswith("the ") else f"output {path}" if path else "the output"
 
     def described(self) -> str:
         """What was called, with the shapes of its inputs, for a message."""
@@ -409,7 +427,7 @@ class Call:
 
 
 @contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """Transformer layers in eval mode take another path without grad, which zeroes padding: the replay would differ."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -419,7 +437,7 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _uncompiled() -> Any:
+def uncompiled() -> Any:
     """A compiled model runs as it is written: under a dispatch mode Dynamo would give its frame up for good."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, fits
+from kondo_hooks.batch import Layout, Rows
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.readings import Learned
 from kondo_hooks.rounding import by_column, measure
 from kondo_hooks.tree import Tree
 
@@ -69,6 +70,11 @@ class Part:
             else:
                 grads.append(None if grad is None else torch.zeros_like(grad))
         return replace(self, grads=grads, silent=True)
+
+    def tells(self) -> bool:
+        """Whether a comparison with the screen says anything: where no gradient was sent, nothing is compared."""
+        tensors = [grad.coefficient if isinstance(grad, RankOne) else grad for grad in self.grads]
+        return any(bool(grad.any()) for grad in tensors if grad is not None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -294,7 +300,7 @@ def _fits(first: Part, second: Part) -> bool:
     a, b = first.call, second.call
     if stands_alone(a) or stands_alone(b) or not same_structure(a, b) or a.rows != b.rows:
         return False
-    layout, other = reading(first, {}), reading(second, {})
+    layout, other = reading(first), reading(second)
     if layout != other:
         return False
     for x, y, rows in zip(first.inputs(), second.inputs(), layout, strict=True):
@@ -308,18 +314,12 @@ def _fits(first: Part, second: Part) -> bool:
     return same_constants(a.args, b.args)
 
 
-def known_layout(call: Call, learned: dict[tuple[str, ...], Layout]) -> Layout | None:
-    """Where a call's inputs keep their rows, if a replay has found out for inputs of these paths."""
-    known = learned.get(tuple(call.input_paths))
-    return known if known is not None and fits(known, call.inputs, call.batch) else None
-
-
-def reading(part: Part, learned: dict[tuple[str, ...], Layout]) -> Layout:
+def reading(part: Part, learned: Learned | None = None) -> Layout:
     """Where a part's inputs keep their rows: as it is held, as it was found, else the likeliest."""
     if part.held is not None:
         return part.held.layout
-    call = part.call
-    return known_layout(call, learned) or next(call.readings())
+    known = None if learned is None else learned.known(part.call)
+    return known or next(part.call.readings())
 
 
 def same_values(x: Tensor, y: Tensor) -> bool:

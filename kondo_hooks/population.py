@@ -103,6 +103,15 @@ class Arrival:
             return self.held.select(torch.zeros(1, dtype=torch.long, device=self._device)).silenced()
         return Part.stand_in(self.call, torch.zeros(1, dtype=torch.long, device=self._device), self.grads)
 
+    def some(self) -> Part | None:
+        """Two rows that the loss sent a gradient to, or fewer; None if there are none."""
+        used = torch.zeros(self.call.batch, dtype=torch.bool, device=self._device)
+        for where, grad in zip(self.call.rows, self.grads, strict=True):
+            if where is not None and grad is not None:
+                used |= where.first(grad).reshape(self.call.batch, -1).ne(0).any(1).to(self._device)
+        rows = used.nonzero().flatten()[:2]
+        return self._take(rows) if len(rows) else None
+
     def hold(self, rows: Tensor, layout: Layout) -> None:
         """Keep these rows, at least one, and let go of the others and of the call's tensors."""
         if not len(rows):

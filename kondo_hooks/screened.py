@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, fits, is_doubtful, kept_rows, rows_between
+from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, rows_between
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
+from kondo_hooks.readings import Learned
 from kondo_hooks.replay import AmbiguousRowsError, replay
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import silence
@@ -74,16 +75,14 @@ class Screened:
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
-    def run(
-        self, call: Call, batch_dim: int, learned: dict[tuple[str, ...], Layout], learned_outputs: dict[str, Rows]
-    ) -> Tree:
+    def run(self, call: Call, batch_dim: int, learned: Learned, learned_outputs: dict[str, Rows]) -> Tree:
         """Call the model on the kept rows, with a graph; returns its outputs in full size.
 
         Args:
             call: the call, not yet run.
             batch_dim: axis of the rows.
-            learned: where inputs keep their rows, by their paths; updated.
-            learned_outputs: the same of outputs, by path; updated.
+            learned: where inputs keep their rows; updated.
+            learned_outputs: where outputs do, by path; updated.
         """
         batch = len(self.factors)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
@@ -128,20 +127,23 @@ class Screened:
                 spread.append(_Spread.apply(leaf, where, rows, source, weights, self.valid))
         return unflatten(result, spread)
 
-    def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: dict[tuple[str, ...], Layout]) -> Layout:
-        batch, key = len(self.factors), tuple(call.input_paths)
-        known = learned.get(key)
-        if known is not None and any(known) and fits(known, call.inputs, batch):
+    def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: Learned) -> Layout:
+        batch = len(self.factors)
+        known = learned.known(call, batch)
+        if known is not None and any(known):
             return known
         candidates = [candidate_rows(leaf, batch, batch_dim) for leaf in call.inputs]
         if self.one_pass or not _doubtful(call.inputs, candidates, batch_dim) or len(rows) == batch:
             return [options[0] for options in candidates]
+        if learned.waits(call):
+            raise AmbiguousRowsError
         # The readings are told apart as a replay tells them: by what comes out.
         with forked_rng(call.rng), call.state.buffers_before().restored():
             call.screen(batch_dim, record=True, copy=False)
             if call.whole is None and call.batch == batch:
-                replay([Part.stand_in(call, rows, call.outputs)], learned)
-        return learned.get(key) or [options[0] for options in candidates]
+                everywhere = [torch.ones_like(output) for output in call.outputs]
+                replay([Part.of(call, rows, everywhere)], learned)
+        return learned.known(call, batch) or [options[0] for options in candidates]
 
     def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:
         paths, leaves = flatten(result)
@@ -178,9 +180,7 @@ def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) ->
     if len(batched) == 1:
         return False
     first = next(leaf for leaf, options in batched if options[0] == Rows(batch_dim))
-    return any(
-        is_doubtful(options, batch_dim) or leaf.shape[1:2] not in ((), first.shape[1:2]) for leaf, options in batched
-    )
+    return any(is_doubtful(options, batch_dim) or leaf.shape[1:2] != first.shape[1:2] for leaf, options in batched)
 
 
 def _refuse(path: str, batch: int) -> Callable[[Tensor], None]:

@@ -140,8 +140,7 @@ def _message(group: list[Part], compared: _Compared) -> str:
 
 def name_of(call: Call, i: int) -> str:
     """An output, as a message names it."""
-    path = call.paths[i]
-    return path if path.startswith("the ") else f"output {path}" if path else "the output"
+    return call.output_name(i)
 
 
 def wrong_axis(call: Call, i: int, shape: Sequence[int], expected: Any, axis: int) -> str:

@@ -100,7 +100,7 @@ def test_rows_that_are_regrouped_in_the_model_are_refused_in_the_gates_words():
         torch.randn(40),
     )
     with kondo.gated(model, rate=0.1), pytest.raises(kondo.ReplayMismatchError) as raised:
-        policy_loss(model(x, h, h), actions, advantages).backward()
+        policy_loss(model(x, h, h.clone()), actions, advantages).backward()
     for part in ("replay of 4 of 40 rows of Regrouped((40, 6), (1, 5, 8), (1, 5, 8))", "sequence one row"):
         assert part in str(raised.value)
     assert raised.value.__cause__ is not None and all(p.grad is None for p in model.parameters())
@@ -232,4 +232,199 @@ def test_a_default_device_is_none_of_the_gates_business(meta_by_default, options
             policy_loss(model(x), actions, advantages).backward()
     for w in gate.last.factors().view(-1, B):
         policy_loss(reference(x), actions, advantages, w).backward()
+    assert_same_gradient(model, reference)
+
+
+# Rows of outputs, where everything is replayed.
+
+
+class Sequence(nn.Module):
+    """Batch norm, so that every replay is a whole one; outputs in several orders of their axes."""
+
+    def __init__(self, order, **options):
+        super().__init__()
+        self.layer, self.norm, self.order = nn.Linear(FEATURES, K), nn.BatchNorm1d(K, **options), order
+
+    def forward(self, x):
+        y = self.norm(self.layer(x).transpose(1, 2)).transpose(1, 2)
+        y = y.transpose(0, 1) if self.order.startswith("time") else y
+        return y.flatten(0, 1) if self.order.endswith("flat") else y
+
+
+def sequence_loss(y, order, actions, advantages, w=None):
+    """One advantage a row, and the rows' weights where the rows are."""
+    terms = -pick(y.reshape(*actions.shape, K), actions)
+    weights = advantages if w is None else advantages * w
+    return (terms * (weights if order.startswith("time") else weights[:, None])).mean()
+
+
+@pytest.mark.parametrize(
+    ("order", "steps"), [("batch", 5), ("batch", B), ("batch flat", 5), ("batch flat", B), ("time", B)]
+)
+def test_rows_of_outputs_are_found_where_everything_is_replayed(order, steps):
+    model, reference = copies(Sequence(order).double())
+    x, advantages = double(B, steps, FEATURES), double(B)
+    actions = torch.randint(K, (steps, B) if order == "time" else (B, steps))
+    before = model.norm.running_mean.clone(), int(model.norm.num_batches_tracked)
+    with told() as messages, kondo.gated(model, rate=0.25) as gate:
+        for n in range(2):
+            model.zero_grad()
+            sequence_loss(model(x), order, actions, advantages).backward()
+            assert int(model.norm.num_batches_tracked) == before[1] + n + 1
+    assert len(messages) == 1 and "batch" in messages[0] and len(gate.last.kept) == 3
+    sequence_loss(reference(x), order, actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize("steps", [5, B])
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}], ids=str)
+def test_rows_that_are_no_blocks_are_refused_where_everything_is_replayed(options, steps):
+    model = Sequence("time flat", **options).double()
+    with kondo.gated(model, rate=0.25), pytest.raises(ValueError, match=r"rows on an axis of their own.*batch_dim="):
+        model(double(B, steps, FEATURES))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, K)
+
+    def forward(self, x):
+        return self.layer(x).transpose(0, 1)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.25}, {"price": 0.0, "hard": False, "temperature": 1.0}], ids=str)
+def test_time_first_outputs_of_as_many_steps_as_rows(options):
+    model, reference = copies(TimeFirst().double())
+    x, actions, advantages = double(B, B, FEATURES), torch.randint(K, (B, B)), double(B)
+    with kondo.gated(model, **options) as gate:
+        sequence_loss(model(x), "time", actions, advantages).backward()
+    sequence_loss(reference(x), "time", actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+# Shared inputs of the batch's size.
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, B), nn.Linear(B, K)
+
+    def forward(self, x, scale):
+        return self.second((self.first(x) * scale).tanh())
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_shared_vector_of_the_batchs_size(window):
+    model, reference = copies(Scaled().double())
+    data = [(double(B, FEATURES), double(B), torch.randint(K, (B,)), double(B)) for _ in range(window)]
+    with kondo.gated(model, rate=0.25, window=window) as gate:
+        for x, scale, *rest in data:
+            policy_loss(model(x, scale), *rest).backward()
+    assert gate.stats.forwarded == 3 * window
+    for (x, scale, *rest), w in zip(data, gate.last.factors().view(-1, B), strict=True):
+        policy_loss(reference(x, scale), *rest, w).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_a_shared_vector_of_the_batchs_size_after_a_screen():
+    model, reference = copies(Scaled().double())
+    x, scale, actions, advantages = double(B, FEATURES), double(B), torch.randint(K, (B,)), double(B)
+    kept = torch.arange(B) % 4 == 0
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(kept=kept)
+        policy_loss(model(x, scale), actions, advantages).backward()
+    policy_loss(reference(x, scale), actions, advantages, kept).backward()
+    assert_same_gradient(model, reference)
+
+
+class Extra(nn.Module):
+    """Another input than the one that holds rows: not used, behind a factor, or only looked at."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.side, self.use = nn.Linear(FEATURES, K), nn.Linear(B, K), use
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, extra):
+        y = self.layer(x)
+        if self.use == "behind zero":
+            return y + self.gain * self.side(extra.to(x).mean(0))  # shared, though it looks like rows
+        return y + 0 * extra.shape[0] if self.use == "shape" else y
+
+
+@pytest.mark.parametrize("use", ["none", "shape"])
+@pytest.mark.parametrize(
+    "extra", [torch.randn(B, B), torch.ones(B, B).tril().bool(), torch.randn(B)], ids=["f", "b", "v"]
+)
+def test_an_unused_input_does_not_make_replays_whole(use, extra):
+    model, reference = copies(Extra(use).double())
+    x, actions, advantages = double(B, FEATURES), torch.randint(K, (B,)), double(B)
+    with told() as messages, kondo.gated(model, rate=0.25) as gate:
+        for _ in range(3):
+            policy_loss(model(x, extra), actions, advantages).backward()
+    assert gate.stats.forwarded == 9 and not messages
+    for _ in range(3):
+        policy_loss(reference(x, extra), actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_an_input_behind_a_zero_is_told_once_and_looked_at_again():
+    model, reference = copies(Extra("behind zero").double())
+    x, extra, actions, advantages = double(B, FEATURES), double(B, B), torch.randint(K, (B,)), double(B)
+    runs = []
+    model.layer.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def step(m, w=1.0):
+        m.zero_grad()
+        policy_loss(m(x, extra), actions, advantages, w).backward()
+
+    with told() as messages, kondo.gated(model, rate=0.25) as gate:
+        for n in range(1, 7):
+            step(model)
+            assert gate.stats.forwarded == B * n
+        assert len(runs) < 6 * 4
+        step(reference, gate.last.factors())
+        assert_same_gradient(model, reference)
+        for m in (model, reference):
+            torch.nn.init.constant_(m.gain, 0.5)
+        for _ in range(6):
+            step(model)
+            step(reference, gate.last.factors())
+            assert_same_gradient(model, reference)
+        before = gate.stats.forwarded
+        step(model)
+        assert gate.stats.forwarded == before + 3
+    assert len([m for m in messages if "cannot be told" in m and "(12, 12)" in m]) == 1
+    assert not [m for m in messages if "cannot be told" not in m and "forward hooks" not in m]
+
+
+class Squeezing(nn.Module):
+    """Takes a batch of one row for no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.policy, self.value = nn.Linear(FEATURES, K), nn.Linear(FEATURES, 1)
+
+    def forward(self, x):
+        return self.policy(x).squeeze(), self.value(x).squeeze()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_model_that_squeezes_one_row_away(k, window):
+    model, reference = copies(Squeezing().double())
+    data = [(double(B, FEATURES), torch.randint(K, (B,)), double(B)) for _ in range(window)]
+
+    def loss(m, x, actions, advantages, w=1.0):
+        logits, value = m(x)
+        return policy_loss(logits, actions, advantages, w) + (value**2 * w).mean()
+
+    with kondo.gated(model, rate=k / B / window, window=window) as gate:
+        for batch in data:
+            loss(model, *batch).backward()
+    assert len(gate.last.kept) == k
+    for batch, w in zip(data, gate.last.factors().view(-1, B), strict=True):
+        loss(reference, *batch, w).backward()
     assert_same_gradient(model, reference)
