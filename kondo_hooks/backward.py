@@ -349,6 +349,8 @@ class Backward:
             raise
         if decision is None or ranks.failed:
             return inputs
+        if self.last is None and decision.samples == 1:
+            self._warn_single(arrivals)
         self.last = decision
         self.stats.decision(decision)
         self.stats.replayed(0, sum(a.call.batch for a in arrivals))
@@ -462,6 +464,19 @@ class Backward:
                 "is something else (an entropy bonus, a KL term, a regression?). Delight was read off all of it; "
                 "mark the log-prob with gate.logp(...) to read it off the policy term alone.",
             )
+
+    def _warn_single(self, arrivals: list[Arrival]) -> None:
+        """The first population is one row: a gate that keeps a share of the rows always keeps it."""
+        config = self.selector.config
+        always = config.price is None and not config.history and config.hard and config.deterministic
+        if not always or config.unit == "token" or (self.spread.scope == "global" and self.engine.ranks.size > 1):
+            return
+        self._warn(
+            "single",
+            f"gated: a backward here is one row, {arrivals[0].call.described()}, and of one row the gate always keeps "
+            "it: nothing is saved. Samples that are packed into one row, (1, total), are one to the gate: give each a "
+            "row of its own, (B, T), padded; where a step is several backwards, window=N chooses among their rows.",
+        )
 
     @contextlib.contextmanager
     def _model_running(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ from kondo_hooks.state import (
     RngState,
     forked_rng,
     rng_state,
+    rng_state_now,
     same_rng_state,
 )
 from kondo_hooks.trace import Scale
@@ -101,7 +102,7 @@ class Call:
         devices = {leaf.device for leaf in self.inputs} | self.state.devices()
         self.flags = self.state.flags()
         self.autocast = Autocast.current(devices)
-        self.rng = rng_state(devices)
+        self.rng = rng_state(devices, self.state.generators())
         self._aliases: dict[str, str] = {}
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
@@ -147,7 +148,7 @@ class Call:
             no_fast_path(),
             self.state.plain_dropout(),
             uncompiled() if record else contextlib.nullcontext(),
-            RecordDraws(self.draws) if record else contextlib.nullcontext(),
+            RecordDraws(self.draws, self.rng) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
         ):
             result = self.run_given()
@@ -156,11 +157,9 @@ class Call:
         changed = zip(self.input_paths, before, self._input_versions, strict=True)
         self.overwrites = [path for path, old, new in changed if old != new]
         self._parameter_versions = self.state.versions()
-        known = {device for device, _ in self.rng}
-        self.rng += [start for start in self.draws.starts.items() if start[0] not in known]
-        drew = not same_rng_state(self.rng, rng_state(device for device, _ in self.rng))
-        self.random = drew
-        if drew and not record:
+        self.rng += self.draws.others
+        self.random = not same_rng_state(self.rng, rng_state_now(self.rng))
+        if self.draws.missed or (self.random and not record):
             self.whole = "a random operation in it was not recorded"
         elif self.draws.indivisible:
             self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
@@ -183,6 +182,8 @@ class Call:
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
         self.batch //= 2 if self.pairs else 1
+        if self.whole is None and self.batch > 1 and any(n % self.batch == 0 for n in self.draws.permuted):
+            self.whole = "a random permutation (randperm) in it may be one of the rows"
         self.batch_dim = batch_dim
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]

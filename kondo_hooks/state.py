@@ -29,6 +29,8 @@ class ModuleState:
         self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
         self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        values = (value for m in self._modules for value in m.__dict__.values())
+        self._generators = [value for value in values if isinstance(value, torch.Generator)]
         self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
     def _find_children(self) -> list[int]:
@@ -55,6 +57,10 @@ class ModuleState:
     def devices(self) -> set[torch.device]:
         """Where parameters and buffers are now."""
         return {tensor.device for tensor in (*self._parameters, *self.buffers())}
+
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers that the modules have of their own."""
+        return self._generators
 
     def versions(self) -> list[int]:
         """In-place version of each parameter."""
@@ -209,27 +215,47 @@ def _clone(buffer: Tensor | None) -> Tensor | None:
     return None if buffer is None else buffer.detach().clone()
 
 
-RngState = list[tuple[torch.device, Tensor]]
+RngSource = torch.device | torch.Generator
+RngState = list[tuple[RngSource, Tensor]]
 
 
-def rng_state(devices: Iterable[torch.device]) -> RngState:
-    """The state of the CPU's generator and of each accelerator among ``devices``."""
-    state = [(torch.device("cpu"), torch.get_rng_state())]
-    for device in sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str):
-        module = torch.get_device_module(device.type)
-        state.append((device, module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)))
+def rng_state(devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> RngState:
+    """The state of the CPU's generator, of each accelerator's among ``devices``, and of others."""
+    accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
+    return states_of([torch.device("cpu"), *accelerators, *generators])
+
+
+def rng_state_now(state: RngState) -> RngState:
+    """The same generators' states as they are now."""
+    return states_of(source for source, _ in state)
+
+
+def states_of(sources: Iterable[RngSource]) -> RngState:
+    """The states of generators, and of devices' own."""
+    return [(source, _state(source)) for source in sources]
+
+
+def _state(source: RngSource) -> Tensor:
+    if isinstance(source, torch.Generator):
+        return source.get_state()
+    if source.type == "cpu":
+        return torch.get_rng_state()
+    module = torch.get_device_module(source.type)
+    state: Tensor = module.get_rng_state() if source.type == "mps" else module.get_rng_state(source)
     return state
 
 
 def set_rng_state(state: RngState) -> None:
     """Put back what ``rng_state`` took."""
-    for device, values in state:
-        if device.type == "cpu":
+    for source, values in state:
+        if isinstance(source, torch.Generator):
+            source.set_state(values)
+        elif source.type == "cpu":
             torch.set_rng_state(values)
-        elif device.type == "mps":  # there is one such device, and its functions take none
+        elif source.type == "mps":  # there is one such device, and its functions take none
             torch.mps.set_rng_state(values)
         else:
-            torch.get_device_module(device.type).set_rng_state(values, device)
+            torch.get_device_module(source.type).set_rng_state(values, source)
 
 
 def same_rng_state(a: RngState, b: RngState) -> bool:
@@ -240,7 +266,7 @@ def same_rng_state(a: RngState, b: RngState) -> bool:
 @contextlib.contextmanager
 def forked_rng(state: RngState) -> Iterator[None]:
     """Run from ``state``; the user's stream goes on as if nothing had been drawn."""
-    now = rng_state(device for device, _ in state)
+    now = rng_state_now(state)
     try:
         set_rng_state(state)
         yield
