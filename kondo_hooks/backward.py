@@ -12,11 +12,11 @@ from torch._compile import _disable_dynamo
 
 from kondo_hooks import passes, world
 from kondo_hooks.engines import Engine
-from kondo_hooks.errors import DelightError, WarnOnce
+from kondo_hooks.errors import DelightError, WarnOnce, unknown_positions
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
-from kondo_hooks.readings import Learned
+from kondo_hooks.readings import Learned, find_pooled
 from kondo_hooks.replay import AmbiguousRowsError, Replayed, have_graph, input_grads, replay
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
@@ -79,6 +79,7 @@ class Backward:
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._selected: dict[str, bool] = {}
+        self._pooled: dict[str, bool] = {}
         self._constants: dict[str, bool] = {}
 
     def flush(self) -> int:
@@ -307,10 +308,31 @@ class Backward:
                     raise
                 rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
                 a.signal, a.offset = Signal(rows, rows, rows == 0), 0
+            if tokens:
+                self._find_pooled(a)
             a.scale = scale
             a.forced = a.overflowed()
             for observation in a.call.observations:
                 observation.release()
+
+    def _find_pooled(self, a: Arrival) -> None:
+        """Find out which outputs have no positions, though an axis is as long: pooled features, say."""
+        call = a.call
+        length, others = a.with_positions()
+        for i, shape in others.items():
+            if shape.count(length) > 1:
+                self._warn("positions", unknown_positions(call.output_name(i), shape, by_row=True))
+        plain = [i for i, shape in others.items() if shape.count(length) == 1]
+        if any(call.paths[i] not in self._pooled for i in plain):
+            found: dict[int, bool] = {}
+            if not self.engine.communicates:
+                with self._model_running(), self.engine.one_pass(False):
+                    found = find_pooled(call, plain, length)
+            for i in plain:
+                if i not in found:
+                    self._warn("positions", unknown_positions(call.output_name(i), others[i], by_row=False))
+                self._pooled[call.paths[i]] = found.get(i, False)
+        a.by_row = frozenset(i for i in plain if self._pooled[call.paths[i]])
 
     def _find_readings(self, arrivals: list[Arrival]) -> None:
         """Find out where inputs keep their rows, by a row of each call in doubt, before other rows are let go."""

@@ -76,6 +76,15 @@ def rows_not_in_blocks(output: str, shape: tuple[int, ...], batch: int) -> str:
     )
 
 
+def unknown_positions(output: str, shape: tuple[int, ...], by_row: bool) -> str:
+    """The message for an output of which it is not known whether, or where, it has the tokens that were chosen."""
+    taken = "its rows count where any of their tokens is kept" if by_row else "its first axis is taken for the tokens"
+    return (
+        f"gated: unit='token': the loss also uses {output}, whose rows have the shape {shape}, and the gate could not "
+        f"find out which axis holds the tokens, if any: {taken}. If that is not what you mean, leave unit='sample'."
+    )
+
+
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of."""
 

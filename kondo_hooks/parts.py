@@ -1,12 +1,13 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows
+from kondo_hooks.batch import Layout, Rows, at_positions, carried_over
+from kondo_hooks.errors import DelightError
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
 from kondo_hooks.readings import Learned
@@ -126,17 +127,51 @@ class Part:
             held = replace(held, inputs=inputs, outputs=outputs)
         return replace(self, rows=self.rows[index], grads=grads, held=held)
 
-    def weighted(self, factors: Tensor, offset: int) -> "Part":
-        """Its gradients times (n,) or (n, P) factors; ``offset`` is the outputs' position where the P start."""
+    def weighted(
+        self, factors: Tensor, offset: int = 0, source: int | None = None, by_row: Collection[int] = ()
+    ) -> "Part":
+        """Its gradients times factors.
+
+        Args:
+            factors: (n,), or (n, P) for positions of output ``source``.
+            offset: the first of these positions.
+            source: the output that the positions were read from; the first with a gradient where that is not known.
+            by_row: outputs without positions, whatever their shape.
+
+        Raises:
+            DelightError: if the output does not have these positions.
+        """
         if bool((factors == 1).all()):
             return self
+        shapes = [self._row_shape(i) for i in range(len(self.grads))]
+        if factors.dim() == 2:
+            if source is None or shapes[source] is None:
+                source = next((i for i, shape in enumerate(shapes) if shape is not None), None)
+            shape = None if source is None else shapes[source]
+            placed = factors.amax(1) if shape is None else at_positions(factors, shape, offset)
+            if placed is None:
+                raise DelightError(
+                    f"gated: unit='token': {factors.shape[1]} values a row were seen in the loss, and output "
+                    f"{self.call.paths[source or 0] or 'of the model'} has rows of shape {tuple(shape or ())}: which "
+                    "position each belongs to is not known. Mark (B, T) log-probs with gate.logp(...), or leave "
+                    "unit='sample'"
+                )
+            factors = placed
         grads: list[Gradient | None] = []
-        for where, grad in zip(self.call.rows, self.grads, strict=True):
-            if isinstance(grad, RankOne):
-                grads.append(grad.weighted(factors, offset))
-            else:
-                grads.append(grad if grad is None or where is None else where.weighted(grad, factors, offset))
+        for i, (where, grad, shape) in enumerate(zip(self.call.rows, self.grads, shapes, strict=True)):
+            if grad is None or where is None or shape is None:
+                grads.append(grad)
+                continue
+            mine = factors if i == source else carried_over(factors, () if i in by_row else shape)
+            grads.append(grad.weighted(mine) if isinstance(grad, RankOne) else where.weighted(grad, mine))
         return replace(self, grads=grads)
+
+    def _row_shape(self, i: int) -> torch.Size | None:
+        """Of a row of an output's gradient; None where there is none."""
+        where, grad = self.call.rows[i], self.grads[i]
+        if grad is None or where is None:
+            return None
+        return grad.shape[1:] if isinstance(grad, RankOne) else where.first(grad).shape[1:]
 
     def whole(self) -> "Part":
         """The whole call, with a gradient of zero at the rows that were not in this part."""

@@ -30,6 +30,8 @@ class Arrival:
         to_parameters: whether the backward wants the parameters' gradients, or only some input's.
         signal: (B, P) what is known of its samples, once it was read.
         offset: position on the outputs' second axis where the signal starts.
+        source: the output that the signal was read from, if that is known.
+        by_row: outputs without positions, which have as many features by chance.
         scale: the loss's own scale, which was divided out of the signal.
         forced: (B,) rows that are kept whatever their delight; None if there are none.
         held: the rows that can still be chosen, where the call has let go of the rest.
@@ -43,6 +45,8 @@ class Arrival:
     to_parameters: bool
     signal: Signal | None = None
     offset: int = 0
+    source: int | None = None
+    by_row: frozenset[int] = frozenset()
     scale: float = 1.0
     forced: Tensor | None = None
     held: Part | None = None
@@ -86,6 +90,17 @@ class Arrival:
             if grad is not None and where is not None and call.has_policy(i)
         ]
 
+    def with_positions(self) -> tuple[int, dict[int, tuple[int, ...]]]:
+        """How many positions the signal's output has, and the other outputs whose rows begin with an axis as long."""
+        shapes = {
+            i: tuple(where.first(self.call.outputs[i]).shape[1:])
+            for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True))
+            if where is not None and grad is not None
+        }
+        own = shapes.pop(self.source, ()) if self.source is not None else ()
+        length = own[0] if own else 1
+        return length, {i: shape for i, shape in shapes.items() if length > 1 and shape[:1] == (length,)}
+
     def part(self, factors: Tensor) -> Part | None:
         """The kept rows with their weighted gradients; None if no row is kept.
 
@@ -95,7 +110,7 @@ class Arrival:
         rows = kept_rows(factors).to(self._device)
         if not len(rows):
             return None
-        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset)
+        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset, self.source, self.by_row)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
@@ -171,7 +186,7 @@ def find_signal(
     Returns:
         A signal of (B, P) in advantage x nats.
     """
-    signals, offset = _find(arrival, is_selected, warn)
+    signals, offset, arrival.source = _find(arrival, is_selected, warn)
     if tokens and (len(signals) > 1 or offset is None):
         raise DelightError(
             "gated: unit='token' needs one log-prob a token, in the order of the model's output (B, T, ...), but "
@@ -186,21 +201,29 @@ def find_signal(
 
 def _find(
     arrival: Arrival, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
-) -> tuple[list[Signal], int | None]:
+) -> tuple[list[Signal], int | None, int | None]:
     call = arrival.call
     used = [o for o in call.observations if o.used_by(arrival.task)]
     if told := [o for o in used if o.told]:
-        return [o.signal(call) for o in told], told[0].offset(call)
+        return [o.signal(call) for o in told], told[0].offset(call), told[0].output(call)
     boundaries = arrival.boundaries()
     if fields := read_field(boundaries):
-        return fields, 0
+        return fields, 0, _origin(fields[0], [b for b in boundaries if (b.told or b.field) in ("logp", "nll")])
     if call.named is not None:
         used = [o for o in used if o.is_of(call, call.named[1])]
     # A value picked from raw outputs may be a Q-value; a logit's gradients sum to zero over the actions.
     if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
-        return [o.signal(call) for o in seen], seen[0].offset(call)
+        return [o.signal(call) for o in seen], seen[0].offset(call), seen[0].output(call)
     if terms := [out for out in boundaries if call.is_summed(out.index)]:
-        return [read_terms(out) for out in terms], 0
+        return [read_terms(out) for out in terms], 0, terms[0].index
     signals, residual = read_boundary(boundaries, lambda: is_selected(arrival))
     warn(residual)
-    return signals, 0
+    return signals, 0, _origin(signals[0], boundaries)
+
+
+def _origin(signal: Signal, boundaries: list[Boundary]) -> int | None:
+    """The output that a signal was read off: one with as many positions, actions on its last axis or none."""
+    positions = signal.valid.shape[1]
+    with_actions = [b for b in boundaries if b.values.dim() > 1 and b.values.shape[1:-1].numel() == positions]
+    plain = [b for b in boundaries if b.values.shape[1:].numel() == positions]
+    return next((b.index for b in (*with_actions, *plain)), None)

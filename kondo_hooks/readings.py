@@ -140,6 +140,32 @@ def _stay_in_doubt(call: Call, i: int, warn: WarnOnce) -> None:
     warn("axis", unknown_axis(call.output_name(i), shape, call.batch, where.axis))
 
 
+def find_pooled(call: Call, outputs: Sequence[int], length: int) -> dict[int, bool]:
+    """Whether outputs have as many features as positions by chance: they keep them when the inputs lose a position.
+
+    Args:
+        call: screened.
+        outputs: whose rows' first axis is as long as there are positions.
+        length: that number.
+
+    Returns:
+        By output; nothing where the model does not run on fewer positions.
+    """
+    n, shortened, inputs = min(2, call.batch), False, []
+    for leaf, where in zip(call.inputs, next(call.readings()), strict=True):
+        taken = leaf if where is None else where.take(leaf, torch.arange(n, device=leaf.device))
+        for axis, size in enumerate(taken.shape):
+            if size == length and (where is None or axis != where.axis):
+                taken, shortened = taken.narrow(axis, 0, length - 1), True
+        inputs.append(taken)
+    training, requires_grad = call.flags
+    part = _outputs(call, inputs, ([False] * len(training), requires_grad)) if shortened else None
+    if part is None:
+        return {}
+    lengths = {i: where.first(part[i]).shape[1] for i in outputs if i < len(part) and (where := call.rows[i])}
+    return {i: left == length for i, left in lengths.items()}
+
+
 Found = dict[str, Rows | ValueError | None]
 
 

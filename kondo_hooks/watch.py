@@ -81,6 +81,10 @@ class Observation:
         source = next(source for source in self.sources if source.call is call)
         return None if source.position_axis not in (source.row_axis, self.position_axis) else source.offset
 
+    def output(self, call: Any) -> int:
+        """Which of the call's outputs it was picked from."""
+        return int(next(source.output for source in self.sources if source.call is call))
+
     def _split(self) -> None:
         assert self.grad is not None
         advantages, surprisal = self.read(self.grad)

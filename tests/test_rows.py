@@ -428,3 +428,151 @@ def test_a_model_that_squeezes_one_row_away(k, window):
     for batch, w in zip(data, gate.last.factors().view(-1, B), strict=True):
         loss(reference, *batch, w).backward()
     assert_same_gradient(model, reference)
+
+
+# Positions: unit="token".
+
+
+T = 5
+
+
+class TokenModel(nn.Module):
+    """A policy over the positions, and another output."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.body, self.policy = nn.GRU(FEATURES, 8, batch_first=True), nn.Linear(8, K)
+        self.more, self.other = nn.ModuleDict({str(n): nn.Linear(8, n) for n in (1, 3, T, 9)}), other
+
+    def forward(self, x):
+        h = self.body(x)[0]
+        more, pooled = self.more, h.mean(1)
+        return self.policy(h), {
+            "value": lambda: more["1"](h)[..., 0],
+            "features": lambda: more["3"](h),
+            "pooled, fewer": lambda: more["3"](pooled),
+            "pooled, as many": lambda: more[str(T)](pooled),
+            "pooled, more": lambda: more["9"](pooled),
+            "transposed": lambda: more["3"](h).transpose(1, 2),
+            "scalar": lambda: more["1"](pooled)[:, 0],
+            "attention": lambda: (h @ h.transpose(1, 2)).unsqueeze(1).expand(-1, 2, -1, -1),
+        }[self.other]()
+
+
+def token_loss(m, x, actions, advantages, w=None, r=None):
+    logits, other = m(x)
+    policy, rest = -pick(logits, actions) * advantages, other**2
+    if w is not None:
+        policy, rest = policy * w, rest * r.view(*r.shape, *[1] * (rest.dim() - r.dim()))
+    return policy.mean() + rest.mean()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize(
+    ("other", "by_position"),
+    [
+        ("value", True),
+        ("features", True),
+        ("pooled, fewer", False),
+        ("pooled, as many", False),
+        ("pooled, more", False),
+        ("transposed", False),
+        ("scalar", False),
+        ("attention", False),
+    ],
+)
+def test_kept_tokens_cut_outputs_by_position_where_they_have_positions(other, by_position, window):
+    model, reference = copies(TokenModel(other).double())
+    data = [(double(B, T, FEATURES), torch.randint(K, (B, T)), double(B, T)) for _ in range(window)]
+    with told() as messages, kondo.gated(model, rate=0.2, unit="token", window=window) as gate:
+        for batch in data:
+            token_loss(model, *batch).backward()
+    for batch, w in zip(data, gate.last.factors().view(-1, B, T), strict=True):
+        token_loss(reference, *batch, w, w if by_position else w.amax(1)).backward()
+    assert_same_gradient(model, reference)
+    assert not messages
+
+
+def test_an_output_with_the_positions_on_two_axes_is_told_of_once():
+    class Maps(TokenModel):
+        def forward(self, x):
+            h = self.body(x)[0]
+            return self.policy(h), h @ h.transpose(1, 2)
+
+    model, reference = copies(Maps("value").double())
+    batch = double(B, T, FEATURES), torch.randint(K, (B, T)), double(B, T)
+    with told() as messages, kondo.gated(model, rate=0.2, unit="token") as gate:
+        for _ in range(2):
+            model.zero_grad()
+            token_loss(model, *batch).backward()
+    w = gate.last.factors().view(B, T)
+    token_loss(reference, *batch, w, w.amax(1)).backward()
+    assert_same_gradient(model, reference)
+    (message,) = messages
+    assert "(5, 5)" in message and "unit='token'" in message
+
+
+def test_a_model_of_one_length_is_told_of():
+    class Fixed(TokenModel):
+        def forward(self, x):
+            return super().forward(x.reshape(-1, T, FEATURES))
+
+    with told() as messages, kondo.gated(Fixed("value").double(), rate=0.2, unit="token") as gate:
+        token_loss(gate.model, double(B, T, FEATURES), torch.randint(K, (B, T)), double(B, T)).backward()
+    assert len(messages) == 1 and "first axis is taken for the tokens" in messages[0]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("shape", [(T, K), (T,), (K,), (T, 2, 3)])
+def test_kept_bits_are_kept_one_by_one(shape, window):
+    model, reference = copies(nn.Linear(FEATURES, torch.Size(shape).numel()).double())
+    data = [(double(B, FEATURES), torch.randint(2, (B, *shape)).double(), double(B)) for _ in range(window)]
+
+    def bits_loss(m, x, bits, advantages, w=1.0):
+        logp = torch.distributions.Bernoulli(logits=m(x).view(bits.shape)).log_prob(bits)
+        return (-logp * advantages.view(-1, *[1] * len(shape)) * w).sum() / B
+
+    def out(m):
+        m.register_forward_hook(lambda _m, _i, y: y.view(-1, *shape))
+        return m
+
+    model, reference = out(model), out(reference)
+    with kondo.gated(model, rate=0.1, unit="token", window=window) as gate:
+        for batch in data:
+            bits_loss(model, *batch).backward()
+    for batch, w in zip(data, gate.last.factors().view(-1, B, *shape), strict=True):
+        bits_loss(reference, *batch, w).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_actions_of_several_parts_are_kept_one_by_one():
+    class Parts(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).unflatten(-1, (3, K))
+
+    model, reference = copies(Parts(FEATURES, 3 * K).double())
+    x, actions, advantages = double(B, T, FEATURES), torch.randint(K, (B, T, 3)), double(B, T, 3)
+    with kondo.gated(model, rate=0.1, unit="token") as gate:
+        policy_loss(model(x), actions, advantages).backward()
+    policy_loss(reference(x), actions, advantages, gate.last.factors().view(B, T, 3)).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize("case", ["classes first", "several a position", "shifted bits"])
+def test_tokens_whose_positions_are_not_known_are_refused(case):
+    class Out(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y.transpose(1, 2) if case == "classes first" else y
+
+    model = Out(FEATURES, K).double()
+    with kondo.gated(model, rate=0.2, unit="token"), pytest.raises(kondo.DelightError, match="unit='token'"):
+        y = model(double(B, T, FEATURES))
+        if case == "classes first":
+            loss = F.cross_entropy(y, torch.randint(K, (B, T)), reduction="none")
+        elif case == "several a position":
+            loss = -y.log_softmax(-1).gather(-1, torch.randint(K, (B, T, 2)))
+        else:
+            bits = torch.randint(2, (B, T - 1, K)).double()
+            loss = F.binary_cross_entropy_with_logits(y[:, 1:], bits, reduction="none")
+        (loss * torch.randn(B, *[1] * (loss.dim() - 1)).double()).mean().backward()
