@@ -178,9 +178,8 @@ def _look(call: Call) -> Found | None:
         full = _outputs(call, call.inputs, flags)
         if full is None or any(a.shape != b.shape for a, b in zip(full, call.outputs, strict=False)):
             continue
-        for layout in call.readings():
-            if not any(layout):
-                continue
+        # A model may run on columns as well as on rows: those where they are expected come first.
+        for layout in sorted(filter(any, call.readings()), key=lambda layout: _unexpected(call, layout)):
             taken = [
                 leaf if where is None else where.take(leaf, torch.arange(n, device=leaf.device))
                 for leaf, where in zip(call.inputs, layout, strict=True)
@@ -189,6 +188,11 @@ def _look(call: Call) -> Found | None:
             if part is not None:
                 return {call.paths[i]: _place(call, i, full[i], part[i], n) for i in range(len(full))}
     return None
+
+
+def _unexpected(call: Call, layout: Layout) -> int:
+    """How many inputs a reading takes rows from on another axis than ``batch_dim``."""
+    return sum(rows is not None and rows.axis != call.batch_dim for rows in layout)
 
 
 def _place(call: Call, i: int, full: Tensor, part: Tensor, n: int) -> Rows | ValueError | None:
