@@ -4,6 +4,7 @@ their kept rows are replayed."""
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
-from kondo_hooks.population import Arrival, find_scales, find_signal
+from kondo_hooks.population import Arrival, OutputProbe, find_scales, find_signal
 from kondo_hooks.replay import Replayed, have_graph, input_grads
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.streams import Streams
-from kondo_hooks.trace import find_loss_scales, selects_log_prob
+from kondo_hooks.trace import Path, probe_scales, selects_log_prob
 from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone
 
@@ -78,7 +79,7 @@ class Backward:
         self.learned: dict[tuple[str, ...], Layout] = {}
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
-        self._selected: dict[str, bool] = {}
+        self._probed: dict[tuple[str, ...], OutputProbe] = {}
         self._constants: dict[str, bool] = {}
 
     def flush(self) -> int:
@@ -116,11 +117,7 @@ class Backward:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
-        if len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].grad_fn is not None:
-            gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
-            factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
-            with self.streams.joined():
-                find_loss_scales(roots[0].grad_fn, factor)
+        probes = probe_scales([root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None])
         try:
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
@@ -136,6 +133,8 @@ class Backward:
                 return func(*args, **kwargs)
         finally:
             self._only = None
+            for probe in probes:
+                probe.remove()
 
     def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
         """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.
@@ -297,16 +296,20 @@ class Backward:
                 with self._model_running():
                     a.call.screen_again()
         tokens = self.selector.config.unit == "token"
-        for a, scale in zip(arrivals, find_scales(arrivals), strict=True):
+        paths: list[list[list[Path]]] = []
+        for a in arrivals:
             try:
-                a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
+                a.signal, a.offset, taken = find_signal(a, tokens, self._probe_outputs, self._warn_residual)
             except DelightError:
                 if self.selector.config.priority != "uniform" or tokens:
                     raise
                 rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
-                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
-            a.scale = scale
+                a.signal, a.offset, taken = Signal(rows, rows, rows == 0), 0, []
+            paths.append(taken)
             a.forced = a.overflowed()
+        for a, scale in zip(arrivals, find_scales(paths, [a.call.batch for a in arrivals], self._warn), strict=True):
+            assert a.signal is not None
+            a.signal, a.scale = replace(a.signal, advantages=a.signal.advantages / scale), scale
             for observation in a.call.observations:
                 observation.release()
 
@@ -432,16 +435,21 @@ class Backward:
             if self._constants[arrival.call.paths[i]]:
                 arrival.grads[i] = None
 
-    def _is_selected(self, arrival: Arrival) -> bool:
-        """Whether the output that the loss used was picked from log-probs: one row is run with a graph to see."""
+    def _probe_outputs(self, arrival: Arrival) -> OutputProbe | None:
+        """How a call's outputs are made: once for each structure, one row is run with a graph to see."""
         if self.engine.communicates:
-            return False  # one more pass, that other ranks might not make
-        key = arrival.call.paths[0]
-        if key not in self._selected:
+            return None  # one more pass, that other ranks might not make
+        key = tuple(arrival.call.paths)
+        if key not in self._probed:
             with self._model_running():
-                outputs = [o for r in passes.forward([arrival.stand_in()], self.learned) for o in r.outputs]
-            self._selected[key] = len(outputs) == 1 and selects_log_prob(outputs[0])
-        return self._selected[key]
+                replayed = passes.forward([arrival.stand_in()], self.learned)
+            outputs = {i: output for r in replayed for i, output in r.all_outputs.items()}
+            self._probed[key] = OutputProbe(
+                {i for i, output in outputs.items() if output.requires_grad},
+                {i for i, output in outputs.items() if output.requires_grad and selects_log_prob(output)},
+                set(outputs),
+            )
+        return self._probed[key]
 
     def _warn_residual(self, residual: float) -> None:
         if residual > _RESIDUAL:

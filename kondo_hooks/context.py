@@ -332,7 +332,7 @@ class Gated:
         if self._detach is None or log_probs.grad_fn is None:
             return log_probs
         marked = log_probs.view_as(log_probs)
-        if observe_logp(marked) is None and self._forward.calls and not self._forward.passes_through():
+        if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():
             raise DelightError(
                 f"gate.logp: a tensor of shape {tuple(log_probs.shape)} could not be traced to the rows of a "
                 "gated call; mark the (B,) or (B, T) log-probs, in the batch's order"

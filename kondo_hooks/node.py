@@ -37,7 +37,7 @@ from kondo_hooks.state import (
     rng_state,
     same_rng_state,
 )
-from kondo_hooks.trace import Scale
+from kondo_hooks.trace import Path
 from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
 
 _serial = itertools.count()
@@ -107,7 +107,7 @@ class Call:
         self._output_versions: list[int] = []
         self.random = False
         self.overwrites: list[str] = []
-        self.scale: Scale | None = None
+        self.loss_paths: dict[int, list[Path]] = {}
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
         self._returned = 0

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout, kept_rows
-from kondo_hooks.delight import Boundary, read_boundary, read_field, read_terms
-from kondo_hooks.errors import DelightError, no_batch_axis, no_rows_in_loss
+from kondo_hooks.delight import Boundary, find_policy, read_field, read_policy, read_terms, selected_outputs
+from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.selection import Signal
-from kondo_hooks.trace import Scale
+from kondo_hooks.trace import Path, read_scales
 from kondo_hooks.watch import join
 
 
@@ -122,47 +122,83 @@ class Arrival:
         return Part.of(self.call, rows, self.grads)
 
 
-def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
+@dataclass(frozen=True)
+class OutputProbe:
+    """What one row of a call, run with a graph, told of its outputs.
+
+    Attributes:
+        graph: those that have a graph; the others are constants.
+        selected: those that were picked from log-probs.
+        seen: those that were looked at.
+    """
+
+    graph: set[int]
+    selected: set[int]
+    seen: set[int]
+
+    def is_constant(self, i: int) -> bool:
+        """Whether no gradient can go through output ``i``."""
+        return i in self.seen and i not in self.graph
+
+
+def find_scales(paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int], warn: WarnOnce) -> list[float]:
     """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell.
+
+    Where the loss takes several ways to a log-prob (a policy term and a KL term, say) the largest scale is taken for
+    that of the policy: the other terms' coefficients are given relative to it, and are less than 1.
 
     A factor that multiplies one call's term of a sum is a weight of that call where the calls' factors make up for the
     sizes of their means, or are all the same; else it is an advantage (``loss = loss + R[t] * nll``).
+
+    Args:
+        paths: of each call, for each log-prob that its delight was read from, the loss's ways to it.
+        batches: rows of each call.
+        warn: told where it is ambiguous.
     """
-    assumed = 1 / sum(a.call.batch for a in arrivals)
-    noted: list[Scale | None] = [
-        next((o.scale for o in a.call.observations if o.used_by(a.task) and o.scale is not None), a.call.scale)
-        for a in arrivals
-    ]
-    found = [scale for scale in noted if scale is not None]
-    if len(found) < len(noted):
-        return [assumed * (found[0].above if found else 1.0)] * len(noted)
-    weights = _alike([scale.product for scale in found]) or _alike([scale.below for scale in found])
-    return [scale.product if weights else scale.above * scale.reduction for scale in found]
+    assumed = 1 / sum(batches)
+    scales = iter(read_scales([path for call in paths for path in call]))
+    found = []
+    for call in paths:
+        each = [next(scales) for _ in call]
+        if any(one and not _alike([scale.product for scale in one], 1e-2) for one in each):
+            warn(
+                "scale",
+                "gated: the loss reaches the log-prob by several terms of different scales (pg + 0.04 * kl?). Delight "
+                "is in units of the largest; mark the log-prob inside the policy term alone with gate.logp(...).",
+            )
+        found.append(max((scale for one in each for scale in one), key=lambda scale: scale.product, default=None))
+    known = [scale for scale in found if scale is not None]
+    if len(known) < len(found):
+        return [assumed * (known[0].above if known else 1.0)] * len(found)
+    weights = _alike([scale.product for scale in known]) or _alike([scale.below for scale in known])
+    return [scale.product if weights else scale.above * scale.reduction for scale in known]
 
 
-def _alike(values: Sequence[float]) -> bool:
-    return max(values) - min(values) <= 1e-5 * max(values)
+def _alike(values: Sequence[float], tolerance: float = 1e-5) -> bool:
+    return max(values) - min(values) <= tolerance * max(values)
 
 
 def find_signal(
-    arrival: Arrival, scale: float, tokens: bool, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
-) -> tuple[Signal, int]:
-    """Delight of one call, and the position of its outputs where the signal starts.
+    arrival: Arrival,
+    tokens: bool,
+    probe: Callable[[Arrival], OutputProbe | None],
+    warn: Callable[[float], None],
+) -> tuple[Signal, int, list[list[Path]]]:
+    """Delight of one call times the loss's own scale, and the position of its outputs where the signal starts.
 
     Taken from the first that applies: log-probs that were told, an output of the model, seen in the loss
     code, read off the boundary.
 
     Args:
         arrival: the call and its gradients.
-        scale: the loss's own scale, divided out of the advantages.
         tokens: positions are chosen one by one, so it must be known which they are.
-        is_selected: whether the model's only output was picked from log-probs.
+        probe: runs a row with a graph and tells how the outputs are made; None where it must not.
         warn: told how far the loss is from a policy gradient, when it was read off the boundary.
 
     Returns:
-        A signal of (B, P) in advantage x nats.
+        A signal of (B, P), its offset, and for each log-prob that it was read from the loss's ways to it.
     """
-    signals, offset = _find(arrival, is_selected, warn)
+    signals, offset, paths = _find(arrival, probe, warn)
     if tokens and (len(signals) > 1 or offset is None):
         raise DelightError(
             "gated: unit='token' needs one log-prob a token, in the order of the model's output (B, T, ...), but "
@@ -171,27 +207,45 @@ def find_signal(
         )
     signal = join(signals)
     device = arrival.call.outputs[0].device
-    advantages = signal.advantages.to(device) / scale
-    return Signal(advantages, signal.surprisal.to(device), signal.valid.to(device)), offset or 0
+    moved = Signal(signal.advantages.to(device), signal.surprisal.to(device), signal.valid.to(device))
+    return moved, offset or 0, paths
 
 
 def _find(
-    arrival: Arrival, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
-) -> tuple[list[Signal], int | None]:
+    arrival: Arrival, probe: Callable[[Arrival], OutputProbe | None], warn: Callable[[float], None]
+) -> tuple[list[Signal], int | None, list[list[Path]]]:
     call = arrival.call
     used = [o for o in call.observations if o.used_by(arrival.task)]
     if told := [o for o in used if o.told]:
-        return [o.signal(call) for o in told], told[0].offset(call)
+        return [o.signal(call) for o in told], told[0].offset(call), [o.paths for o in told]
     boundaries = arrival.boundaries()
-    if fields := read_field(boundaries):
-        return fields, 0
+    if any(out.field and not out.told for out in boundaries) and (probed := probe(arrival)) is not None:
+        boundaries = [out for out in boundaries if out.told or not probed.is_constant(out.index)]
+    if fields := selected_outputs(boundaries):
+        return read_field(fields), _offset(fields[0]), _paths(call, fields)
     if call.named is not None:
         used = [o for o in used if o.is_of(call, call.named[1])]
     # A value picked from raw outputs may be a Q-value; a logit's gradients sum to zero over the actions.
     if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
-        return [o.signal(call) for o in seen], seen[0].offset(call)
+        return [o.signal(call) for o in seen], seen[0].offset(call), [o.paths for o in seen]
     if terms := [out for out in boundaries if call.is_summed(out.index)]:
-        return [read_terms(out) for out in terms], 0
-    signals, residual = read_boundary(boundaries, lambda: is_selected(arrival))
+        return [read_terms(out) for out in terms], 0, _paths(call, terms)
+
+    def is_selected() -> bool:
+        probed = probe(arrival)
+        return probed is not None and boundaries[0].index in probed.selected
+
+    found = find_policy(boundaries, is_selected)
+    signals, residual = read_policy(found)
     warn(residual)
-    return signals, 0
+    # Several terms reach logits, an entropy's too: that is no ambiguity of a log-prob.
+    paths = [[path] for one in _paths(call, [out for out, _ in found]) for path in one]
+    return signals, _offset(found[0][0]), paths
+
+
+def _paths(call: Call, outputs: list[Boundary]) -> list[list[Path]]:
+    return [call.loss_paths.get(out.index, []) for out in outputs]
+
+
+def _offset(out: Boundary) -> int | None:
+    return 0 if out.has_positions else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from kondo_hooks.selection import Signal
-from kondo_hooks.trace import OBSERVATION, Node, Scale, Source, cuts_rows, find_sources
+from kondo_hooks.trace import OBSERVATION, Node, Path, Source, find_sources
 
 
 @dataclass(eq=False)
@@ -31,8 +31,9 @@ class Observation:
         own_scale: 1/N if what was seen is itself a mean over N samples, 1 if a sum, None if not reduced.
         told: marked by the user with ``gate.logp``.
         raw: picked from raw logits, which a value loss does too: believed only if the boundary agrees.
-        position_axis: the axis of the values that holds positions, unless they are flattened into the rows.
-        scale: the loss's own scale, found as the backward starts.
+        position_axis: the axis of what was picked from that holds positions, unless they are flattened into the rows.
+        values_axis: the axis of the values that holds positions, if that is another.
+        paths: the ways from the loss that a backward takes to it, found as that starts.
     """
 
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,10 +42,12 @@ class Observation:
     told: bool = False
     raw: bool = False
     position_axis: int = 1
+    values_axis: int | None = None
     grad: Tensor | None = None
     task: int = -1
-    scale: Scale | None = None
+    paths: list[Path] = field(default_factory=list)
     signals: dict[int, Signal] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
     def attach(self, tensor: Tensor) -> None:
         """Take the gradient at ``tensor`` when a backward reaches it."""
@@ -77,20 +80,27 @@ class Observation:
         return any(source.call is call and source.output == output for source in self.sources)
 
     def offset(self, call: Any) -> int | None:
-        """Where on the output's positions those of ``signal`` start; None if that cannot be told."""
+        """Where on the output's positions those of ``signal`` start; None if it is not one value a position."""
         source = next(source for source in self.sources if source.call is call)
-        return None if source.position_axis not in (source.row_axis, self.position_axis) else source.offset
+        signal = self.signal(call)
+        if signal is None or source.position_axis not in (source.row_axis, self.position_axis):
+            return None
+        if source.position_axis == source.row_axis:
+            positions = source.repeat
+        else:
+            axis = self.position_axis if self.values_axis is None else self.values_axis
+            positions = self.shape[axis] if axis < len(self.shape) else 1
+        return source.offset if signal.advantages.shape[1] == positions else None
 
     def _split(self) -> None:
         assert self.grad is not None
         advantages, surprisal = self.read(self.grad)
-        total = sum(source.call.batch for source in self.sources)
-        axis = self.sources[0].row_axis
-        each = [t.movedim(axis, 0).reshape(total, -1) for t in (advantages, surprisal)]
+        self.shape = surprisal.shape
+        each = [t.movedim(self.sources[0].row_axis, 0) for t in (advantages, surprisal)]
         start = 0
         for source in self.sources:
-            u, ell = (t[start : start + source.call.batch] for t in each)
-            start += source.call.batch
+            u, ell = (source.rows(t[start : start + source.entries]) for t in each)
+            start += source.entries
             signal = Signal(u, ell, u != 0)
             if (other := self.signals.get(id(source.call))) is not None:
                 signal = join([other, signal])
@@ -115,21 +125,21 @@ def join(signals: list[Signal]) -> Signal:
     )
 
 
-def observe_logp(logp: Tensor) -> Observation | None:
-    """Watch a tensor of log-probs that the user marked; None if its rows are not those of a gated call."""
+def observe_logp(logp: Tensor, told: bool) -> Observation | None:
+    """Watch a tensor of log-probs; None if its rows are not those of a gated call.
+
+    Args:
+        logp: (B,) or (B, T), or of more axes.
+        told: whether it was the user who marked it.
+    """
     sources = find_sources(logp) or find_sources(logp, trust=True)
-    if not sources or _misfit(sources, logp):
+    if not sources:
         return None
     values = logp.detach().clone()
     position_axis = 0 if sources[0].row_axis == 1 else 1
-    observation = Observation(lambda g: (-g, -values), sources, told=True, position_axis=position_axis)
+    observation = Observation(lambda g: (-g, -values), sources, told=told, position_axis=position_axis)
     observation.attach(logp)
     return observation
-
-
-def _misfit(sources: list[Source], tensor: Tensor) -> bool:
-    total = sum(source.call.batch for source in sources)
-    return cuts_rows(sources[0], tensor, total) or any(s.row_axis != sources[0].row_axis for s in sources)
 
 
 class LossWatcher(TorchFunctionMode):
@@ -190,8 +200,7 @@ _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad
 def _sources(tensor: Any) -> list[Source] | None:
     if not isinstance(tensor, Tensor) or tensor.grad_fn is None or not tensor.dim():
         return None
-    sources = find_sources(tensor)
-    return None if not sources or _misfit(sources, tensor) else sources
+    return find_sources(tensor)
 
 
 def _gather(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> None:
@@ -237,6 +246,8 @@ def _pick(result: Tensor, input: Tensor, dim: int) -> None:
     values = result.detach().clone()
     if kind == "logp":
         observation = Observation(lambda g: (-g, -values), sources)
+    elif kind == "nll":
+        observation = Observation(lambda g: (g, values), sources)
     else:
         observation = _pick_unknown(values, input.detach(), dim, sources)
     observation.position_axis = 0 if axis == 1 else 1
@@ -304,7 +315,7 @@ def _indexed_loss(
     own_scale = None if reduction == "none" else own
     observation = Observation(read, sources, own_scale)
     # (B, V, T): the classes are on axis 1.
-    observation.position_axis = 2 if input.dim() > 2 else 1
+    observation.position_axis, observation.values_axis = (2 if input.dim() > 2 else 1), 1
     observation.attach(result)
 
 
@@ -323,8 +334,10 @@ def _binary_loss(
     """``binary_cross_entropy``, with and without logits."""
     if any(option is not None for option in (weight, pos_weight, size_average, reduce)):
         return
-    if (sources := _sources(input)) is None:
+    if (sources := _sources(input)) is None or target.requires_grad:
         return
+    if not bool(((target == 0) | (target == 1)).all()):
+        return  # an entropy, or soft labels: no action
     nll = result.detach().clone() if reduction == "none" else loss(input.detach(), target, reduction="none")
 
     def read(grad: Tensor) -> tuple[Tensor, Tensor]:
