@@ -23,7 +23,7 @@ from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_fin
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.streams import Streams
-from kondo_hooks.trace import Path, probe_scales, selects_log_prob
+from kondo_hooks.trace import Path, mixed_with_rows, probe_scales, selects_log_prob
 from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone
 
@@ -117,7 +117,9 @@ class Backward:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
-        probes = probe_scales([root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None])
+        nodes = [root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None]
+        probes, leaves = probe_scales(nodes)
+        self._check_leaves(nodes, leaves)
         try:
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
@@ -135,6 +137,18 @@ class Backward:
             self._only = None
             for probe in probes:
                 probe.remove()
+
+    def _check_leaves(self, roots: list[Any], leaves: list[Tensor]) -> None:
+        """Tell of a parameter of the model that the loss code multiplies with rows: dropped rows reach it, too."""
+        names = {id(p): name for name, p in self.state.named_parameters()} if leaves else {}
+        for leaf in leaves:
+            if id(leaf) in names and self._warn.is_new("outside") and mixed_with_rows(roots, leaf):
+                self._warn(
+                    "outside",
+                    f"gated: the loss code uses the model's parameter {names[id(leaf)]} together with its outputs, so "
+                    "rows that are dropped still reach that parameter. Return it from forward, expanded to the batch, "
+                    "and use what forward returned.",
+                )
 
     def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
         """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.

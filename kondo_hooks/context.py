@@ -102,7 +102,7 @@ class Gated:
                 )
         self._unadopt = adopt(self)
         self._attach()
-        self._backward.watcher.__enter__()
+        self._backward.watcher.open()
         return self
 
     def _attach(self) -> None:
@@ -150,7 +150,7 @@ class Gated:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
             return
-        self._backward.watcher.take_off()
+        self._backward.watcher.close()
         ours = self._take_off()
         self._unadopt()
         self._backward.unhook()
@@ -326,10 +326,17 @@ class Gated:
     def logp(self, log_probs: Tensor) -> Tensor:
         """Mark the log-prob of the actions taken, (B,) or (B, T); returns it. First source of delight.
 
-        Use it where the gate cannot see the policy (``Normal``, a compiled loss) or where the log-prob also
+        Use it where the gate cannot see the policy (a density written out, a compiled loss) or where the log-prob also
         stands in a KL term: marked inside the policy-gradient term alone, delight is that term's alone.
         """
-        if self._detach is None or log_probs.grad_fn is None:
+        if self._detach is None or not torch.is_grad_enabled():
+            return log_probs
+        if log_probs.grad_fn is None:
+            if self._forward.calls and not self._forward.passes_through():
+                raise DelightError(
+                    "gate.logp: these log-probs have no graph, so no loss of them trains the model. Were they "
+                    "detached, or made under no_grad? Mark the log-probs that the loss is made of."
+                )
             return log_probs
         marked = log_probs.view_as(log_probs)
         if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():

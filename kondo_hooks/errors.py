@@ -69,6 +69,10 @@ class WarnOnce:
     def __init__(self) -> None:
         self._given: set[str] = set()
 
+    def is_new(self, kind: str) -> bool:
+        """Whether this kind was not given yet."""
+        return kind not in self._given
+
     def __call__(self, kind: str, message: str) -> None:
         """Warn unless this kind was given before."""
         if kind not in self._given:

@@ -24,6 +24,7 @@ from kondo_hooks.batch import (
     layouts,
     output_rows,
 )
+from kondo_hooks.distributions import LogProbs
 from kondo_hooks.draws import Draws, RecordDraws
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.inner_loss import InnerLoss, Tape, find_losses
@@ -107,6 +108,7 @@ class Call:
         self._output_versions: list[int] = []
         self.random = False
         self.overwrites: list[str] = []
+        self.log_probs: set[int] = set()
         self.loss_paths: dict[int, list[Path]] = {}
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
@@ -149,6 +151,7 @@ class Call:
             _uncompiled() if record else contextlib.nullcontext(),
             RecordDraws(self.draws) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
+            LogProbs() as log_probs,
         ):
             result = self.run_given()
         self.state.note_changes(self.buffers)
@@ -166,10 +169,10 @@ class Call:
             self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
         elif (norm := self.state.mixes_batch()) is not None:
             self.whole = f"{norm} in training mode computes statistics over the batch"
-        self._take_outputs(result, batch_dim, copy, tape)
+        self._take_outputs(result, batch_dim, copy, tape, log_probs)
         return result
 
-    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None) -> None:
+    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None, log_probs: LogProbs) -> None:
         self._writes = self._may_write and self._has_written()
         every: list[tuple[str, Tensor]] = []
         paths: dict[int, str] = {}
@@ -193,6 +196,7 @@ class Call:
         if self.inner is not None:
             kept += [(self.inner.name(i), tensor) for i, tensor in enumerate(self.inner.tensors)]
         self.paths = [path for path, _ in kept]
+        self.log_probs = {i for i, (_, leaf) in enumerate(kept) if leaf in log_probs}
         # Aliases that are no views: the user may write into what is returned, and `detach` shares the
         # version counter, which tells that it was done.
         self.returned = [leaf.data for _, leaf in kept]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout, kept_rows
-from kondo_hooks.delight import Boundary, find_policy, read_field, read_policy, read_terms, selected_outputs
+from kondo_hooks.delight import Boundary, Kind, find_policy, read_field, read_policy, read_terms, selected_outputs
 from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
@@ -77,9 +77,11 @@ class Arrival:
     def boundaries(self) -> list[Boundary]:
         """The outputs that the loss used, rows first."""
         call = self.call
-        told = call.named
+        told: dict[int, Kind] = dict.fromkeys(call.log_probs, "logp")
+        if call.named is not None:
+            told = {call.named[1]: call.named[0]}
         return [
-            Boundary(path, where.first(value), where.first(grad), told[0] if told and told[1] == i else None, i)
+            Boundary(path, where.first(value), where.first(grad), told.get(i), i)
             for i, (path, where, value, grad) in enumerate(
                 zip(call.paths, call.rows, call.outputs, self.grads, strict=True)
             )

@@ -24,7 +24,8 @@ class ModuleState:
         self.name = type(module).__name__
         self._swaps = swaps_parameters
         self._modules = list(module.modules())
-        self._parameters = list(module.parameters())
+        self._named_parameters = list(module.named_parameters())
+        self._parameters = [parameter for _, parameter in self._named_parameters]
         self._children = self._find_children()
         self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
         self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
@@ -47,6 +48,10 @@ class ModuleState:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters, each once."""
         return self._parameters
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters, each once, with their names."""
+        return self._named_parameters
 
     def buffers(self) -> list[Tensor]:
         """The buffers, as they are now."""

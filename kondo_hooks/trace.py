@@ -217,7 +217,9 @@ class _Follower:
             left, right = _MATRICES[name]
             kept = {left: len(after) - 2, right: len(after) - 1}.get(slot)
             batched = len(after) == 3 and row == 0
-            return [replace(s, position_axis=None) for s in sources] if row == kept or batched else None
+            if row != kept and not batched:
+                return None
+            return [s if s.position_axis in (row, kept) else replace(s, position_axis=None) for s in sources]
         if name.startswith(_REORDERS):
             return None
         # Not known: taken to leave the rows where they are.
@@ -603,8 +605,8 @@ def _scale(path: Path, values: dict[int, float]) -> Scale | None:
     return Scale(above, whole / above, path.each)
 
 
-def probe_scales(roots: Iterable[Node]) -> list[Probe]:
-    """Have the backward that is about to start tell the loss's own scale; returns the probes, to be removed after it.
+def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
+    """Have the backward that is about to start tell the loss's own scale.
 
     The scale is the product of the scalar factors from the loss down to its first sum or mean over samples: ``1/N``
     for a mean, times a GradScaler's scale, over the accumulation steps. The factors are what the backward itself sends
@@ -613,6 +615,9 @@ def probe_scales(roots: Iterable[Node]) -> list[Probe]:
 
     Args:
         roots: the losses' ``grad_fn``.
+
+    Returns:
+        The probes, to be removed after the backward, and the leaves that the losses reach past gated calls.
     """
     probes: dict[Node, Probe] = {}
 
@@ -661,7 +666,37 @@ def probe_scales(roots: Iterable[Node]) -> list[Probe]:
         if name in ("AddBackward0", "SubBackward0") and is_scalar and top is None:
             top = (node, 1.0)
         stack += [(parent, top) for parent, _ in parents]
-    return list(probes.values())
+    leaves = [node.variable for node in {*seen, *below.seen} if hasattr(node, "variable")]
+    return list(probes.values()), leaves
+
+
+def mixed_with_rows(roots: Sequence[Node], leaf: Tensor) -> bool:
+    """Whether a loss mixes a leaf with rows of gated calls, so that each row has a share in the leaf's gradient.
+
+    A penalty on the leaf that is added to a loss which has been reduced is none of that.
+    """
+    # Of each node, whether it comes from a call, and whether from the leaf.
+    origin: dict[Node, tuple[bool, bool]] = {}
+    stack = list(roots)
+    while stack:
+        node = stack[-1]
+        edges = [] if hasattr(node, "kondo_call") else [edge for edge in node.next_functions if edge[0] is not None]
+        missing = [parent for parent, _ in edges if parent not in origin]
+        if node not in origin and missing:
+            stack += missing
+            continue
+        stack.pop()
+        if node in origin:
+            continue
+        each = [origin[parent] for parent, _ in edges]
+        if (False, True) in each:
+            with_rows = [edge for edge, (rows, _) in zip(edges, each, strict=True) if rows]
+            adds = node.name().startswith(("Add", "Sub", "Rsub", "Stack", "Cat"))
+            if any(not adds or math.prod(_shape(edge)) > 1 for edge in with_rows):
+                return True
+        rows, mine = (any(column) for column in zip(*each, strict=True)) if each else (False, False)
+        origin[node] = (rows or hasattr(node, "kondo_call"), mine or getattr(node, "variable", None) is leaf)
+    return False
 
 
 Target = Any
@@ -680,6 +715,11 @@ class _Targets:
 
     def __init__(self) -> None:
         self._below: dict[Node, frozenset[Target]] = {}
+
+    @property
+    def seen(self) -> Iterable[Node]:
+        """The nodes that were looked at."""
+        return self._below
 
     def of(self, end: Node) -> frozenset[Target]:
         """What is below ``end``."""

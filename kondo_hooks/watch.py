@@ -1,22 +1,24 @@
 """Log-probs seen in the user's loss code.
 
 While the context is open a ``TorchFunctionMode`` watches the few functions that pick an action's log-prob
-(``gather``, indexing, ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits``; so also
-``Categorical`` and ``Bernoulli``) on tensors that descend from a gated call. A hook on what they return
-gives ``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
+(``gather``, indexing, ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits``) on tensors that descend
+from a gated call, and ``log_prob`` of any distribution (``distributions.py``). A hook on what they return gives
+``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode, _pop_mode
 
+from kondo_hooks.distributions import is_inside, listen, parameters, put_on, take_off
 from kondo_hooks.selection import Signal
 from kondo_hooks.trace import OBSERVATION, Node, Path, Source, find_sources
 
@@ -133,8 +135,22 @@ def observe_logp(logp: Tensor, told: bool) -> Observation | None:
         told: whether it was the user who marked it.
     """
     sources = find_sources(logp) or find_sources(logp, trust=True)
-    if not sources:
-        return None
+    return _observe(logp, sources, told) if sources else None
+
+
+def _observe_rows_of(distribution: Distribution, log_probs: Tensor) -> Observation | None:
+    """Where the way to log-probs cannot be followed: their last axes are those of the distribution's batch."""
+    batch = len(distribution.batch_shape)
+    for parameter in parameters(distribution):
+        sources = find_sources(parameter, trust=True)
+        if sources and sources[0].row_axis < batch <= log_probs.dim():
+            axis = sources[0].row_axis + log_probs.dim() - batch
+            if log_probs.shape[axis] == sum(source.entries for source in sources):
+                return _observe(log_probs, [replace(s, row_axis=axis, position_axis=None) for s in sources], False)
+    return None
+
+
+def _observe(logp: Tensor, sources: list[Source], told: bool) -> Observation:
     values = logp.detach().clone()
     position_axis = 0 if sources[0].row_axis == 1 else 1
     observation = Observation(lambda g: (-g, -values), sources, told=told, position_axis=position_axis)
@@ -148,6 +164,20 @@ class LossWatcher(TorchFunctionMode):
     def __init__(self, on_backward: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
         super().__init__()
         self._on_backward = on_backward
+        self._on = False
+        self._put_off: list[Callable[[], None]] = []
+        self._end: Callable[[], None] = lambda: None
+
+    def open(self) -> None:
+        """Begin to watch."""
+        self.__enter__()
+        self._on, self._end = True, listen(self._see_log_prob)
+
+    def close(self) -> None:
+        """Leave no trace."""
+        take_off(self)
+        self._on = False
+        self._end()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is; look at what it returned if it can pick a log-prob."""
@@ -159,39 +189,37 @@ class LossWatcher(TorchFunctionMode):
         result = func(*args, **kwargs)
         watcher = _WATCHED.get(func)
         if watcher is not None and isinstance(result, Tensor) and result.requires_grad:
-            with torch._C.DisableTorchFunction():
-                watcher(result, *args, **kwargs)
+            look = functools.partial(watcher, result, *args, **kwargs)
+            if is_inside():
+                self._put_off.append(look)
+            else:
+                with torch._C.DisableTorchFunction():
+                    look()
         return result
 
-    def take_off(self) -> list[Any] | None:
-        """Take this mode, and it alone, off the stack; returns the modes above it, None if it was not there."""
-        above: list[Any] = []
-        while torch._C._len_torch_function_stack():
-            mode = _pop_mode()
-            if mode is self:
-                break
-            above.append(mode)
-        else:
-            self._put_on(above)
-            return None
-        self._put_on(above)
-        return above
-
-    def _put_on(self, modes: list[Any]) -> None:
-        for mode in reversed(modes):
-            _push_mode(mode)
+    def _see_log_prob(self, distribution: Distribution, log_probs: Tensor) -> None:
+        """What a distribution returned stands for all that was picked inside of it, if its rows can be followed."""
+        inside, self._put_off = self._put_off, []
+        if not self._on or log_probs.grad_fn is None or not log_probs.dim():
+            return
+        with torch._C.DisableTorchFunction():
+            if observe_logp(log_probs, False) is None and _observe_rows_of(distribution, log_probs) is None:
+                for look in inside:
+                    look()
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Without this mode while the model itself runs; the user's own stay on."""
-        above = self.take_off()
+        above, was_on = take_off(self), self._on
+        self._on = False
         try:
             yield
         finally:
+            self._on = was_on
             if above is not None:
                 for _ in above:
                     _pop_mode()
-                self._put_on([*above, self])
+                put_on([*above, self])
 
 
 _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
