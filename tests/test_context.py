@@ -421,7 +421,8 @@ def test_gaussian_policy_needs_one_line():
 
     with kondo.gated(model, rate=0.25) as gate:
         with pytest.raises(kondo.DelightError, match=r"gate\.logp"):
-            (-logp(model) * batch.advantages).mean().backward()
+            written_out = -((model(batch.x)[0] - acts) ** 2).sum(-1)
+            (-written_out * batch.advantages).mean().backward()
         (-gate.logp(logp(model)) * batch.advantages).mean().backward()
     torch.testing.assert_close(gate.last.delight, (-logp(reference) * batch.advantages).detach())
     check(model, reference, batch, gate, lambda m, w: (-logp(m) * batch.advantages * w).mean())
