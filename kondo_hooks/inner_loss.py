@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kondo_hooks.errors import ReplayMismatchError
-from kondo_hooks.state import Autocast
+from kondo_hooks.state import Autocast, version_of
 from kondo_hooks.tree import Tree, flatten, map_tensors, unflatten
 
 _FIRST = ("[0][0]", "[1]['input']")
@@ -50,7 +50,7 @@ class Step:
         """Its result with some arguments replaced, and whether the others are as they were."""
         paths, leaves = flatten(self.args)
         same = all(
-            path in replaced or leaf._version == version
+            path in replaced or version_of(leaf) == version
             for path, leaf, version in zip(paths, leaves, self.versions, strict=True)
         )
         args, kwargs = unflatten(self.args, [replaced.get(p, leaf) for p, leaf in zip(paths, leaves, strict=True)])
@@ -78,7 +78,7 @@ class Tape(TorchFunctionMode):
             leaves = flatten((args, kwargs))[1]
             autocast = Autocast.current({leaf.device for leaf in leaves})
             # A function in place has counted up its first argument by now.
-            versions = [leaf._version - (leaf is result) for leaf in leaves]
+            versions = [version_of(leaf) - (leaf is result) for leaf in leaves]
             self.steps.append(Step(func, (args, kwargs), result, autocast, versions))
             self._made.add(_key(result))
         return result
@@ -90,7 +90,14 @@ class Tape(TorchFunctionMode):
 
 def _key(tensor: Tensor) -> Any:
     """The same for a scalar and for its alias, which an engine's hooks make."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
     return (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where its values are; of a tensor that has no memory of its own, something that is no address."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,7 @@ def find_losses(
         for path, leaf in outputs
         if leaf.dim() == 0 and leaf.is_floating_point() and _key(leaf) in made
     }
-    given = {leaf.untyped_storage().data_ptr() for leaf in constants}
+    given = {_memory(leaf) for leaf in constants}
     known: Known = {}
     cuts: list[Cut] = []
     # Numerators first, so that a step that is in both counts as one.
@@ -288,7 +295,7 @@ def find_losses(
             if earlier:
                 below.append((earlier[-1], divides or _is_divisor(steps[i].name, path)))
                 known[i][path] = earlier[-1]
-            elif leaf.dim() and path in _OPERANDS and leaf.untyped_storage().data_ptr() not in given:
+            elif leaf.dim() and path in _OPERANDS and _memory(leaf) not in given:
                 here.append((Cut(i, path, divides), leaf))
                 known[i][path] = None
         if any(shared(leaf) for _, leaf in here):

@@ -36,6 +36,7 @@ from kondo_hooks.state import (
     forked_rng,
     rng_state,
     same_rng_state,
+    version_of,
 )
 from kondo_hooks.trace import Scale
 from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
@@ -141,7 +142,7 @@ class Call:
             tape: notes how the model computes a loss of its own.
         """
         self.buffers = self.state.buffers_before()
-        before = [leaf._version for leaf in self.inputs]
+        before = [version_of(leaf) for leaf in self.inputs]
         with (
             torch.no_grad(),
             _no_fast_path(),
@@ -152,7 +153,7 @@ class Call:
         ):
             result = self.run_given()
         self.state.note_changes(self.buffers)
-        self._input_versions = [leaf._version for leaf in self.inputs]
+        self._input_versions = [version_of(leaf) for leaf in self.inputs]
         changed = zip(self.input_paths, before, self._input_versions, strict=True)
         self.overwrites = [path for path, old, new in changed if old != new]
         self._parameter_versions = self.state.versions()
@@ -199,7 +200,7 @@ class Call:
         self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
         self.rows = [output_rows(leaf, self.batch, batch_dim, self.pairs) for leaf in self.outputs[: self._returned]]
         self.rows += [self._loss_rows(leaf) for leaf in self.outputs[self._returned :]]
-        self._output_versions = [leaf._version for leaf in self.outputs]
+        self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def _shares(self, reduced: Tensor) -> bool:
         return self.shared_loss and self._loss_rows(reduced) is None
@@ -344,12 +345,12 @@ class Call:
 
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
-        return any(leaf._version != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
+        return any(version_of(leaf) != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""
         self.outputs = self.run_without_graph(self.inputs)
-        self._output_versions = [leaf._version for leaf in self.outputs]
+        self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of another run as the screen's, on these tensors in place of its inputs."""
@@ -384,7 +385,7 @@ class Call:
     def changed_since(self) -> str | None:
         """What the replay would see otherwise than the screen, if it can be told."""
         for path, leaf, version in zip(self.input_paths, self.inputs, self._input_versions, strict=True):
-            if leaf._version != version:
+            if version_of(leaf) != version:
                 return f"the input {_argument(path)} was modified in place after the call"
         if self.state.versions() != self._parameter_versions:
             return "the parameters were changed between the call and its backward (an optimizer step?)"
@@ -399,8 +400,8 @@ class Call:
         self.inputs = [stub(leaf) for leaf in self.inputs]
         self.args = unflatten(self.args, self.inputs)
         self.outputs = [stub(leaf) for leaf in self.outputs]
-        self._input_versions = [leaf._version for leaf in self.inputs]
-        self._output_versions = [leaf._version for leaf in self.outputs]
+        self._input_versions = [version_of(leaf) for leaf in self.inputs]
+        self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""

@@ -137,7 +137,7 @@ class Screened:
         if self.one_pass or not _doubtful(call.inputs, candidates, batch_dim) or len(rows) == batch:
             return [options[0] for options in candidates]
         # The readings are told apart as a replay tells them: by what comes out.
-        with forked_rng(call.rng), call.state.buffers_before().restored():
+        with forked_rng(call.rng), call.state.untouched():
             call.screen(batch_dim, record=True, copy=False)
             if call.whole is None and call.batch == batch:
                 replay([Part.stand_in(call, rows, call.outputs)], learned)
@@ -161,7 +161,7 @@ class Screened:
                 layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
                 if full is None:
-                    with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():
+                    with torch.no_grad(), forked_rng(call.rng), call.state.untouched():
                         full = dict(zip(*flatten(call.run_again(call.inputs)[0]), strict=True))
                 where = None
                 if path in full:

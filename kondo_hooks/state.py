@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,9 @@ class ModuleState:
         self._modules = list(module.modules())
         self._parameters = list(module.parameters())
         self._children = self._find_children()
-        self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
         self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
+        self._mutable: dict[tuple[bool, ...], set[tuple[int, str]]] = {}
 
     def _find_children(self) -> list[int]:
         kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
@@ -50,7 +49,7 @@ class ModuleState:
 
     def buffers(self) -> list[Tensor]:
         """The buffers, as they are now."""
-        return [buffer for m, name in self._buffers if (buffer := m._buffers[name]) is not None]
+        return [buffer for m in self._modules if m._buffers for buffer in m._buffers.values() if buffer is not None]
 
     def devices(self) -> set[torch.device]:
         """Where parameters and buffers are now."""
@@ -58,7 +57,7 @@ class ModuleState:
 
     def versions(self) -> list[int]:
         """In-place version of each parameter."""
-        return [] if self._swaps else [p._version for p in self._parameters]
+        return [] if self._swaps else [version_of(p) for p in self._parameters]
 
     def same_parameters(self) -> bool:
         """Whether the module still has the children and parameters that it had."""
@@ -138,51 +137,98 @@ class ModuleState:
             p.requires_grad_(requires_grad)
 
     def buffers_before(self) -> "BufferRecord":
-        """Take the values of the buffers that a forward may change: all at first, then those that did."""
-        names = self._mutable.get(self._mode(), self._buffers)
-        return BufferRecord([(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n in names], self._versions())
+        """The buffers before a forward, and the values of those that it may change: all at first, then those it did."""
+        held = [(m, dict(m._buffers.items())) for m in self._modules if m._buffers]
+        mutable = self._mutable.get(self._mode())
+        copies = {
+            (id(m), name): _clone(buffer)
+            for m, buffers in held
+            for name, buffer in buffers.items()
+            if buffer is not None and (mutable is None or (id(m), name) in mutable)
+        }
+        return BufferRecord(held, [version_of(b) for _, buffers in held for b in buffers.values()], copies)
 
     def note_changes(self, record: "BufferRecord") -> None:
-        """After a screen: keep only the buffers that it changed, and look at no others in this mode again."""
-        if (mode := self._mode()) not in self._mutable:
-            record.entries = [e for e in record.entries if _changed(*e)]
-            self._mutable[mode] = [(m, n) for m, n, *_ in record.entries]
-        elif record.versions != self._versions():
-            # One that did not change before did now: what it was is lost, but the replay must not change it again.
-            known = {(id(m), n) for m, n, *_ in record.entries}
-            for (m, n), version in zip(self._buffers, record.versions, strict=True):
-                if (id(m), n) not in known and _version(m._buffers[n]) != version:
-                    record.entries.append((m, n, m._buffers[n], _clone(m._buffers[n])))
-                    self._mutable[mode].append((m, n))
+        """After a screen: find the buffers that it changed, replaced, made or took away, and remember these.
 
-    def _versions(self) -> list[int]:
-        return [_version(m._buffers[n]) for m, n in self._buffers]
+        Values are compared only the first time in this mode: batch norm's kernels write without counting up a version.
+        """
+        mutable = self._mutable.get(self._mode())
+        versions = iter(record.versions)
+        before = {id(m): buffers for m, buffers in record.held}
+        for m, buffers in record.held:
+            for name, old in buffers.items():
+                version, saved = next(versions), record.copies.get((id(m), name))
+                if _get_buffer(m, name)[0] is not old:
+                    in_place = old is not None and version_of(old) != version
+                    record.entries.append((m, name, saved if in_place and saved is not None else old, True))
+                elif old is not None and (version_of(old) != version or (mutable is None and _differ(old, saved))):
+                    # If nobody knew that it would change, what it was is lost; the replay must not change it again.
+                    record.entries.append((m, name, saved if saved is not None else _clone(old), True))
+                elif saved is not None and mutable is not None:
+                    record.entries.append((m, name, saved, True))
+        for m in self._modules:
+            if m._buffers:
+                known = before.get(id(m), {})
+                record.entries += [(m, name, None, False) for name in m._buffers.keys() if name not in known]  # noqa: SIM118
+        changed = {(id(m), name) for m, name, *_ in record.entries}
+        self._mutable[self._mode()] = changed | (mutable or set())
+        record.held, record.versions, record.copies = [], [], {}
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Run with copies of all buffers; the module's own stay as they are."""
+        record = BufferRecord([], [], {})
+        record.entries = [(m, n, buffer, True) for m in self._modules if m._buffers for n, buffer in m._buffers.items()]
+        with record.restored():
+            yield
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self._modules)
 
 
-Buffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
+Buffer = tuple[nn.Module, str, Tensor | None, bool]
+"""Of which module, its name, its value before a screen, and whether it was there."""
 
 
 @dataclass
 class BufferRecord:
-    """Buffers as they were before a screen: (module, name, tensor, copy of its values), and all their versions."""
+    """The buffers that a screen changed, as they were before it.
 
-    entries: list[Buffer]
+    Attributes:
+        held: all buffers before the screen, until it has run.
+        versions: theirs.
+        copies: the values of those that may change in place.
+        entries: the buffers that it changed.
+    """
+
+    held: list[tuple[nn.Module, dict[str, Tensor | None]]]
     versions: list[int]
+    copies: dict[tuple[int, str], Tensor | None]
+    entries: list[Buffer] = field(default_factory=list)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Run with copies that hold the values from before the screen; the module's own stay untouched."""
-        now = [(module, name, module._buffers[name]) for module, name, *_ in self.entries]
+        now = [(m, name, *_get_buffer(m, name)) for m, name, *_ in self.entries]
         try:
-            for module, name, _, values in self.entries:
-                module._buffers[name] = _clone(values)
+            for module, name, values, existed in self.entries:
+                _put_buffer(module, name, _clone(values), existed)
             yield
         finally:
-            for module, name, buffer in now:
-                module._buffers[name] = buffer
+            for module, name, buffer, exists in now:
+                _put_buffer(module, name, buffer, exists)
+
+
+def _get_buffer(module: nn.Module, name: str) -> tuple[Tensor | None, bool]:
+    return (module._buffers[name], True) if name in module._buffers else (None, False)
+
+
+def _put_buffer(module: nn.Module, name: str, buffer: Tensor | None, exists: bool) -> None:
+    if exists:
+        module._buffers[name] = buffer
+    elif name in module._buffers:
+        del module._buffers[name]
 
 
 def _is_hosts(hook: object) -> bool:
@@ -194,15 +240,16 @@ def _is_hosts(hook: object) -> bool:
 _HOSTS = "torch deepspeed accelerate transformers trl peft lightning pytorch_lightning lightning_fabric".split()
 
 
-def _changed(module: nn.Module, name: str, tensor: Tensor | None, values: Tensor | None) -> bool:
-    """By value: batch norm's kernels write their statistics without counting up the tensor's version."""
-    if module._buffers[name] is not tensor:
-        return True
-    return tensor is not None and values is not None and not torch.equal(tensor, values)
+def _differ(buffer: Tensor, saved: Tensor | None) -> bool:
+    """By value, where there are values to compare."""
+    if saved is None or buffer.layout != torch.strided or buffer.is_meta:
+        return False
+    return not torch.equal(buffer, saved)
 
 
-def _version(buffer: Tensor | None) -> int:
-    return -1 if buffer is None else buffer._version
+def version_of(tensor: Tensor | None) -> int:
+    """How often a tensor was written to; what was made in inference mode cannot be, and does not count."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:
