@@ -17,7 +17,7 @@ from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
-from kondo_hooks.replay import Replayed, have_graph, input_grads
+from kondo_hooks.replay import Replayed, find_graphs, have_graph, input_grads
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
@@ -452,6 +452,11 @@ class Backward:
                 "mark the log-prob with gate.logp(...) to read it off the policy term alone.",
             )
 
+    def find_graphs(self, call: Call) -> None:
+        """Find out which of the tensors that a screen left in attributes have a graph."""
+        with self._model_running():
+            find_graphs(call, self.learned)
+
     @contextlib.contextmanager
     def _model_running(self) -> Iterator[None]:
         self.running = True
@@ -493,9 +498,9 @@ class Backward:
             if call.left_behind:
                 self._warn(
                     "attribute",
-                    f"gated: the model's forward leaves tensors with a graph in its attributes "
-                    f"({', '.join(call.left_behind)}). A loss that uses them gets no gradient through them; return "
-                    "them from forward instead.",
+                    "gated: it was not known before the first replay that the model's forward leaves tensors with a "
+                    f"graph in its attributes ({', '.join(call.left_behind)}). If this step's loss used them, it had "
+                    "no gradient through them; from the next call on it has. Return them from forward to be sure.",
                 )
         self.stats.replayed(sum(len(part) for r in done for part in r.group), 0)
         return input_grads(done[-1])

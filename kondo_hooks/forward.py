@@ -99,6 +99,10 @@ class Forward:
             return original(*args, **kwargs), None, ()
         if self.passes_through():
             return self._run_ungated(original, args, kwargs, inputs), None, ()
+        if self._backward.state.is_unfinished():
+            with torch.no_grad(), self._backward.state.untouched():
+                original(*args, **kwargs)
+            self._backward.state.read()
         self._check_call()
         call = Call(
             original, (args, kwargs), self._backward.state, self._backward.receive, self.pairs, self.shared_loss
@@ -138,11 +142,23 @@ class Forward:
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._backward.engine.syncs()
         copy = self._backward.copy_outputs
-        result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None)
-        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in flatten(result)[1])
+        probe = None if self._backward.engine.communicates else self._backward.find_graphs
+        result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
+        state = self._backward.state
+        # What this forward made for good, layers or hooks, is there from the start for the one that counts.
+        if made := not state.same_parameters():
+            state.attributes.undo(call.change)
+            call.buffers.undo()
+            state.read()
+        if made or (call.change.changes_state and state.has_new_hooks()):
+            call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
+            result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
+        scalars = [*flatten(result)[1], *call.left_with_graph()]
+        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in scalars)
         if returns_loss and not self.tape:
+            self._backward.state.attributes.undo(call.change)
             with forked_rng(call.rng), call.buffers.restored():
-                result = call.screen(self._batch_dim, self._record, copy, Tape())
+                result = call.screen(self._batch_dim, self._record, copy, Tape(), probe)
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
         self._check_reach(call, result)
@@ -193,7 +209,7 @@ class Forward:
 
     def _descends(self, leaf: Tensor) -> bool:
         sources = find_sources(leaf, trust=True) or []
-        return any(source.call.state is self._backward.state for source in sources)
+        return any(getattr(source.call, "state", None) is self._backward.state for source in sources)
 
     def _check_reach(self, call: Call, result: Tree) -> None:
         """Refuse outputs that hold tensors where they cannot be replaced."""

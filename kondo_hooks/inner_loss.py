@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kondo_hooks.attributes import version_of
 from kondo_hooks.errors import ReplayMismatchError
-from kondo_hooks.state import Autocast, version_of
-from kondo_hooks.tree import Tree, flatten, map_tensors, unflatten
+from kondo_hooks.state import Autocast
+from kondo_hooks.tree import Tree, flatten, unflatten
 
 _FIRST = ("[0][0]", "[1]['input']")
 # Where a function has its second operand; weights of classes and the like are none.
@@ -181,8 +182,8 @@ class InnerLoss:
         """Whether the loss is a sum or mean of the tensor there: of a row's terms."""
         return self.has_policy(cut) and self._names[cut] in _SUMS
 
-    def run(self, result: Tree, live: Sequence[Tensor]) -> Tree:
-        """``result`` with its losses computed again, from ``live`` tensors where the graph ends."""
+    def run(self, live: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The losses by path, computed again from ``live`` tensors where the graph ends."""
         at = {(cut.step, cut.path): n for n, cut in enumerate(self.cuts)}
         made: dict[int, Tensor] = {}
         for i, step in self._steps.items():
@@ -202,7 +203,7 @@ class InnerLoss:
                 loss.register_hook(lambda _grad, path=path: self._reached.add(path))
         # A window must not hold what the losses were made of.
         self._steps, self._given, self.tensors = {}, [], []
-        return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
+        return losses
 
     def check(self) -> None:
         """Refuse a loss that a backward came from and that did not come out as the model's own."""
@@ -217,7 +218,7 @@ class InnerLoss:
                 )
 
     def in_replay(self, steps: Sequence[Step], check: bool = True) -> list[Tensor]:
-        """The tensors of another run of the model where the graph ends.
+        """The tensors of another run of the model where the graph ends; empty ones where no backward came from there.
 
         Args:
             steps: of that run's tape.
@@ -226,6 +227,8 @@ class InnerLoss:
         Raises:
             ReplayMismatchError: if that run computed its losses otherwise, or from more than these tensors.
         """
+        if check and not self._reached:
+            return [torch.empty(0) for _ in self.cuts]
         if len(steps) != self._length:
             raise ReplayMismatchError(
                 f"gated: the model computed its {_plain(next(iter(self.ends)))} in {self._length} operations for the "
@@ -254,6 +257,8 @@ class InnerLoss:
 
 
 def _plain(path: str) -> str:
+    if path.startswith("the attribute "):
+        return path.removeprefix("the attribute ")
     return path.strip("[]'.") if path else "output"
 
 

@@ -8,13 +8,14 @@ import contextlib
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kondo_hooks.attributes import Change, version_of
 from kondo_hooks.batch import (
     Layout,
     Rows,
@@ -36,13 +37,13 @@ from kondo_hooks.state import (
     forked_rng,
     rng_state,
     same_rng_state,
-    version_of,
 )
 from kondo_hooks.trace import Scale
 from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
 
 _serial = itertools.count()
 _GIVEN = "the input "
+_LEFT = "the attribute "
 
 
 @dataclass(eq=False)
@@ -60,7 +61,9 @@ class Call:
         batch: number of rows.
         inner: the losses that the model computed.
         whole: why only a replay of the whole batch can be exact, if so.
-        paths: of the outputs in what the model returned.
+        change: what the screen found and left in the modules' attributes. Tensors with rows that it replaced there are
+            inputs, too, after the arguments: a state that it may have read.
+        paths: of the outputs in what the model returned, and in the attributes.
         named: which output the user named, and as what.
         checks: how strictly a replay is held against the screen.
         policy: the outputs that hold the policy, once its delight was found.
@@ -78,6 +81,7 @@ class Call:
     autocast: Autocast = field(init=False)
     rng: RngState = field(init=False)
     buffers: BufferRecord = field(init=False)
+    change: Change = field(init=False)
     draws: Draws = field(default_factory=Draws)
     whole: str | None = None
     paths: list[str] = field(default_factory=list)
@@ -111,6 +115,9 @@ class Call:
         self.scale: Scale | None = None
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
+        self._arguments = len(self.inputs)
+        self._left_paths: list[str] = []
+        self._left_live: dict[int, Tensor] = {}
         self._returned = 0
 
     def _note_input(self, path: str, leaf: Tensor) -> Tensor:
@@ -132,7 +139,14 @@ class Call:
         """Whether an input wants its gradient back from the node's own backward."""
         return any(leaf.requires_grad for leaf in self.inputs)
 
-    def screen(self, batch_dim: int, record: bool, copy: bool, tape: Tape | None = None) -> Tree:
+    def screen(
+        self,
+        batch_dim: int,
+        record: bool,
+        copy: bool,
+        tape: Tape | None = None,
+        probe: Callable[["Call"], None] | None = None,
+    ) -> Tree:
         """Run the whole batch without a graph; returns what the model returned.
 
         Args:
@@ -140,8 +154,10 @@ class Call:
             record: note random operations, so that a replay of some rows can repeat them.
             copy: keep a copy of the outputs, for a loss that writes into them.
             tape: notes how the model computes a loss of its own.
+            probe: finds out which of the tensors that the forward left in attributes have a graph.
         """
         self.buffers = self.state.buffers_before()
+        attributes = self.state.attributes.before()
         before = [version_of(leaf) for leaf in self.inputs]
         with (
             torch.no_grad(),
@@ -167,24 +183,44 @@ class Call:
             self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
         elif (norm := self.state.mixes_batch()) is not None:
             self.whole = f"{norm} in training mode computes statistics over the batch"
-        self._take_outputs(result, batch_dim, copy, tape)
+        self._find_batch(result, batch_dim)
+        self.change = self.state.attributes.compare(attributes, self._is_state)
+        self._add_states()
+        if probe is not None and self.state.attributes.unknown(self.change):
+            probe(self)
+        self._left_paths = self.state.attributes.with_graph(self.change, probe is not None)
+        self._take_outputs(result, copy, tape)
         return result
 
-    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None) -> None:
+    def _find_batch(self, result: Tree, batch_dim: int) -> None:
         self._writes = self._may_write and self._has_written()
+        outputs = list({id(leaf): leaf for leaf in self._found(result, self._given, {}).values()}.values())
+        self.batch = infer_batch_size(self.inputs[: self._arguments], outputs, batch_dim)
+        if self.pairs and self.batch % 2:
+            raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
+        self.batch //= 2 if self.pairs else 1
+        self.batch_dim = batch_dim
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        return candidate_rows(tensor, self.batch, self.batch_dim, self.pairs)[0] is not None
+
+    def _add_states(self) -> None:
+        """Make the tensors that the forward replaced in attributes inputs of the call."""
+        states, n = self.change.states, self._arguments
+        if states or len(self.inputs) > n:
+            self.input_paths = self.input_paths[:n] + [f"[2][{path!r}]" for path in states]
+            self.inputs = self.inputs[:n] + list(states.values())
+            self._input_versions = [version_of(leaf) for leaf in self.inputs]
+
+    def _take_outputs(self, result: Tree, copy: bool, tape: Tape | None) -> None:
         every: list[tuple[str, Tensor]] = []
         paths: dict[int, str] = {}
-        for path, leaf in self._found(result, self._given).items():
+        for path, leaf in self._found(result, self._given, self.change.new).items():
             if id(leaf) in paths:
                 self._aliases[path] = paths[id(leaf)]
             else:
                 paths[id(leaf)] = path
                 every.append((path, leaf))
-        self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim)
-        if self.pairs and self.batch % 2:
-            raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
-        self.batch //= 2 if self.pairs else 1
-        self.batch_dim = batch_dim
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]
             self.inner = find_losses(tape.steps, every, constants, self._shares)
@@ -198,7 +234,9 @@ class Call:
         # version counter, which tells that it was done.
         self.returned = [leaf.data for _, leaf in kept]
         self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
-        self.rows = [output_rows(leaf, self.batch, batch_dim, self.pairs) for leaf in self.outputs[: self._returned]]
+        self.rows = [
+            output_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.outputs[: self._returned]
+        ]
         self.rows += [self._loss_rows(leaf) for leaf in self.outputs[self._returned :]]
         self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
@@ -247,13 +285,17 @@ class Call:
         inputs = {id(leaf) for leaf in self.inputs}
         return any(id(leaf) not in inputs for leaf in flatten(self._given)[1])
 
-    def _found(self, result: Tree, args: Tree) -> dict[str, Tensor]:
-        """By path, what a run returned and, where the model writes into what it is given, what stands there now."""
+    def _found(self, result: Tree, args: Tree, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By path, what a run returned and, where the model writes into what it is given, what stands there now.
+
+        ``left`` are tensors in attributes: those at paths where the forward leaves a graph are added.
+        """
         found: dict[str, Tensor] = {}
         walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True)
         walk(result)
         if self._writes:
             walk(args, _GIVEN)
+        found.update((_LEFT + path, left[path]) for path in self._left_paths if path in left)
         return found
 
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
@@ -278,17 +320,23 @@ class Call:
             )
         return result
 
-    def outputs_in(self, result: Tree, args: Tree, tape: Tape | None = None, check: bool = True) -> list[Tensor]:
-        """The outputs in what the model returned.
+    def outputs_in(
+        self, result: Tree, args: Tree, left: Mapping[str, Tensor], tape: Tape | None = None, check: bool = True
+    ) -> list[Tensor]:
+        """The outputs in what the model returned and left in attributes; an empty tensor where it left none.
 
         Args:
             result: of a run.
             args: of that run, after it.
+            left: tensors in attributes after that run, by path.
             tape: of that run, where losses are to be taken apart.
             check: whether it ran with a graph, which is to be held against the losses.
         """
-        found = self._found(result, args)
+        found = self._found(result, args, left)
         paths = self.paths[: self._returned]
+        for path in (*paths, *self._aliases):
+            if path.startswith(_LEFT) and path not in found:
+                found[path] = found.get(self._aliases.get(path, ""), torch.empty(0))
         if missing := [path for path in paths if path not in found]:
             raise ReplayMismatchError(
                 f"gated: the model returned {missing[0] or 'a tensor'} for the whole batch and not for the kept rows; "
@@ -316,7 +364,21 @@ class Call:
         by_path = dict(zip(self.paths[: self._returned], returned, strict=False))
         live = self._with_live(lambda path, leaf: by_path.get(path, leaf), result)
         self._given = ((), {})  # it may hold the node's outputs now, and a cycle through autograd is never freed
+        if self._left_paths:
+            self._left_live = {
+                id(leaf): by_path[at]
+                for path, leaf in self.change.new.items()
+                if (at := self._aliases.get(_LEFT + path, _LEFT + path)) in by_path
+            }
+        if self.inner is None:
+            self._put_live()
         return live, returned
+
+    def _put_live(self) -> None:
+        """Put what now has a graph where the forward left it."""
+        if self._left_live and self.change.after is not None:
+            self.change.after.substitute(self._left_live)
+        self.change.after, self.change.new, self._left_live = None, {}, {}
 
     def _with_live(self, fn: Callable[[str, Tensor], Tensor], result: Tree) -> Tree:
         """``result`` with its tensors replaced; what the model was given is changed in place, and stays the user's."""
@@ -332,16 +394,30 @@ class Call:
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
         assert self.inner is not None
-        return self.inner.run(result, returned[self._returned :])
+        ends = {path: _LEFT + path for path in self._left_paths}
+        left = {self._aliases.get(end, end): leaf for path, leaf in self.change.new.items() if (end := ends.get(path))}
+        losses = self.inner.run(returned[self._returned :])
+        self._left_live |= {id(leaf): losses[end] for end, leaf in left.items() if end in losses}
+        self._put_live()
+        return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
+
+    def is_left(self, i: int) -> bool:
+        """Whether the forward left output ``i`` in an attribute."""
+        return self.paths[i].startswith(_LEFT)
 
     def readings(self) -> Iterator[Layout]:
-        """Which inputs hold rows, the likeliest reading first."""
-        return layouts(self.inputs, self.batch, self.batch_dim, self.pairs)
+        """Which inputs hold rows, the likeliest reading first; a state is cut as is likeliest, or at last not."""
+        arguments, states = self.inputs[: self._arguments], self.inputs[self._arguments :]
+        cut = [candidate_rows(leaf, self.batch, self.batch_dim, self.pairs)[0] for leaf in states]
+        for layout in layouts(arguments, self.batch, self.batch_dim, self.pairs):
+            yield [*layout, *cut]
+        if states:
+            yield [*next(layouts(arguments, self.batch, self.batch_dim, self.pairs)), *[None] * len(states)]
 
     def doubtful(self) -> list[bool]:
         """For each input, whether it can be read otherwise than as is likeliest."""
         candidates = (candidate_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.inputs)
-        return [is_doubtful(options, self.batch_dim) for options in candidates]
+        return [i < self._arguments and is_doubtful(options, self.batch_dim) for i, options in enumerate(candidates)]
 
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
@@ -355,20 +431,42 @@ class Call:
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of another run as the screen's, on these tensors in place of its inputs."""
         tape = self.tape()
-        with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
+        with torch.no_grad(), _no_fast_path(), self.as_screened(inputs), tape or contextlib.nullcontext():
             result, args = self.run_again(inputs)
-        return self.outputs_in(result, args, tape, check=False)
+            left = self.left()
+        return self.outputs_in(result, args, left, tape, check=False)
+
+    def left_with_graph(self) -> list[Tensor]:
+        """What the screen left in attributes and has a graph when it is run with one."""
+        return [self.change.new[path] for path in self._left_paths]
+
+    def left(self) -> dict[str, Tensor]:
+        """What stands in attributes now, where the screen left tensors."""
+        return self.state.attributes.take().tensors() if self.change.paths else {}
+
+    def learn_left(self) -> dict[str, Tensor]:
+        """The same after a run with a graph, which shows what has one."""
+        left = self.left()
+        if left:
+            graphs = self.state.attributes.learn(self.change, left)
+            self.left_behind = [path for path in graphs if path not in self._left_paths]
+        return left
 
     @contextlib.contextmanager
-    def as_screened(self) -> Iterator[None]:
-        """Flags, autocast, buffers and random numbers as the screen saw them; undone on exit."""
+    def as_screened(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Flags, autocast, buffers, attributes and random numbers as the screen saw them; undone on exit.
+
+        Args:
+            inputs: of the run.
+        """
         with (
+            self.state.restored_children(),
             self.state.restored_flags(self.flags),
             self.state.plain_dropout(),
             self.autocast.restored(),
             self.buffers.restored() if self.buffers.entries else contextlib.nullcontext(),
             forked_rng(self.rng) if self.random else contextlib.nullcontext(),
-            self.state.kept_attributes() as self.left_behind,
+            self.state.attributes.as_before(self.change, inputs[self._arguments :]),
         ):
             yield
 
@@ -378,7 +476,7 @@ class Call:
         method = "" if name in ("", "__call__", "_call_impl") else f".{name}"
         shapes = ", ".join(
             f"{'' if path.startswith('[0]') else _argument(path) + '='}{tuple(leaf.shape)}"
-            for path, leaf in zip(self.input_paths, self.inputs, strict=True)
+            for path, leaf in list(zip(self.input_paths, self.inputs, strict=True))[: self._arguments]
         )
         return f"{self.state.name}{method}({shapes})"
 
@@ -407,6 +505,8 @@ class Call:
         """Let go of inputs and outputs after the last backward."""
         self.args, self.inputs, self.outputs = ((), {}), [], []
         self._given = ((), {})
+        # What the forward left in the model may lead here: a cycle through autograd is never freed.
+        del self.change, self.run, self.receive, self.state
 
 
 @contextlib.contextmanager

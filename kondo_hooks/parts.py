@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kondo_hooks.attributes import same_facts
 from kondo_hooks.batch import Layout, Rows, fits
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
@@ -280,6 +281,7 @@ def same_structure(a: Call, b: Call) -> bool:
         and a.paths == b.paths
         and a.flags == b.flags
         and a.autocast == b.autocast
+        and same_facts(a.change, b.change)
         and [(x.dtype, x.dim()) for x in a.inputs] == [(x.dtype, x.dim()) for x in b.inputs]
         and [(x.dtype, x.dim()) for x in a.outputs] == [(x.dtype, x.dim()) for x in b.outputs]
     )
@@ -287,7 +289,7 @@ def same_structure(a: Call, b: Call) -> bool:
 
 def stands_alone(call: Call) -> bool:
     """Whether its rows cannot go through the model together with another call's."""
-    return bool(call.random or call.whole or call.buffers.entries or call.decides_at_once)
+    return bool(call.random or call.whole or call.buffers.entries or call.change.changes_state or call.decides_at_once)
 
 
 def _fits(first: Part, second: Part) -> bool:

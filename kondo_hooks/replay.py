@@ -172,22 +172,23 @@ class Forwarded:
     call: Call
     result: Tree
     args: Tree
+    left: dict[str, Tensor]
     tape: Tape | None
 
     def outputs(self) -> list[Tensor]:
         """Those of the screen; raises ReplayMismatchError if a loss of the model's own was made otherwise."""
-        return self.call.outputs_in(self.result, self.args, self.tape)
+        return self.call.outputs_in(self.result, self.args, self.left, self.tape)
 
     def everything(self) -> list[Tensor]:
         """All that has a graph."""
-        return [leaf for leaf in flatten((self.result, self.args))[1] if leaf.requires_grad]
+        return [leaf for leaf in flatten((self.result, self.args, self.left))[1] if leaf.requires_grad]
 
 
 def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
     """Run the model on what ``assemble`` put together."""
     call = group[0].call
     tape = call.tape()
-    with call.as_screened(), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
+    with call.as_screened(inputs), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
         try:
             result, args = call.run_again(inputs)
         except (torch.OutOfMemoryError, ReplayMismatchError):
@@ -195,11 +196,23 @@ def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
         except Exception as error:
             rows, batch = sum(map(len, group)), sum(part.call.batch for part in group)
             raise ReplayMismatchError(failed_replay(call.described(), rows, batch, error)) from error
-    return Forwarded(call, result, args, tape)
+        left = call.learn_left()
+    return Forwarded(call, result, args, left, tape)
+
+
+def find_graphs(call: Call, learned: dict[tuple[str, ...], Layout]) -> None:
+    """Run a row with a graph, to see which of the tensors that the screen left in attributes have one."""
+    rows = torch.arange(call.batch if call.whole else 1)
+    part = Part(call, rows, [])
+    # If it cannot run one row, the replay will say why; until then they are taken to have one.
+    with contextlib.suppress(ReplayMismatchError):
+        forward([part], assemble([part], reading(part, learned))[0])
+    call.left_behind = []
 
 
 def have_graph(part: Part, learned: dict[tuple[str, ...], Layout]) -> list[bool]:
     """Whether each output of a call has a graph, as a run of some of its rows shows."""
+    part = part.whole() if part.call.whole else part
     inputs, _ = assemble([part], reading(part, learned))
     return [output.requires_grad for output in forward([part], inputs).outputs()]
 

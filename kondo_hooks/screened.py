@@ -140,7 +140,8 @@ class Screened:
         with forked_rng(call.rng), call.state.untouched():
             call.screen(batch_dim, record=True, copy=False)
             if call.whole is None and call.batch == batch:
-                replay([Part.stand_in(call, rows, call.outputs)], learned)
+                returned = [None if call.is_left(i) else output for i, output in enumerate(call.outputs)]
+                replay([Part.stand_in(call, rows, returned)], learned)
         return learned.get(key) or [options[0] for options in candidates]
 
     def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:

@@ -3,9 +3,14 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kondo_hooks.attributes import Attributes, version_of
 
 
 class ModuleState:
@@ -17,22 +22,38 @@ class ModuleState:
     Args:
         module: the module.
         swaps_parameters: an engine puts other parameters, or views of them, into the modules while they run. Then
-            parameters cannot be told by identity, nor tensors in attributes from them, and neither is looked at.
+            parameters cannot be told by identity, and are not looked at.
     """
 
     def __init__(self, module: nn.Module, swaps_parameters: bool = False):
         self.name = type(module).__name__
+        self._root = module
         self._swaps = swaps_parameters
-        self._modules = list(module.modules())
-        self._parameters = list(module.parameters())
-        self._children = self._find_children()
+        self.read()
+
+    def read(self) -> None:
+        """Make the lists, anew where layers were made late."""
+        self._modules = list(self._root.modules())
+        self._parameters = list(self._root.parameters())
+        kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
+        self._children = [(m, kind, dict(getattr(m, kind).items())) for m in self._modules for kind in kinds]
         self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._mutable: dict[tuple[bool, ...], set[tuple[int, str]]] = {}
+        self.attributes = Attributes(self._root)
+        self._hooks = self._count_hooks()
 
-    def _find_children(self) -> list[int]:
-        kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
-        return [id(child) for m in self._modules for kind in kinds for child in getattr(m, kind).values()]
+    def _count_hooks(self) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules)
+
+    def has_new_hooks(self) -> bool:
+        """Whether hooks were put on, or taken off, since this was last asked."""
+        before, self._hooks = self._hooks, self._count_hooks()
+        return before != self._hooks
+
+    def is_unfinished(self) -> bool:
+        """Whether the first forward is still to give parameters their shapes."""
+        return any(is_lazy(p) for p in self._parameters)
 
     def flags(self) -> tuple[list[bool], list[bool]]:
         """Training flags of the modules, requires-grad flags of the parameters."""
@@ -61,42 +82,28 @@ class ModuleState:
 
     def same_parameters(self) -> bool:
         """Whether the module still has the children and parameters that it had."""
-        return self._children == self._find_children()
+        for module, kind, children in self._children:
+            now = getattr(module, kind)
+            if len(now) != len(children) or not all(map(is_, now.values(), children.values())):
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def restored_children(self) -> Iterator[None]:
+        """Children and parameters as every screen found them, and back."""
+        if self.same_parameters():
+            yield
+            return
+        now = [(module, kind, dict(getattr(module, kind).items())) for module, kind, _ in self._children]
+        try:
+            _set_children(self._children)
+            yield
+        finally:
+            _set_children(now)
 
     def has_forward_hooks(self) -> bool:
         """Whether any module has a forward hook of the user's, which may keep what it sees."""
         return any(not _is_hosts(hook) for m in self._modules for hook in m._forward_hooks.values())
-
-    @contextlib.contextmanager
-    def kept_attributes(self) -> Iterator[list[str]]:
-        """Put back tensors that a forward leaves in the modules' attributes.
-
-        Yields a list that on exit holds the names of those that carried a graph: a loss that used them got no gradient
-        from the screen.
-        """
-        before = self._tensors()
-        left: list[str] = []
-        try:
-            yield left
-        finally:
-            for (module, name), tensor in self._tensors().items():
-                old = before.get((module, name))
-                if tensor is old:
-                    continue
-                made_of = {f"{name}_orig", f"{name}_v"}  # weight_norm and spectral_norm of old keep the result so
-                if tensor.requires_grad and not made_of & module._parameters.keys():
-                    left.append(f"{type(module).__name__}.{name}")
-                if old is None:
-                    del module.__dict__[name]
-                else:
-                    module.__dict__[name] = old
-
-    def _tensors(self) -> dict[tuple[nn.Module, str], Tensor]:
-        if self._swaps:
-            return {}
-        return {
-            (m, name): value for m in self._modules for name, value in m.__dict__.items() if isinstance(value, Tensor)
-        }
 
     @contextlib.contextmanager
     def plain_dropout(self) -> Iterator[None]:
@@ -180,11 +187,25 @@ class ModuleState:
         """Run with copies of all buffers; the module's own stay as they are."""
         record = BufferRecord([], [], {})
         record.entries = [(m, n, buffer, True) for m in self._modules if m._buffers for n, buffer in m._buffers.items()]
-        with record.restored():
-            yield
+        now = self.attributes.take()
+        try:
+            with record.restored():
+                yield
+        finally:
+            self.attributes.put_back(now)
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self._modules)
+
+
+def _set_children(children: list[tuple[nn.Module, str, dict[str, Any]]]) -> None:
+    for module, kind, values in children:
+        place = getattr(module, kind)
+        if isinstance(place, dict) and not (
+            list(place) == list(values) and all(map(is_, place.values(), values.values()))
+        ):
+            place.clear()
+            place.update(values)
 
 
 Buffer = tuple[nn.Module, str, Tensor | None, bool]
@@ -206,6 +227,11 @@ class BufferRecord:
     versions: list[int]
     copies: dict[tuple[int, str], Tensor | None]
     entries: list[Buffer] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """As it was before a screen, for another that takes its place."""
+        for module, name, values, existed in self.entries:
+            _put_buffer(module, name, _clone(values), existed)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -245,11 +271,6 @@ def _differ(buffer: Tensor, saved: Tensor | None) -> bool:
     if saved is None or buffer.layout != torch.strided or buffer.is_meta:
         return False
     return not torch.equal(buffer, saved)
-
-
-def version_of(tensor: Tensor | None) -> int:
-    """How often a tensor was written to; what was made in inference mode cannot be, and does not count."""
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:

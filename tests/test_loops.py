@@ -27,16 +27,17 @@ def batch():
 # State that leaves the model by a side door.
 
 
-def test_tensors_left_in_attributes_are_told_and_put_back(batch):
+def test_tensors_left_in_attributes_have_their_gradient_and_are_put_back(batch):
     class Auxiliary(Mlp):
         def forward(self, x):
             self.aux = self.body[0](x).pow(2).sum(1)
             return super().forward(x)
 
-    model = Auxiliary().double()
-    with kondo.gated(model, rate=0.25), pytest.warns(kondo.KondoWarning, match=r"Auxiliary\.aux"):
+    model, reference = copies(Auxiliary().double())
+    with kondo.gated(model, rate=0.25) as gate:
         (reinforce(model(batch.x), batch) + model.aux.mean()).backward()
-    assert len(model.aux) == 12 and not model.aux.requires_grad
+    assert len(model.aux) == 12
+    check(model, reference, batch, gate, lambda m, w: reinforce(m(batch.x), batch, w) + (m.aux * w).mean())
 
 
 def test_forward_hooks_are_told_that_they_see_no_graph(batch):
