@@ -16,7 +16,7 @@ from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.replay import AmbiguousRowsError, replay
-from kondo_hooks.state import forked_rng
+from kondo_hooks.state import forked_rng, rng_state, same_rng_state
 from kondo_hooks.trace import silence
 from kondo_hooks.tree import Tree, flatten, unflatten
 
@@ -111,7 +111,7 @@ class Screened:
         if nothing:
             outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
             self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))
-        wheres = self._outputs(call, result, rows, batch_dim, learned_outputs)
+        wheres = self._outputs(call, result, rows, layout, batch_dim, learned_outputs)
 
         source = fill_index(rows, batch)
         factors = self.factors[rows]
@@ -143,33 +143,60 @@ class Screened:
                 replay([Part.stand_in(call, rows, call.outputs)], learned)
         return learned.get(key) or [options[0] for options in candidates]
 
-    def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:
+    def _outputs(
+        self, call: Call, result: Tree, rows: Tensor, inputs: Layout, batch_dim: int, learned: dict[str, Rows]
+    ) -> Layout:
         paths, leaves = flatten(result)
         layout: Layout = []
-        full: dict[str, Tensor] | None = None
+        other: dict[str, Tensor] | None = None
         for path, leaf in zip(paths, leaves, strict=True):
             axes = [axis for axis, size in enumerate(leaf.shape) if size == len(rows)]
             known = learned.get(path)
             if leaf.dim() == 0 or isinstance(leaf, nn.Parameter):
                 layout.append(None)
-            elif axes == [batch_dim] or len(rows) == len(self.factors):
-                layout.append(Rows(batch_dim) if axes else None)
+            elif axes == [batch_dim]:
+                layout.append(Rows(batch_dim))
             elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
                 layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
-            elif self.one_pass:
+            elif self.one_pass or len(self.factors) == 1:
                 fits_axis = leaf.dim() > batch_dim and leaf.shape[batch_dim] % len(rows) == 0
                 layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
-                if full is None:
-                    with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():
-                        full = dict(zip(*flatten(call.run_again(call.inputs)[0]), strict=True))
-                where = None
-                if path in full:
-                    where = rows_between(full[path].shape, leaf.shape, len(self.factors), len(rows))
+                if other is None:
+                    other = self._run_otherwise(call, rows, inputs)
+                where = None if path not in other else self._rows_of(call, path, leaf, other[path], rows)
                 if where is not None:
                     learned[path] = where
                 layout.append(where)
         return layout
+
+    def _run_otherwise(self, call: Call, rows: Tensor, inputs: Layout) -> dict[str, Tensor]:
+        """Outputs of another number of rows, without a graph: of all, or of the first where all were run."""
+        given = call.inputs
+        if len(rows) == len(self.factors):
+            first = rows[:1]
+            given = [
+                leaf if where is None else where.take(leaf, first.to(leaf.device))
+                for leaf, where in zip(given, inputs, strict=True)
+            ]
+        with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():
+            return dict(zip(*flatten(call.run_again(given)[0]), strict=True))
+
+    def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
+        """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""
+        batch = len(self.factors)
+        large, small, rows = (other, leaf, rows) if len(rows) < batch else (leaf, other, rows[:1])
+        where = rows_between(large.shape, small.shape, batch, len(rows))
+        drew = not same_rng_state(call.rng, rng_state(device for device, _ in call.rng))
+        if where is None or where.repeat == 1 or drew:
+            return where
+        apart = (where.take(large, rows.to(large.device)) - small).detach().abs().max()
+        if apart > call.autocast.tolerance(leaf) * large.detach().abs().max():
+            raise RuntimeError(
+                f"gated: after screen() the rows of output {path or 'of the model'} {tuple(large.shape)} could not be "
+                "told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
+            )
+        return where
 
 
 def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) -> bool:

@@ -376,6 +376,51 @@ def test_a_screen_that_keeps_nothing_gives_full_size_outputs_and_a_gradient_of_z
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("layout", ["time_first", "flat", "classes"])
+@pytest.mark.parametrize("length", [3, 4])
+@pytest.mark.parametrize("factors", [[0, 1, 0, 0], [0.5, 1, 0, 2], [0.5, 1, 0.2, 2]], ids=str)
+def test_after_screen_an_output_keeps_its_rows_on_any_axis(layout, length, factors):
+    """Also where all rows are run and only weighted, and where another axis is as long as the batch."""
+    torch.manual_seed(0)
+    model, x = LaidOut(layout).double(), torch.randn(4, length, 3).double()
+    factors = torch.tensor(factors, dtype=torch.float64)
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=factors)
+        model.rows_first(model(x), 4).sin().sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    (model.rows_first(model(x), 4).sin() * factors.view(4, 1, 1)).sum().backward()
+    assert largest_relative_difference(ours, grads(model)) < 1e-12
+
+
+def test_after_screen_rows_that_are_flattened_in_another_order_are_refused():
+    model, x = LaidOut("time_flat").double(), torch.randn(4, 3, 3).double()
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=torch.tensor([1.0, 0, 0.5, 0]))
+        with pytest.raises(RuntimeError, match=r"output of the model \(12, 7\) could not be told.*another order"):
+            model(x)
+
+
+class LaidOut(nn.Linear):
+    """Logits of a sequence in one layout or another."""
+
+    def __init__(self, layout):
+        super().__init__(3, K)
+        self.layout = layout
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.layout == "classes":
+            return logits.transpose(1, 2)
+        logits = logits.transpose(0, 1) if self.layout.startswith("time") else logits
+        return logits.flatten(0, 1) if self.layout.endswith("flat") else logits
+
+    def rows_first(self, out, batch):
+        if self.layout == "time_first":
+            return out.transpose(0, 1)
+        return out.unflatten(0, (batch, -1)) if self.layout == "flat" else out
+
+
 @pytest.mark.parametrize("factors", [([0, 0, 0], [1, 0, 0.3]), ([1, 0.7, 0], [0, 0, 0])], ids=str)
 def test_a_call_that_keeps_nothing_leaves_the_gradient_of_the_others_in_its_backward(factors):
     """It is silenced on its own way, not at the parameters; nor is what its input was made of."""
