@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 Tree = Any
 
@@ -201,7 +202,22 @@ def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:
         result = walk.place(tree, changed)
     for name, new in changed.items():
         set_attribute(result, name, new)
+    if changed and isinstance(tree, Distribution):
+        _follow_shape(tree, result, changed)
     return result
+
+
+def _follow_shape(tree: Distribution, result: Distribution, changed: dict[str, Any]) -> None:
+    """The batch shape that a distribution keeps beside its parameters changes with theirs."""
+    size = tree.batch_shape
+    for name, new in changed.items():
+        before, after = (
+            value.batch_shape if isinstance(value, Distribution) else getattr(value, "shape", ())
+            for value in (vars(tree)[name], new)
+        )
+        if before != after and len(before) == len(after) >= len(size):
+            result._batch_shape = torch.Size(a if b == n else n for n, b, a in zip(size, before, after, strict=False))
+            return
 
 
 _ATOMS = (

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
 
 import kondo_hooks as kondo
 from tests.cases import (
@@ -390,6 +391,34 @@ def test_after_screen_an_output_keeps_its_rows_on_any_axis(layout, length, facto
     ours = grads(model)
     model.zero_grad()
     (model.rows_first(model(x), 4).sin() * factors.view(4, 1, 1)).sum().backward()
+    assert largest_relative_difference(ours, grads(model)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["categorical", "normal", "independent"])
+def test_after_screen_a_distribution_that_the_model_returns_has_the_batch_shape_of_all_rows(kind):
+    class Policy(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            if kind == "categorical":
+                return Categorical(logits=out)
+            normal = Normal(out, out.exp())
+            return Independent(normal, 1) if kind == "independent" else normal
+
+    torch.manual_seed(0)
+    model, x, factors = Policy(3, K).double(), torch.randn(5, 3).double(), torch.tensor([0, 1, 0, 0.5, 0]).double()
+    actions = model(x).sample()
+
+    def log_probs(policy):
+        return policy.log_prob(actions).reshape(5, -1).sum(1)
+
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=factors)
+        policy = model(x)
+        assert policy.batch_shape[0] == 5 and len(policy.sample()) == 5
+        log_probs(policy).sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    (log_probs(model(x)) * factors).sum().backward()
     assert largest_relative_difference(ours, grads(model)) < 1e-12
 
 
