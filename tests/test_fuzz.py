@@ -39,8 +39,8 @@ def pending(p: Program) -> bool:
         or p.pick in ("written", "halves", "flipped")
         or any(t.coef != 1 for t in p.terms)
         or p.combine in ("stack", "inside")
-        or (p.route != "hook" and (p.head in ("categorical", "normal", "bernoulli") or p.layout != "plain"))
         or "zero_center" in p.blocks
+        or (p.layout in ("time_first", "time_flat") and p.length == p.batch)
     )
 
 
