@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--show", type=int, default=20, help="how many findings to shrink and print")
     parser.add_argument("--out", type=Path, help="folder for the scripts of what was found")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more programs after these")
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds
 
     jobs = [(options.seed, number) for number in range(options.start, options.start + options.count)]
     kinds: collections.Counter[str] = collections.Counter()
@@ -55,6 +58,9 @@ def main() -> int:
     with multiprocessing.get_context("fork").Pool(options.processes) as pool:
         for number, verdict in tqdm(pool.imap_unordered(_one, jobs, chunksize=20), total=len(jobs), mininterval=5):
             kinds[verdict.kind] += 1
+            if time.monotonic() > end:
+                pool.terminate()
+                break
             whole += verdict.whole and not verdict.warned
             warned.update({_summary(text) for text in verdict.warned})
             if verdict.kind in ("told", "invalid"):
@@ -64,7 +70,7 @@ def main() -> int:
             if verdict.is_finding:
                 findings[verdict.alike].append((number, verdict))
 
-    print(", ".join(f"{count} {kind}" for kind, count in kinds.most_common()), f"of {len(jobs)} programs")
+    print(", ".join(f"{count} {kind}" for kind, count in kinds.most_common()), f"of {kinds.total()} programs")
     print(f"{whole} replayed every row without a word")
     for title, counter in (("told", told), ("warned", warned)):
         print(f"\n{title}:")

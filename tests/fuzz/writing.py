@@ -569,7 +569,7 @@ def _reduce(p: Program, term: str, reduction: str) -> str:
     return {
         "mean": f"{wrapped}.mean()",
         "sum": f"{wrapped}.sum()",
-        "masked": f"({term} * mask).sum() / mask.sum()",
+        "masked": f"({term} * mask).sum() / mask.sum().clamp(min=1)",
         "rows": f"(({term} * mask).sum({axis}) / mask.sum({axis}).clamp(min=1)).mean()",
         "rowsum": f"({term} * mask).sum({axis}).mean()",
     }[reduction]
@@ -580,7 +580,7 @@ def _reduction_scale(p: Program, reduction: str) -> str:
     return {
         "mean": "1 / logp.numel()",
         "sum": "1",
-        "masked": "1 / float(mask.sum())",
+        "masked": "1 / float(mask.sum().clamp(min=1))",
         "rows": f"1 / {rows}",
         "rowsum": f"1 / {rows}",
     }[reduction]
