@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from kondo_hooks import passes, world
+from kondo_hooks.audit import Audit
 from kondo_hooks.batch import Layout
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, WarnOnce
@@ -18,6 +19,7 @@ from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
 from kondo_hooks.replay import Replayed, have_graph, input_grads
+from kondo_hooks.rounding import Checks
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
@@ -26,6 +28,7 @@ from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone
 
 _RESIDUAL = 0.1
+_AUDITED = 0.1  # share of the rows that a look takes where the user gave a price
 
 
 class _Population:
@@ -43,6 +46,7 @@ class Backward:
         engine: that runs the model.
         spread: which rows form a population.
         selector: decides.
+        checks: how strictly replays are held against their screens.
         stats: counts.
         last: the last decision.
         forced: rows of the next population that are kept whatever their delight.
@@ -54,11 +58,22 @@ class Backward:
         learned: by their paths, where inputs keep their rows, as it was found by replaying.
     """
 
-    def __init__(self, state: ModuleState, engine: Engine, spread: Spread, selector: Selector, warn: WarnOnce):
+    def __init__(
+        self,
+        state: ModuleState,
+        engine: Engine,
+        spread: Spread,
+        selector: Selector,
+        checks: Checks,
+        audit: Audit,
+        warn: WarnOnce,
+    ):
         self.state = state
         self.engine = engine
         self.spread = spread
         self.selector = selector
+        self.checks = checks
+        self._audit = audit
         self.stats = Stats()
         self.last: Decision | None = None
         self.forced: Tensor | None = None
@@ -270,6 +285,12 @@ class Backward:
             if ranks.alone:
                 raise
             ranks.announce(error)
+        try:
+            self._look(arrivals)
+        except Exception as error:
+            if ranks.alone:
+                raise
+            ranks.announce(error)
         self.window.add(arrivals)
         if self.window.is_full(self.engine.ends_accumulation(arrivals[-1].call)):
             return self._finish()
@@ -302,6 +323,14 @@ class Backward:
             a.forced = a.overflowed()
             for observation in a.call.observations:
                 observation.release()
+
+    def _look(self, arrivals: list[Arrival]) -> None:
+        """Audit what is new, or due; where passes communicate, also on a rank that failed to read its calls."""
+        if self.engine.ranks.failed and not self.engine.communicates:
+            return
+        rate = self.selector.rate() or _AUDITED
+        with self._model_running():
+            self._audit(arrivals, self.selector.step, rate, self.engine, self.state, self.learned)
 
     def _finish(self) -> list[Tensor | None]:
         """Decide on the window's calls and replay their kept rows; returns gradients for inputs that want one."""

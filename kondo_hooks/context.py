@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kondo_hooks.attach import attach
+from kondo_hooks.audit import Audit
 from kondo_hooks.backward import Backward
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.forward import Forward, Reading
 from kondo_hooks.hosts import adopt
+from kondo_hooks.rounding import Checks
 from kondo_hooks.screened import Screened
 from kondo_hooks.selection import (
     Decision,
@@ -57,6 +59,8 @@ class Gated:
         unsaid: set[str],
         find_engine: Callable[[nn.Module], Engine],
         spread: Spread,
+        checks: Checks,
+        audit: int | None,
     ):
         self.model = model
         self.enabled = enabled and os.environ.get("KONDO_DISABLE", "").lower() not in ("1", "true", "yes", "on")
@@ -67,7 +71,9 @@ class Gated:
         engine = find_engine(model)
         engine.check_window(spread.window)
         self._selector = Selector(config)
-        self._backward = Backward(ModuleState(model), engine, spread, self._selector, self._warn)
+        self._backward = Backward(
+            ModuleState(model), engine, spread, self._selector, checks, Audit(model, audit), self._warn
+        )
         self._forward = Forward(model, self._backward, reading, self._warn)
         self._selector.reseed(self._stream())
         self._detach: Callable[[], bool] | None = None
@@ -108,6 +114,7 @@ class Gated:
     def _attach(self) -> None:
         _active.add(self.model)
         self._backward.state = self._state()
+        self._backward.checks.reruns = not self._backward.engine.communicates
         self._detach = attach(self.model, self._method, self._forward.intercept)
         self._close = [
             self._backward.engine.open(self._backward),

@@ -100,8 +100,9 @@ class Forward:
         if self.passes_through():
             return self._run_ungated(original, args, kwargs, inputs), None, ()
         self._check_call()
+        backward = self._backward
         call = Call(
-            original, (args, kwargs), self._backward.state, self._backward.receive, self.pairs, self.shared_loss
+            original, (args, kwargs), backward.state, backward.receive, self.pairs, self.shared_loss, backward.checks
         )
         if self.screened is not None:
             return self._run_screened(call), None, ()

@@ -47,6 +47,11 @@ class ModuleState:
         """The parameters, each once."""
         return self._parameters
 
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """What the model calls a parameter."""
+        names = (name for name, p in self._modules[0].named_parameters() if p is parameter)
+        return next(names, "a parameter")
+
     def buffers(self) -> list[Tensor]:
         """The buffers, as they are now."""
         return [buffer for m, name in self._buffers if (buffer := m._buffers[name]) is not None]

@@ -197,7 +197,7 @@ def test_gradient_after_a_screen_is_that_of_the_masked_full_backward(name, loss)
 def test_only_the_kept_rows_run_after_a_screen(setup):
     model, _, batch = setup
     seen = rows_with_a_graph(model.body[0])
-    with kondo.gated(model, rate=0.25) as gate:
+    with kondo.gated(model, rate=0.25, audit=0) as gate:
         logp = sampled_logp(model, batch)
         for _ in range(2):
             gate.screen(logp=logp, advantages=batch.advantages)
@@ -698,7 +698,7 @@ def test_kept_tokens_of_a_policy_and_value_model_lose_no_term_and_dropped_ones_a
     with torch.no_grad():
         logp = pick(reference(batch.x)[0], batch.actions)
     seen = rows_with_a_graph(model.policy)
-    with kondo.gated(model, rate=0.2, unit="token", **options) as gate:
+    with kondo.gated(model, rate=0.2, unit="token", audit=0, **options) as gate:
         if first:
             gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
         actor_critic(model, batch).backward()
