@@ -15,6 +15,7 @@ from kondo_hooks.audit import Audit
 from kondo_hooks.batch import Layout
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, WarnOnce
+from kondo_hooks.idle import Idle
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, find_scales, find_signal
@@ -23,11 +24,16 @@ from kondo_hooks.rounding import Checks
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
-from kondo_hooks.trace import find_loss_scales, selects_log_prob
+from kondo_hooks.trace import find_loss_scales, reaches, selects_log_prob
 from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone
 
 _RESIDUAL = 0.1
+_NO_GRAPH = (
+    "gated: the kept rows ran again with grad, but no output that the loss uses has a graph, so nothing would learn; "
+    "plain PyTorch raises here too. Likely: a reentrant checkpoint whose inputs need no gradient (use_reentrant=False, "
+    "or model.enable_input_require_grads()), a forward under no_grad, outputs that the model detaches."
+)
 _AUDITED = 0.1  # share of the rows that a look takes where the user gave a price
 
 
@@ -47,6 +53,7 @@ class Backward:
         spread: which rows form a population.
         selector: decides.
         checks: how strictly replays are held against their screens.
+        idle: notices steps that the gate had no part in.
         stats: counts.
         last: the last decision.
         forced: rows of the next population that are kept whatever their delight.
@@ -66,6 +73,7 @@ class Backward:
         selector: Selector,
         checks: Checks,
         audit: Audit,
+        idle: Idle,
         warn: WarnOnce,
     ):
         self.state = state
@@ -74,6 +82,7 @@ class Backward:
         self.selector = selector
         self.checks = checks
         self._audit = audit
+        self.idle = idle
         self.stats = Stats()
         self.last: Decision | None = None
         self.forced: Tensor | None = None
@@ -127,6 +136,8 @@ class Backward:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
+        if func is not torch.autograd.grad:
+            self._refuse_half_a_step(roots)
         if len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].grad_fn is not None:
             gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
             factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
@@ -146,6 +157,25 @@ class Backward:
                 return func(*args, **kwargs)
         finally:
             self._only = None
+
+    def _steps_inside(self) -> list[torch.nn.Parameter]:
+        """The parameters that an optimizer may step as soon as their gradient is there."""
+        if self.engine.wrappers:
+            return []  # the hooks are the engine's
+        return [p for p in self.state.parameters() if p._post_accumulate_grad_hooks]
+
+    def _refuse_half_a_step(self, roots: Sequence[Any]) -> None:
+        """Refuse a loss that reaches such a parameter past the gate, before anything is stepped."""
+        if stepped := {id(p): p for p in self._steps_inside()}:
+            for loss in roots:
+                for leaf in reaches(loss)[1]:
+                    if id(leaf) in stepped:
+                        raise RuntimeError(
+                            f"gated: hooks step the optimizer inside of the backward, and the loss uses "
+                            f"{self.state.name_of(stepped[id(leaf)])} itself beside the gated outputs (a penalty on "
+                            "parameters?): it would be stepped twice, by half of its gradient each. Put weight decay "
+                            "into the optimizer, or step after the backward. Nothing was changed."
+                        )
 
     def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
         """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.
@@ -245,6 +275,9 @@ class Backward:
             torch._C._current_graph_task_id(),
             torch._C._will_engine_execute_node(node.next_functions[0][0]),
         )
+        self.idle.reached()
+        if call.decides_at_once and not arrival.to_parameters:
+            return tuple(self._replay_everything(arrival))
         if call.decides_at_once:
             if self.waits():
                 raise RuntimeError(
@@ -262,6 +295,13 @@ class Backward:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(waiting))
         waiting.arrivals.append(arrival)
         return ()
+
+    def _replay_everything(self, arrival: Arrival) -> list[Tensor | None]:
+        """Gradients of the inputs alone (adversarial examples): nothing learns from these rows, so all count."""
+        arrival.check()
+        call = arrival.call
+        rows = torch.arange(call.batch, device=call.outputs[0].device)
+        return self._replay([arrival], [0], [Part.of(call, rows, arrival.grads)], None, reduces=False)
 
     def _end(self, population: _Population) -> None:
         if self._ended is None:
@@ -502,12 +542,20 @@ class Backward:
         if counts is not None:
             self.stats.spread(world.imbalance(counts), world.imbalance(planned.counts))
         done: list[Replayed] = []
+        if len(planned.groups) > 1 and self._steps_inside() and self._one_at_a_time(planned):
+            raise RuntimeError(
+                "gated: hooks step the optimizer inside of the backward, but the kept rows need several passes, and "
+                "each would step it by its share. Leave micro_batch_size away, or step after the backward. Nothing was "
+                "changed."
+            )
         with self._model_running():
-            if not engine.wrappers and self.spread.micro_batch_size is None and not passes.share_draws(planned.groups):
+            if not self._one_at_a_time(planned):
                 done = [r for group in planned.groups for r in passes.forward(group, self.learned)]
+                has_graph = [bool(r.outputs) for r in done]
                 with passes.as_in_screen(done):
                     self._backward(first, done)
             else:
+                has_graph = []
                 # One pass at a time: a graph holds no more than one, and only the last reduces gradients.
                 for n, group in enumerate(planned.groups):
                     last = n == len(planned.groups) - 1
@@ -515,7 +563,10 @@ class Backward:
                         replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
                         with passes.as_in_screen(replayed):
                             self._backward(first, replayed)
+                    has_graph += [bool(r.outputs) for r in replayed]
                     done += [r.summary() for r in replayed] if not last else replayed
+        if not any(has_graph):
+            self._raise_or_announce(RuntimeError(_NO_GRAPH))
         for call in {id(part.call): part.call for r in done for part in r.group}.values():
             if call.left_behind:
                 self._warn(
@@ -526,6 +577,17 @@ class Backward:
                 )
         self.stats.replayed(sum(len(part) for r in done for part in r.group), 0)
         return input_grads(done[-1])
+
+    def _one_at_a_time(self, planned: passes.Plan) -> bool:
+        """Whether each pass has a backward of its own."""
+        return bool(
+            self.engine.wrappers or self.spread.micro_batch_size is not None or passes.share_draws(planned.groups)
+        )
+
+    def _raise_or_announce(self, error: Exception) -> None:
+        if self.engine.ranks.alone:
+            raise error
+        self.engine.ranks.announce(error)
 
     def _backward(self, first: Arrival, replayed: list[Replayed]) -> None:
         """Into ``.grad``, or into what ``torch.autograd.grad`` asked for."""

@@ -98,6 +98,7 @@ class Forward:
         if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
             return original(*args, **kwargs), None, ()
         if self.passes_through():
+            self._backward.idle.ran()
             return self._run_ungated(original, args, kwargs, inputs), None, ()
         self._check_call()
         backward = self._backward
@@ -105,6 +106,7 @@ class Forward:
             original, (args, kwargs), backward.state, backward.receive, self.pairs, self.shared_loss, backward.checks
         )
         if self.screened is not None:
+            self._backward.idle.ran()
             return self._run_screened(call), None, ()
         return self._screen_call(call)
 
@@ -160,6 +162,7 @@ class Forward:
                 "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
                 "Put the whole sequence into one call (method=), or detach what is carried over.",
             )
+        self._backward.idle.screened()
         live, outputs = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
             call.named = self._resolve(live, outputs)
