@@ -25,6 +25,7 @@ from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_fin
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.trace import find_loss_scales, reaches, selects_log_prob
+from kondo_hooks.verify import name_of
 from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone
 
@@ -351,18 +352,41 @@ class Backward:
                 with self._model_running():
                     a.call.screen_again()
         tokens = self.selector.config.unit == "token"
+        unread: list[tuple[Arrival, DelightError]] = []
         for a, scale in zip(arrivals, find_scales(arrivals), strict=True):
-            try:
-                a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
-            except DelightError:
-                if self.selector.config.priority != "uniform" or tokens:
-                    raise
-                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
-                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
             a.scale = scale
             a.forced = a.overflowed()
+            try:
+                a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
+                a.call.policy = a.policy()
+            except DelightError as error:
+                unread.append((a, error))
+            self._warn_critic(a)
             for observation in a.call.observations:
                 observation.release()
+        for a, cause in unread:
+            a.follow(b for b in arrivals if b.signal is not None)
+            if a.follows is None:
+                if self.selector.config.priority != "uniform" or tokens:
+                    raise cause
+                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
+                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
+
+    def _warn_critic(self, arrival: Arrival) -> None:
+        """Say once where a rule that prefers some rows decides what something else than the policy learns from."""
+        config = self.selector.config
+        unbiased = config.priority == "uniform" or (config.unbiased and config.hard)
+        if unbiased or self._warn.given("critic"):
+            return
+        for i in arrival.others():
+            self._warn(
+                "critic",
+                f"gated: {name_of(arrival.call, i)} gets a gradient but holds no policy (a critic, an entropy bonus?). "
+                "It learns from the chosen rows alone, which are no fair sample: a critic learns the value of lucky "
+                "rows. Train it on all rows (a model of its own outside of the gate), or draw without bias: "
+                "priority='uniform', or deterministic=False, unbiased=True.",
+            )
+            return
 
     def _look(self, arrivals: list[Arrival]) -> None:
         """Audit what is new, or due; where passes communicate, also on a rank that failed to read its calls."""
@@ -410,10 +434,19 @@ class Backward:
 
     def _decide(self, arrivals: list[Arrival], slots: list[int]) -> tuple[Decision, list[Part | None], Tensor | None]:
         """The decision, each call's kept rows, and with all ranks as one batch how many each rank keeps."""
-        signals = [a.signal for a in arrivals if a.signal is not None]
-        found: Signals = signals if len(signals) == len(arrivals) and not self.engine.ranks.failed else None
-        forced = None if found is None else self._forced(arrivals, found)
-        decision, factors, counts = self.choose(found, forced, slots)
+        leaders = [a for a in arrivals if a.follows is None]
+        if len(leaders) < len(arrivals) and self.spread.balance:
+            raise RuntimeError(
+                "gated: balance=True moves rows of one call between ranks, but here two calls (a policy's and a "
+                "value's?) share their rows. Make them one call (method=), or leave balance away."
+            )
+        signals = [a.signal for a in leaders if a.signal is not None]
+        found: Signals = signals if len(signals) == len(leaders) and not self.engine.ranks.failed else None
+        forced = None if found is None else self._forced(leaders, found)
+        of_leaders = [slot for a, slot in zip(arrivals, slots, strict=True) if a.follows is None]
+        decision, chosen, counts = self.choose(found, forced, of_leaders)
+        by_leader = {id(a): f for a, f in zip(leaders, chosen, strict=True)}
+        factors = [by_leader[id(a.follows or a)] for a in arrivals]
         for a, f in zip(arrivals, factors, strict=True):
             if a.held is None:
                 continue

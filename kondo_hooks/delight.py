@@ -108,6 +108,11 @@ def read_boundary(
     return signals, max(residuals)
 
 
+def holds_policy(out: Boundary) -> bool:
+    """Whether an output looks like a policy over actions, by its name, its values and its gradient."""
+    return _recognise(out) is not None
+
+
 def _is_normalised(out: Boundary) -> bool:
     values = _sample(out.values)
     if out.values.dim() < 2 or values.shape[-1] < 2:

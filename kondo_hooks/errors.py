@@ -69,6 +69,10 @@ class WarnOnce:
     def __init__(self) -> None:
         self._given: set[str] = set()
 
+    def given(self, kind: str) -> bool:
+        """Whether this kind was given."""
+        return kind in self._given
+
     def __call__(self, kind: str, message: str) -> None:
         """Warn unless this kind was given before."""
         if kind not in self._given:

@@ -1,6 +1,6 @@
 """One backward's population: what arrived at its calls' nodes, read as delight and cut into kept rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout, kept_rows
-from kondo_hooks.delight import Boundary, read_boundary, read_field, read_terms
+from kondo_hooks.delight import Boundary, holds_policy, read_boundary, read_field, read_terms
 from kondo_hooks.errors import DelightError, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
-from kondo_hooks.parts import Part
+from kondo_hooks.parts import Part, same_values
 from kondo_hooks.selection import Signal
 from kondo_hooks.trace import Scale
 from kondo_hooks.watch import join
@@ -32,6 +32,7 @@ class Arrival:
         offset: position on the outputs' second axis where the signal starts.
         scale: the loss's own scale, which was divided out of the signal.
         forced: (B,) rows that are kept whatever their delight; None if there are none.
+        follows: the call of the same rows that holds their policy, where this one holds none: one decision is for both.
         held: the rows that can still be chosen, where the call has let go of the rest.
     """
 
@@ -45,6 +46,7 @@ class Arrival:
     offset: int = 0
     scale: float = 1.0
     forced: Tensor | None = None
+    follows: "Arrival | None" = None
     held: Part | None = None
 
     def unsplit(self) -> list[int]:
@@ -61,6 +63,35 @@ class Arrival:
             raise RuntimeError(no_rows_in_loss(path) if call.makes_loss(i) else no_batch_axis(path, call.batch))
         if call.inner is not None:
             call.inner.check()
+
+    def follow(self, others: Iterable["Arrival"]) -> None:
+        """Be decided on with the first of these that was called on the same rows."""
+        for other in others:
+            if same_rows(self.call, other.call):
+                self.follows, self.offset = other, other.offset
+                if self.forced is not None:
+                    other.forced = self.forced if other.forced is None else other.forced | self.forced
+                return
+
+    def policy(self) -> frozenset[int]:
+        """The outputs that hold the policy, as its delight was found."""
+        call = self.call
+        seen = {s.output for o in call.observations if o.used_by(self.task) for s in o.sources if s.call is call}
+        seen |= set() if call.named is None else {call.named[1]}
+        boundaries = self.boundaries()
+        found = seen | {out.index for out in boundaries if out.told or out.field or call.is_summed(out.index)}
+        if not found:
+            found = {out.index for out in boundaries if len(boundaries) == 1 or holds_policy(out)}
+        return frozenset(found)
+
+    def others(self) -> list[int]:
+        """Outputs with rows that get a gradient and hold no policy."""
+        call = self.call
+        return [
+            i
+            for i, (grad, where) in enumerate(zip(self.grads, call.rows, strict=True))
+            if grad is not None and where is not None and i not in call.policy and not call.makes_loss(i) and grad.any()
+        ]
 
     def overflowed(self) -> Tensor | None:
         """(B,) rows whose gradient left the range of float16: they are kept, for a GradScaler has to see them."""
@@ -119,6 +150,14 @@ class Arrival:
         if self.held is not None:
             return self.held.select(torch.searchsorted(self.held.rows, rows))
         return Part.of(self.call, rows, self.grads)
+
+
+def same_rows(a: Call, b: Call) -> bool:
+    """Whether two calls were given the same rows: a tensor of rows that they have in common."""
+    if a.batch != b.batch:
+        return False
+    mine, theirs = ([leaf for leaf, where in zip(c.inputs, next(c.readings()), strict=True) if where] for c in (a, b))
+    return any(same_values(x, y) for x in mine for y in theirs if x.dtype == y.dtype and x.device == y.device)
 
 
 def find_scales(arrivals: Sequence[Arrival]) -> list[float]:

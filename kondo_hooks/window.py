@@ -92,8 +92,9 @@ class Window:
             communicates: every pass must be the same on all ranks, so doubtful inputs are read in the likeliest way.
         """
         length = self._longest if self.size == "auto" else self.size
-        arrivals = [a for a in self.arrivals if a.signal is not None]
-        if len(arrivals) < len(self.arrivals):
+        leaders = [a for a in self.arrivals if a.follows is None]
+        arrivals = [a for a in leaders if a.signal is not None]
+        if len(arrivals) < len(leaders):
             return
         signals = [a.signal for a in arrivals if a.signal is not None]
         samples = selector.samples(signals)
@@ -104,7 +105,9 @@ class Window:
             contenders = selector.contenders(samples, (rows + coming) * len(samples.delight) / rows * ranks)
         if contenders is None:
             contenders = torch.ones_like(samples.delight, dtype=torch.bool)
-        for arrival, mine in zip(arrivals, selector.split(contenders, signals), strict=True):
+        by_leader = {id(a): mine for a, mine in zip(arrivals, selector.split(contenders, signals), strict=True)}
+        for arrival in self.arrivals:
+            mine = by_leader[id(arrival.follows or arrival)]
             mine = mine if mine.dim() == 1 else mine.any(1)
             if arrival.forced is not None:
                 mine = mine | arrival.forced
