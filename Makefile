@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test oldest figures evidence clean
+.PHONY: demo test fuzz oldest figures evidence clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -11,6 +11,12 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Random programs, gated and as a masked full backward: make fuzz N=20000 SEED=1
+N ?= 2000
+SEED ?= 0
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) --out out/fuzz
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

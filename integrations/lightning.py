@@ -61,7 +61,7 @@ class KondoCallback(Callback):
         self._used = False
         # Bad options fail here; a method is looked for when there is a module to look at.
         early = {name: value for name, value in self._options.items() if name != "method"}
-        self._enabled = kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early).enabled
+        self._enabled = kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early).discard().enabled
 
     @property
     def state_key(self) -> str:

@@ -10,7 +10,7 @@ import gc
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class KondoCallback(TrainerCallback):
         if self._own:
             # Bad options fail here; a method is looked for when there is a model to look at.
             early = {name: value for name, value in options.items() if name != "method" and value != "auto"}
-            kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early)
+            kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early).discard()
 
     def close(self) -> None:
         """Take an own gate off; only needed when ``train()`` failed outside of a training step."""
@@ -211,13 +211,12 @@ def _defaults(trainer: Any) -> dict[str, Any]:
     return {"window": "auto", "pairs": trl.makes_pairs(trainer)}
 
 
-def _trainers() -> Iterator[Any]:
+def _trainers() -> list[Any]:
     """Every Trainer that is alive. transformers keeps no list of them, and tells callbacks nothing of theirs."""
     from transformers import Trainer
 
-    for found in gc.get_objects():
-        if issubclass(type(found), Trainer) and "callback_handler" in vars(found):
-            yield found
+    kinds = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
+    return [found for found in kinds if "callback_handler" in vars(found)]
 
 
 def _first(trainer: Any, callback: KondoCallback) -> None:

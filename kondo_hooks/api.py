@@ -1,5 +1,6 @@
 """``gated``: the one line. All of its arguments are looked at here."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,7 +9,8 @@ from torch import nn
 from kondo_hooks.context import Gated
 from kondo_hooks.engines import find_engine
 from kondo_hooks.forward import Name, Reading
-from kondo_hooks.selection import Normalize, Reduction, SelectionConfig, Unit, Weight, additive
+from kondo_hooks.rounding import Checks
+from kondo_hooks.selection import Normalize, Reduction, SelectionConfig, Unit, Weight, additive, is_number
 from kondo_hooks.window import Size, Spread
 
 DEFAULT_RATE = 0.03
@@ -44,6 +46,8 @@ def gated(
     balance: bool = False,
     micro_batch_size: int | None = None,
     tensor_parallel_group: Any = None,
+    tolerance: float | None = None,
+    audit: int | None = None,
 ) -> Gated:
     """Skip most backward passes of ``model`` in whatever training loop runs inside the context.
 
@@ -83,6 +87,13 @@ def gated(
         balance: with ``scope="global"``, move kept rows between ranks so that each replays as many, within one.
         micro_batch_size: most rows in one pass of the replay; by default all kept rows are one pass.
         tensor_parallel_group: process group of the ranks that see the same rows as this one; they share its decisions.
+
+        tolerance: how far a kept row's output may differ between screen and replay, relative to the largest in its
+            column; by default it goes by the type (1e-10 in float64, 1e-4 in float32, 8e-2 in bfloat16), and a control
+            run decides beyond it whether that is rounding.
+        audit: at the first decision of each structure of calls, and every so many decisions, some rows are run alone
+            and in the company of others, and the parameters' gradients compared: rows may be tied where the outputs do
+            not show it. None is the first decision alone, 0 is never.
 
     Raises:
         ValueError, TypeError: on an argument that cannot be right, naming it.
@@ -125,12 +136,18 @@ def gated(
         raise ValueError(f"shared_loss must be 'refuse' or 'kept', got {shared_loss!r}")
     if shared_loss == "kept" and balance:
         raise ValueError("shared_loss='kept' takes a term on each rank's own kept rows, which balance=True moves away")
+    if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < math.inf):
+        raise ValueError(f"tolerance must be a relative difference >= 0, got {tolerance!r}")
+    if audit is not None and (isinstance(audit, bool) or not isinstance(audit, int) or audit < 0):
+        raise ValueError(f"audit must be a number of decisions >= 0, got {audit!r}")
     spread = Spread(1 if window is None else window, scope, balance, micro_batch_size)
     return Gated(
         model,
         config,
         find_engine=lambda found: find_engine(found, tensor_parallel_group, scope == "global"),
         spread=spread,
+        checks=Checks(tolerance),
+        audit=audit,
         enabled=enabled,
         method=method,
         reading=Reading(named[0] if named else None, batch_dim, bool(pairs), shared_loss == "kept", warmup_steps),

@@ -4,6 +4,7 @@ their kept rows are replayed."""
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,22 +12,32 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from kondo_hooks import passes, world
-from kondo_hooks.batch import Layout
+from kondo_hooks.audit import Audit
 from kondo_hooks.engines import Engine
-from kondo_hooks.errors import DelightError, WarnOnce
+from kondo_hooks.errors import DelightError, ReplayMismatchError, WarnOnce, unknown_positions
+from kondo_hooks.idle import Idle
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
-from kondo_hooks.population import Arrival, find_scales, find_signal
-from kondo_hooks.replay import Replayed, have_graph, input_grads
+from kondo_hooks.population import Arrival, OutputProbe, find_scales, find_signal
+from kondo_hooks.readings import Learned, find_pooled
+from kondo_hooks.replay import AmbiguousRowsError, Replayed, find_graphs, have_graph, input_grads, replay
+from kondo_hooks.rounding import Checks
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.streams import Streams
-from kondo_hooks.trace import find_loss_scales, selects_log_prob
+from kondo_hooks.trace import Path, mixed_with_rows, probe_scales, selects_log_prob
+from kondo_hooks.verify import name_of
 from kondo_hooks.watch import LossWatcher
-from kondo_hooks.window import Spread, Window, gone
+from kondo_hooks.window import Spread, Window, gone, in_doubt
 
 _RESIDUAL = 0.1
+_NO_GRAPH = (
+    "gated: the kept rows ran again with grad, but no output that the loss uses has a graph, so nothing would learn; "
+    "plain PyTorch raises here too. Likely: a reentrant checkpoint whose inputs need no gradient (use_reentrant=False, "
+    "or model.enable_input_require_grads()), a forward under no_grad, outputs that the model detaches."
+)
+_AUDITED = 0.1  # share of the rows that a look takes where the user gave a price
 
 
 class _Population:
@@ -44,6 +55,8 @@ class Backward:
         engine: that runs the model.
         spread: which rows form a population.
         selector: decides.
+        checks: how strictly replays are held against their screens.
+        idle: notices steps that the gate had no part in.
         stats: counts.
         last: the last decision.
         forced: rows of the next population that are kept whatever their delight.
@@ -52,15 +65,28 @@ class Backward:
         window: what waits.
         copy_outputs: whether the user's code has been seen to write into outputs.
         running: whether the model runs in a replay.
-        learned: by their paths, where inputs keep their rows, as it was found by replaying.
+        learned: where inputs keep their rows, as it was found by replaying.
         streams: that calls and their gradients were made on.
     """
 
-    def __init__(self, state: ModuleState, engine: Engine, spread: Spread, selector: Selector, warn: WarnOnce):
+    def __init__(
+        self,
+        state: ModuleState,
+        engine: Engine,
+        spread: Spread,
+        selector: Selector,
+        checks: Checks,
+        audit: Audit,
+        idle: Idle,
+        warn: WarnOnce,
+    ):
         self.state = state
         self.engine = engine
         self.spread = spread
         self.selector = selector
+        self.checks = checks
+        self._audit = audit
+        self.idle = idle
         self.stats = Stats()
         self.last: Decision | None = None
         self.forced: Tensor | None = None
@@ -75,10 +101,11 @@ class Backward:
         self._ended: list[_Population] | None = None
         self._hooks: list[Any] = []
         self._screened_first = False
-        self.learned: dict[tuple[str, ...], Layout] = {}
+        self.learned = Learned(warn)
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
-        self._selected: dict[str, bool] = {}
+        self._probed: dict[tuple[str, ...], OutputProbe] = {}
+        self._pooled: dict[str, bool] = {}
         self._constants: dict[str, bool] = {}
 
     def flush(self) -> int:
@@ -116,12 +143,12 @@ class Backward:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
-        if len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].grad_fn is not None:
-            gradient = args[1] if func is torch.Tensor.backward and len(args) > 1 else kwargs.get("gradient")
-            factor = float(gradient.abs().mean()) if isinstance(gradient, Tensor) else 1.0
-            with self.streams.joined():
-                find_loss_scales(roots[0].grad_fn, factor)
+        nodes = [root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None]
+        probes, leaves = probe_scales(nodes)
         try:
+            if func is not torch.autograd.grad:
+                self._refuse_half_a_step(leaves)
+            self._check_leaves(nodes, leaves)
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
             wanted = kwargs.get("inputs")
@@ -136,6 +163,38 @@ class Backward:
                 return func(*args, **kwargs)
         finally:
             self._only = None
+            for probe in probes:
+                probe.remove()
+
+    def _steps_inside(self) -> list[torch.nn.Parameter]:
+        """The parameters that an optimizer may step as soon as their gradient is there."""
+        if self.engine.wrappers:
+            return []  # the hooks are the engine's
+        return [p for p in self.state.parameters() if p._post_accumulate_grad_hooks]
+
+    def _refuse_half_a_step(self, leaves: list[Tensor]) -> None:
+        """Refuse a loss that reaches such a parameter past the gate, before anything is stepped."""
+        stepped = {id(p): p for p in self._steps_inside()} if leaves else {}
+        for leaf in leaves:
+            if id(leaf) in stepped:
+                raise RuntimeError(
+                    f"gated: hooks step the optimizer inside of the backward, and the loss uses "
+                    f"{self.state.name_of(stepped[id(leaf)])} itself beside the gated outputs (a penalty on "
+                    "parameters?): it would be stepped twice, by half of its gradient each. Put weight decay into the "
+                    "optimizer, or step after the backward. Nothing was changed."
+                )
+
+    def _check_leaves(self, roots: list[Any], leaves: list[Tensor]) -> None:
+        """Tell of a parameter of the model that the loss code multiplies with rows: dropped rows reach it, too."""
+        names = {id(p): name for name, p in self.state.named_parameters()} if leaves else {}
+        for leaf in leaves:
+            if id(leaf) in names and self._warn.is_new("outside") and mixed_with_rows(roots, leaf):
+                self._warn(
+                    "outside",
+                    f"gated: the loss code uses the model's parameter {names[id(leaf)]} together with its outputs, so "
+                    "rows that are dropped still reach that parameter. Return it from forward, expanded to the batch, "
+                    "and use what forward returned.",
+                )
 
     def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
         """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.
@@ -236,6 +295,9 @@ class Backward:
             torch._C._current_graph_task_id(),
             torch._C._will_engine_execute_node(node.next_functions[0][0]),
         )
+        self.idle.reached()
+        if call.decides_at_once and not arrival.to_parameters:
+            return tuple(self._replay_everything(arrival))
         if call.decides_at_once:
             if self.waits():
                 raise RuntimeError(
@@ -254,6 +316,13 @@ class Backward:
         waiting.arrivals.append(arrival)
         return ()
 
+    def _replay_everything(self, arrival: Arrival) -> list[Tensor | None]:
+        """Gradients of the inputs alone (adversarial examples): nothing learns from these rows, so all count."""
+        arrival.check()
+        call = arrival.call
+        rows = torch.arange(call.batch, device=call.outputs[0].device)
+        return self._replay([arrival], [0], [Part.of(call, rows, arrival.grads)], None, reduces=False)
+
     def _end(self, population: _Population) -> None:
         if self._ended is None:
             self._settle(population)
@@ -271,12 +340,13 @@ class Backward:
             return []
         ranks = self.engine.ranks
         with self.streams.joined():
-            try:
-                self._read(arrivals)
-            except Exception as error:
-                if ranks.alone:
-                    raise
-                ranks.announce(error)
+            for step in (self._read, self._find_readings, self._look):
+                try:
+                    step(arrivals)
+                except Exception as error:
+                    if ranks.alone:
+                        raise
+                    ranks.announce(error)
             self.window.add(arrivals)
             if self.window.is_full(self.engine.ends_accumulation(arrivals[-1].call)):
                 return self._finish()
@@ -297,18 +367,88 @@ class Backward:
                 with self._model_running():
                     a.call.screen_again()
         tokens = self.selector.config.unit == "token"
-        for a, scale in zip(arrivals, find_scales(arrivals), strict=True):
-            try:
-                a.signal, a.offset = find_signal(a, scale, tokens, self._is_selected, self._warn_residual)
-            except DelightError:
-                if self.selector.config.priority != "uniform" or tokens:
-                    raise
-                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
-                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
-            a.scale = scale
+        read: list[Arrival] = []
+        unread: list[tuple[Arrival, DelightError]] = []
+        paths: list[list[list[Path]]] = []
+        for a in arrivals:
             a.forced = a.overflowed()
+            try:
+                a.signal, a.offset, taken = find_signal(a, tokens, self._probe_outputs, self._warn_residual)
+                a.call.policy = a.policy()
+                read.append(a)
+                paths.append(taken)
+            except DelightError as error:
+                unread.append((a, error))
+            self._warn_critic(a)
+        for a, scale in zip(read, find_scales(paths, [a.call.batch for a in read], self._warn), strict=True):
+            assert a.signal is not None
+            a.signal, a.scale = replace(a.signal, advantages=a.signal.advantages / scale), scale
+        for a in arrivals:
             for observation in a.call.observations:
                 observation.release()
+            if tokens and a.signal is not None:
+                self._find_pooled(a)
+        for a, cause in unread:
+            a.follow(b for b in arrivals if b.signal is not None)
+            if a.follows is None:
+                if self.selector.config.priority != "uniform" or tokens:
+                    raise cause
+                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
+                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
+
+    def _warn_critic(self, arrival: Arrival) -> None:
+        """Say once where a rule that prefers some rows decides what something else than the policy learns from."""
+        config = self.selector.config
+        unbiased = config.priority == "uniform" or (config.unbiased and config.hard)
+        if unbiased or not self._warn.is_new("critic"):
+            return
+        for i in arrival.others():
+            self._warn(
+                "critic",
+                f"gated: {name_of(arrival.call, i)} gets a gradient but holds no policy (a critic, an entropy bonus?). "
+                "It learns from the chosen rows alone, which are no fair sample: a critic learns the value of lucky "
+                "rows. Train it on all rows (a model of its own outside of the gate), or draw without bias: "
+                "priority='uniform', or deterministic=False, unbiased=True.",
+            )
+            return
+
+    def _look(self, arrivals: list[Arrival]) -> None:
+        """Audit what is new, or due; where passes communicate, also on a rank that failed to read its calls."""
+        if self.engine.ranks.failed and not self.engine.communicates:
+            return
+        rate = self.selector.rate() or _AUDITED
+        with self._model_running():
+            self._audit(arrivals, self.selector.step, rate, self.engine, self.state, self.learned)
+
+    def _find_pooled(self, a: Arrival) -> None:
+        """Find out which outputs have no positions, though an axis is as long: pooled features, say."""
+        call = a.call
+        length, others = a.with_positions()
+        for i, shape in others.items():
+            if shape.count(length) > 1:
+                self._warn("positions", unknown_positions(call.output_name(i), shape, by_row=True))
+        plain = [i for i, shape in others.items() if shape.count(length) == 1]
+        if any(call.paths[i] not in self._pooled for i in plain):
+            found: dict[int, bool] = {}
+            if not self.engine.communicates:
+                with self._model_running(), self.engine.one_pass(False):
+                    found = find_pooled(call, plain, length)
+            for i in plain:
+                if i not in found:
+                    self._warn("positions", unknown_positions(call.output_name(i), others[i], by_row=False))
+                self._pooled[call.paths[i]] = found.get(i, False)
+        a.by_row = frozenset(i for i in plain if self._pooled[call.paths[i]])
+
+    def _find_readings(self, arrivals: list[Arrival]) -> None:
+        """Find out where inputs keep their rows, by a row of each call in doubt, before other rows are let go."""
+        if not self.waits() or self.engine.communicates or self.engine.ranks.failed:
+            return
+        for a in arrivals:
+            if a.call.whole is None and self.learned.known(a.call) is None and in_doubt(a.call):
+                some = a.some()
+                if some is not None:
+                    with self._model_running(), self.engine.one_pass(False), contextlib.suppress(AmbiguousRowsError):
+                        replay([some], self.learned)
 
     def _finish(self) -> list[Tensor | None]:
         """Decide on the window's calls and replay their kept rows; returns gradients for inputs that want one."""
@@ -338,6 +478,8 @@ class Backward:
             raise
         if decision is None or ranks.failed:
             return inputs
+        if self.last is None and decision.samples == 1:
+            self._warn_single(arrivals)
         self.last = decision
         self.stats.decision(decision)
         self.stats.replayed(0, sum(a.call.batch for a in arrivals))
@@ -348,10 +490,19 @@ class Backward:
 
     def _decide(self, arrivals: list[Arrival], slots: list[int]) -> tuple[Decision, list[Part | None], Tensor | None]:
         """The decision, each call's kept rows, and with all ranks as one batch how many each rank keeps."""
-        signals = [a.signal for a in arrivals if a.signal is not None]
-        found: Signals = signals if len(signals) == len(arrivals) and not self.engine.ranks.failed else None
-        forced = None if found is None else self._forced(arrivals, found)
-        decision, factors, counts = self.choose(found, forced, slots)
+        leaders = [a for a in arrivals if a.follows is None]
+        if len(leaders) < len(arrivals) and self.spread.balance:
+            raise RuntimeError(
+                "gated: balance=True moves rows of one call between ranks, but here two calls (a policy's and a "
+                "value's?) share their rows. Make them one call (method=), or leave balance away."
+            )
+        signals = [a.signal for a in leaders if a.signal is not None]
+        found: Signals = signals if len(signals) == len(leaders) and not self.engine.ranks.failed else None
+        forced = None if found is None else self._forced(leaders, found)
+        of_leaders = [slot for a, slot in zip(arrivals, slots, strict=True) if a.follows is None]
+        decision, chosen, counts = self.choose(found, forced, of_leaders)
+        by_leader = {id(a): f for a, f in zip(leaders, chosen, strict=True)}
+        factors = [by_leader[id(a.follows or a)] for a in arrivals]
         for a, f in zip(arrivals, factors, strict=True):
             if a.held is None:
                 continue
@@ -423,25 +574,36 @@ class Backward:
         """Drop the gradients of outputs without rows that have no graph, as one row shows: they are constants."""
         if self.engine.communicates:
             return  # one more pass, that other ranks might not make
-        unknown = [i for i in arrival.unsplit() if arrival.call.paths[i] not in self._constants]
+        call = arrival.call
+        outputs = [i for i in arrival.unsplit() if not call.makes_loss(i)]
+        unknown = [i for i in outputs if call.paths[i] not in self._constants]
         if unknown:
+            part = arrival.stand_in().whole() if call.whole else arrival.stand_in()
             with self._model_running():
-                graphs = have_graph(arrival.stand_in(), self.learned)
-            self._constants.update({arrival.call.paths[i]: not graphs[i] for i in unknown})
-        for i in arrival.unsplit():
-            if self._constants[arrival.call.paths[i]]:
+                try:
+                    graphs = have_graph(part, self.learned)
+                except ReplayMismatchError:
+                    return  # refused, then, as what has a graph and no rows
+            self._constants.update({call.paths[i]: not graphs[i] for i in unknown})
+        for i in outputs:
+            if self._constants[call.paths[i]]:
                 arrival.grads[i] = None
 
-    def _is_selected(self, arrival: Arrival) -> bool:
-        """Whether the output that the loss used was picked from log-probs: one row is run with a graph to see."""
+    def _probe_outputs(self, arrival: Arrival) -> OutputProbe | None:
+        """How a call's outputs are made: once for each structure, one row is run with a graph to see."""
         if self.engine.communicates:
-            return False  # one more pass, that other ranks might not make
-        key = arrival.call.paths[0]
-        if key not in self._selected:
+            return None  # one more pass, that other ranks might not make
+        key = tuple(arrival.call.paths)
+        if key not in self._probed:
             with self._model_running():
-                outputs = [o for r in passes.forward([arrival.stand_in()], self.learned) for o in r.outputs]
-            self._selected[key] = len(outputs) == 1 and selects_log_prob(outputs[0])
-        return self._selected[key]
+                replayed = passes.forward([arrival.stand_in()], self.learned)
+            outputs = {i: output for r in replayed for i, output in r.all_outputs.items()}
+            self._probed[key] = OutputProbe(
+                {i for i, output in outputs.items() if output.requires_grad},
+                {i for i, output in outputs.items() if output.requires_grad and selects_log_prob(output)},
+                set(outputs),
+            )
+        return self._probed[key]
 
     def _warn_residual(self, residual: float) -> None:
         if residual > _RESIDUAL:
@@ -452,14 +614,45 @@ class Backward:
                 "mark the log-prob with gate.logp(...) to read it off the policy term alone.",
             )
 
+    def _warn_single(self, arrivals: list[Arrival]) -> None:
+        """The first population is one row: a gate that keeps a share of the rows always keeps it."""
+        config = self.selector.config
+        always = config.price is None and not config.history and config.hard and config.deterministic
+        if not always or config.unit == "token" or (self.spread.scope == "global" and self.engine.ranks.size > 1):
+            return
+        self._warn(
+            "single",
+            f"gated: a backward here is one row, {arrivals[0].call.described()}, and of one row the gate always keeps "
+            "it: nothing is saved. Samples that are packed into one row, (1, total), are one to the gate: give each a "
+            "row of its own, (B, T), padded; where a step is several backwards, window=N chooses among their rows.",
+        )
+
+    def find_graphs(self, call: Call) -> None:
+        """Find out which of the tensors that a screen left in attributes have a graph."""
+        with self._model_running():
+            find_graphs(call, self.learned)
+
     @contextlib.contextmanager
     def _model_running(self) -> Iterator[None]:
+        """While the gate runs the model itself. A forward may renormalise weights in place: that is no step."""
         self.running = True
+        before = self.state.versions()
         try:
             with self.watcher.off():
                 yield
         finally:
             self.running = False
+            self.state.forgive(before)
+
+    @contextlib.contextmanager
+    def _replaying(self) -> Iterator[None]:
+        """The same for the replay itself: an optimizer may step in its backward, and what a forward counts counts."""
+        self.running = self.state.attributes.counts = True
+        try:
+            with self.watcher.off():
+                yield
+        finally:
+            self.running = self.state.attributes.counts = False
 
     def _replay(
         self,
@@ -475,12 +668,20 @@ class Backward:
         if counts is not None:
             self.stats.spread(world.imbalance(counts), world.imbalance(planned.counts))
         done: list[Replayed] = []
-        with self._model_running():
-            if not engine.wrappers and self.spread.micro_batch_size is None and not passes.share_draws(planned.groups):
+        if len(planned.groups) > 1 and self._steps_inside() and self._one_at_a_time(planned):
+            raise RuntimeError(
+                "gated: hooks step the optimizer inside of the backward, but the kept rows need several passes, and "
+                "each would step it by its share. Leave micro_batch_size away, or step after the backward. Nothing was "
+                "changed."
+            )
+        with self._replaying():
+            if not self._one_at_a_time(planned):
                 done = [r for group in planned.groups for r in passes.forward(group, self.learned)]
+                has_graph = [bool(r.outputs) for r in done]
                 with passes.as_in_screen(done):
                     self._backward(first, done)
             else:
+                has_graph = []
                 # One pass at a time: a graph holds no more than one, and only the last reduces gradients.
                 for n, group in enumerate(planned.groups):
                     last = n == len(planned.groups) - 1
@@ -488,17 +689,31 @@ class Backward:
                         replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
                         with passes.as_in_screen(replayed):
                             self._backward(first, replayed)
+                    has_graph += [bool(r.outputs) for r in replayed]
                     done += [r.summary() for r in replayed] if not last else replayed
+        if not any(has_graph):
+            self._raise_or_announce(RuntimeError(_NO_GRAPH))
         for call in {id(part.call): part.call for r in done for part in r.group}.values():
             if call.left_behind:
                 self._warn(
                     "attribute",
-                    f"gated: the model's forward leaves tensors with a graph in its attributes "
-                    f"({', '.join(call.left_behind)}). A loss that uses them gets no gradient through them; return "
-                    "them from forward instead.",
+                    "gated: it was not known before the first replay that the model's forward leaves tensors with a "
+                    f"graph in its attributes ({', '.join(call.left_behind)}). If this step's loss used them, it had "
+                    "no gradient through them; from the next call on it has. Return them from forward to be sure.",
                 )
         self.stats.replayed(sum(len(part) for r in done for part in r.group), 0)
         return input_grads(done[-1])
+
+    def _one_at_a_time(self, planned: passes.Plan) -> bool:
+        """Whether each pass has a backward of its own."""
+        return bool(
+            self.engine.wrappers or self.spread.micro_batch_size is not None or passes.share_draws(planned.groups)
+        )
+
+    def _raise_or_announce(self, error: Exception) -> None:
+        if self.engine.ranks.alone:
+            raise error
+        self.engine.ranks.announce(error)
 
     def _backward(self, first: Arrival, replayed: list[Replayed]) -> None:
         """Into ``.grad``, or into what ``torch.autograd.grad`` asked for."""

@@ -81,6 +81,41 @@ class Rows:
 Layout = list[Rows | None]
 
 
+def at_positions(factors: Tensor, shape: Sequence[int], offset: int) -> Tensor | None:
+    """Factors of positions on the leading axes of the rows that the positions were read from.
+
+    Args:
+        factors: (n, P), of P positions a row.
+        shape: of a row: (T, ...) with P positions from ``offset`` on, or with P values on its first axes (bits).
+        offset: first position.
+
+    Returns:
+        (n, T) or (n, T, ...), 0 at other positions; (n,) for rows of one position; None if they do not fit.
+    """
+    n, positions = factors.shape
+    if positions == 1:
+        return factors[:, 0]
+    for axes in range(1, len(shape) + 1):
+        if offset == 0 and torch.Size(shape[:axes]).numel() == positions:
+            return factors.view(n, *shape[:axes])
+    if not shape or offset + positions > shape[0]:
+        return None
+    spread = factors.new_zeros(n, shape[0])
+    spread[:, offset : offset + positions] = factors
+    return spread
+
+
+def carried_over(factors: Tensor, shape: Sequence[int]) -> Tensor:
+    """What ``at_positions`` gave for one output, for the rows of another, of this shape.
+
+    Rows without these positions as their first axis, and on no other, take their largest factor.
+    """
+    if factors.dim() == 1 or (tuple(shape[: factors.dim() - 1]) == factors.shape[1:] and factors.dim() > 2):
+        return factors
+    each = factors.flatten(2).amax(2) if factors.dim() > 2 else factors
+    return each if shape and shape[0] == each.shape[1] and list(shape).count(shape[0]) == 1 else each.amax(1)
+
+
 def kept_rows(factors: Tensor) -> Tensor:
     """Indices of the rows that any factor of (B,) or (B, P) keeps, ascending."""
     return (factors if factors.dim() == 1 else factors.ne(0).any(1)).nonzero().flatten()
@@ -119,15 +154,18 @@ def fits(layout: Layout, tensors: Sequence[Tensor], batch: int) -> bool:
     )
 
 
-def infer_batch_size(inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int) -> int:
+def infer_batch_size(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], batch_dim: int, lengths: Sequence[int] = ()
+) -> int:
     """How many rows a call has.
 
-    The size along ``batch_dim`` that most tensors of the call share; the first input settles a tie.
+    The size along ``batch_dim`` that most tensors of the call share; the first input settles a tie. ``lengths`` of
+    lists, which may have an entry a row, count as such sizes.
 
     Raises:
         ValueError: if no tensor has an axis ``batch_dim``, or there are no rows.
     """
-    sizes = [leaf.shape[batch_dim] for leaf in inputs if leaf.dim() > batch_dim]
+    sizes = [*(leaf.shape[batch_dim] for leaf in inputs if leaf.dim() > batch_dim), *lengths]
     if not sizes:
         sizes = [leaf.shape[batch_dim] for leaf in outputs if leaf.dim() > batch_dim]
     if not sizes:

@@ -9,6 +9,7 @@ chooses, and the kept rows are replayed with a graph and drive the backward.
 
 import dataclasses
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kondo_hooks.attach import attach
+from kondo_hooks.audit import Audit
 from kondo_hooks.backward import Backward
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.forward import Forward, Reading
 from kondo_hooks.hosts import adopt
+from kondo_hooks.idle import Idle, moves
+from kondo_hooks.rounding import Checks
 from kondo_hooks.screened import Screened
 from kondo_hooks.selection import (
     Decision,
@@ -57,6 +61,8 @@ class Gated:
         unsaid: set[str],
         find_engine: Callable[[nn.Module], Engine],
         spread: Spread,
+        checks: Checks,
+        audit: int | None,
     ):
         self.model = model
         self.enabled = enabled and os.environ.get("KONDO_DISABLE", "").lower() not in ("1", "true", "yes", "on")
@@ -67,10 +73,21 @@ class Gated:
         engine = find_engine(model)
         engine.check_window(spread.window)
         self._selector = Selector(config)
-        self._backward = Backward(ModuleState(model), engine, spread, self._selector, self._warn)
+        self._backward = Backward(
+            ModuleState(model),
+            engine,
+            spread,
+            self._selector,
+            checks,
+            Audit(model, audit),
+            Idle(self._target(), self._warn),
+            self._warn,
+        )
         self._forward = Forward(model, self._backward, reading, self._warn)
         self._selector.reseed(self._stream())
         self._detach: Callable[[], bool] | None = None
+        self._entered = False
+        self._unwatch: Callable[[], None] = self._watch_steps() if self.enabled else lambda: None
         self._close: list[Callable[[], None]] = []
         self._unadopt: Callable[[], None] = lambda: None
 
@@ -88,9 +105,38 @@ class Gated:
 
     # The context.
 
+    def _watch_steps(self) -> Callable[[], None]:
+        """Until the context is entered: say so at a step of the model's optimizer. Returns what ends that."""
+        handle = weakref.ref(self)
+
+        def before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            gate = handle()
+            if gate is not None and moves(optimizer, list(gate.model.parameters())):
+                gate._warn("entered", gate._not_entered())
+
+        return weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
+
+    def _not_entered(self) -> str:
+        return (
+            f"gated: this gate around {type(self.model).__name__} was not entered, so it does nothing: write "
+            "`with kondo.gated(...):` around the training loop."
+        )
+
+    def discard(self) -> "Gated":
+        """Say that this gate is not meant to be entered; returns it. For hosts that only have its options checked."""
+        self._entered = True
+        self._unwatch()
+        return self
+
+    def __del__(self) -> None:
+        if not getattr(self, "_entered", True) and self.enabled and not sys.is_finalizing():
+            self._warn("entered", self._not_entered())
+
     def __enter__(self) -> "Gated":
         if not self.enabled:
             return self
+        self._entered = True
+        self._unwatch()
         if self._detach is not None:
             raise RuntimeError("gated: this context is already open; call kondo.gated(...) again for another")
         mine = set(self.model.modules())
@@ -102,12 +148,13 @@ class Gated:
                 )
         self._unadopt = adopt(self)
         self._attach()
-        self._backward.watcher.__enter__()
+        self._backward.watcher.open()
         return self
 
     def _attach(self) -> None:
         _active.add(self.model)
         self._backward.state = self._state()
+        self._backward.checks.reruns = not self._backward.engine.communicates
         self._detach = attach(self.model, self._method, self._forward.intercept)
         self._close = [
             self._backward.engine.open(self._backward),
@@ -127,6 +174,9 @@ class Gated:
     def _state(self) -> ModuleState:
         return ModuleState(self.model, self._backward.engine.swaps_parameters)
 
+    def _target(self) -> str:
+        return f"{type(self.model).__name__}.{self._method or '__call__'}"
+
     def _stream(self) -> int:
         return self._backward.engine.ranks.rank if self._backward.spread.scope == "local" else 0
 
@@ -141,16 +191,16 @@ class Gated:
             self._check_step(optimizer)
 
     def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse to leave backwards waiting if the optimizer is this model's."""
-        if self._backward.window.backwards:
-            mine = {id(p) for p in (*self._backward.state.parameters(), *self.model.parameters())}
-            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-                self._backward.check_step()
+        """Refuse to leave backwards waiting, or calls that none reached, if the optimizer is this model's."""
+        parameters = [*self._backward.state.parameters(), *self.model.parameters()]
+        if self._backward.window.backwards and moves(optimizer, parameters):
+            self._backward.check_step()
+        self._backward.idle.check(optimizer, parameters)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
             return
-        self._backward.watcher.take_off()
+        self._backward.watcher.close()
         ours = self._take_off()
         self._unadopt()
         self._backward.unhook()
@@ -172,10 +222,9 @@ class Gated:
                 "a word; call model.compile() before the context"
             )
         if not self._forward.calls:
-            target = f"{type(self.model).__name__}.{self._method or '__call__'}"
             self._warn(
                 "unused",
-                f"gated: {target} was never called with grad inside the context, so nothing was gated. If the "
+                f"gated: {self._target()} was never called with grad inside the context, so nothing was gated. If the "
                 "loop calls a wrapper (torch.compile, DDP) gate that; if it calls another method, name it "
                 "with method=.",
             )
@@ -326,13 +375,20 @@ class Gated:
     def logp(self, log_probs: Tensor) -> Tensor:
         """Mark the log-prob of the actions taken, (B,) or (B, T); returns it. First source of delight.
 
-        Use it where the gate cannot see the policy (``Normal``, a compiled loss) or where the log-prob also
+        Use it where the gate cannot see the policy (a density written out, a compiled loss) or where the log-prob also
         stands in a KL term: marked inside the policy-gradient term alone, delight is that term's alone.
         """
-        if self._detach is None or log_probs.grad_fn is None:
+        if self._detach is None or not torch.is_grad_enabled():
+            return log_probs
+        if log_probs.grad_fn is None:
+            if self._forward.calls and not self._forward.passes_through():
+                raise DelightError(
+                    "gate.logp: these log-probs have no graph, so no loss of them trains the model. Were they "
+                    "detached, or made under no_grad? Mark the log-probs that the loss is made of."
+                )
             return log_probs
         marked = log_probs.view_as(log_probs)
-        if observe_logp(marked) is None and self._forward.calls and not self._forward.passes_through():
+        if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():
             raise DelightError(
                 f"gate.logp: a tensor of shape {tuple(log_probs.shape)} could not be traced to the rows of a "
                 "gated call; mark the (B,) or (B, T) log-probs, in the batch's order"

@@ -40,6 +40,11 @@ class Boundary:
     index: int = 0
 
     @property
+    def has_positions(self) -> bool:
+        """Whether what is read here is one value for each position of its second axis, or for the row."""
+        return self.values.dim() <= (2 if (self.told or self.field) in ("logp", "nll") else 3)
+
+    @property
     def field(self) -> Kind | None:
         """What the output's own field name says it is."""
         return _FIELDS.get(self.path.rsplit(".", 1)[-1].rsplit("[", 1)[-1].strip("]'\""))
@@ -53,13 +58,14 @@ class Boundary:
         return bool((g.sum(-1).abs() <= tolerance * g.abs().sum(-1)).all()) and bool(self.grad.any())
 
 
+def selected_outputs(outputs: list[Boundary]) -> list[Boundary]:
+    """Outputs that are selected log-probs or nlls by name; empty if there is none."""
+    return [out for out in outputs if (out.told or out.field) in ("logp", "nll") and not _is_normalised(out)]
+
+
 def read_field(outputs: list[Boundary]) -> list[Signal]:
     """Signals of outputs that are selected log-probs or nlls by name; empty if there is none."""
-    return [
-        _read_selected(out, kind)
-        for out in outputs
-        if (kind := out.told or out.field) in ("logp", "nll") and not _is_normalised(out)
-    ]
+    return [_read_selected(out, out.told or out.field) for out in selected_outputs(outputs)]
 
 
 def read_terms(out: Boundary) -> Signal:
@@ -74,30 +80,32 @@ def read_boundary(
 ) -> tuple[list[Signal], float]:
     """Signals of the outputs that hold a policy, and the largest residual from a policy gradient.
 
+    Arguments and errors are those of :func:`find_policy`.
+    """
+    return read_policy(find_policy(outputs, is_selected))
+
+
+def find_policy(
+    outputs: list[Boundary], is_selected: Callable[[], bool] = lambda: False
+) -> list[tuple[Boundary, Kind]]:
+    """The outputs that hold a policy, and as what.
+
     Args:
         outputs: those that the loss used.
         is_selected: whether the only output was picked from log-probs by the model.
 
     Raises:
-        DelightError: if no output can be read, or two actions make it ambiguous.
+        DelightError: if there is none.
     """
     told = [out for out in outputs if out.told]
-    signals, residuals = [], [0.0]
+    found: list[tuple[Boundary, Kind]] = []
     for out in told or outputs:
         kind = out.told or _recognise(out)
-        if kind is None:
-            continue
-        if kind == "logp" and _is_normalised(out):
-            kind = "log_probs"
-        if kind in ("logp", "nll"):
-            signals.append(_read_selected(out, kind))
-        else:
-            signal, residual = _READERS[kind](out)
-            signals.append(signal)
-            residuals.append(residual)
-    if not signals and len(outputs) == 1 and (kind := _recognise_selected(outputs[0])) and is_selected():
-        signals.append(_read_selected(outputs[0], kind))
-    if not signals:
+        if kind is not None:
+            found.append((out, "log_probs" if kind == "logp" and _is_normalised(out) else kind))
+    if not found and len(outputs) == 1 and (kind := _recognise_selected(outputs[0])) and is_selected():
+        found.append((outputs[0], kind))
+    if not found:
         described = ", ".join(f"{out.path or 'the output'} {tuple(out.values.shape)}" for out in outputs)
         raise DelightError(
             "gated: no policy was found in the loss or in the model's outputs "
@@ -105,7 +113,29 @@ def read_boundary(
             "or name the output that holds it with logp=, logits= or probs=. (A critic's loss alone has none: "
             "add it to the actor's and call backward once.)"
         )
+    return found
+
+
+def read_policy(found: list[tuple[Boundary, Kind]]) -> tuple[list[Signal], float]:
+    """Signals of outputs that hold a policy, and the largest residual from a policy gradient.
+
+    Raises:
+        DelightError: if two actions make it ambiguous.
+    """
+    signals, residuals = [], [0.0]
+    for out, kind in found:
+        if kind in ("logp", "nll"):
+            signals.append(_read_selected(out, kind))
+        else:
+            signal, residual = _READERS[kind](out)
+            signals.append(signal)
+            residuals.append(residual)
     return signals, max(residuals)
+
+
+def holds_policy(out: Boundary) -> bool:
+    """Whether an output looks like a policy over actions, by its name, its values and its gradient."""
+    return _recognise(out) is not None
 
 
 def _is_normalised(out: Boundary) -> bool:
@@ -127,10 +157,12 @@ def _tolerance(values: Tensor) -> float:
 
 
 def _recognise(out: Boundary) -> Kind | None:
-    if (kind := out.field) is not None:
-        return kind
+    if out.field in ("logp", "nll"):
+        return out.field
     if out.values.dim() < 2 or out.values.shape[-1] < 2:
-        return None
+        return None  # one logit: a value, or a Bernoulli policy, whose action is not told here
+    if out.field is not None:
+        return out.field
     # Normalised log-probs are logits too: a loss that takes their softmax again sends a logits' gradient.
     if out.sums_to_zero():
         return "logits"
@@ -149,7 +181,7 @@ def _recognise_selected(out: Boundary) -> Kind | None:
     return "nll" if bool((out.values >= 0).all()) else None
 
 
-def _read_selected(out: Boundary, kind: Kind) -> Signal:
+def _read_selected(out: Boundary, kind: Kind | None) -> Signal:
     sign = -1 if kind == "logp" else 1
     y, g = (_positions(t.unsqueeze(-1)).squeeze(-1) for t in (out.values, out.grad))
     return Signal(sign * g, sign * y, g != 0)

@@ -29,12 +29,14 @@ class Engine:
         communicates: whether every pass through the model has collectives in it, so that ranks must make the same
             number of passes; without, only the reduction of the gradients has.
         swaps_parameters: whether parameters are other objects, or hold other values, between passes.
+        takes_gradients: whether ``torch.autograd.grad`` gives the parameters' gradients of a pass on this rank.
         reduces_later: whether gradients are reduced only after ``loss.backward()`` has returned.
     """
 
     name = "PyTorch"
     communicates = False
     swaps_parameters = False
+    takes_gradients = True
     reduces_later = False
 
     def __init__(self, wrappers: Sequence[Any], ranks: Ranks):
@@ -121,6 +123,7 @@ class FSDP1(Engine):
 
     name = "FullyShardedDataParallel"
     communicates = True
+    takes_gradients = False
     swaps_parameters = True
 
     def syncs(self) -> bool:
@@ -142,6 +145,7 @@ class FSDP2(Engine):
 
     name = "fully_shard"
     communicates = True
+    takes_gradients = False
     swaps_parameters = True
 
     def syncs(self) -> bool:

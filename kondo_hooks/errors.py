@@ -21,7 +21,23 @@ def no_batch_axis(path: str, batch: int) -> str:
     return (
         f"gated: the loss uses output {path or 'of the model'}, which has no batch axis of size {batch}, so its "
         "gradient cannot be split into rows. Compute scalar losses outside the model, expand per-model values "
-        "(a log_std, say) to the batch inside it, or call it on a batch (x.unsqueeze(0))."
+        "(a log_std, say) to the batch inside it, or call it on a batch (x[None])."
+    )
+
+
+def overwritten_input(name: str) -> str:
+    """The message for a replay that differs where the model writes into its input."""
+    return (
+        f"gated: the model writes into its input {name} in place (x /= 255, x[mask] = 0), so a replay meets what the "
+        "screen left there. Let it make a new tensor (x = x / 255), or pass it a clone."
+    )
+
+
+def unbatched(features: int) -> str:
+    """The message for a call whose only axis turned out to hold features."""
+    return (
+        f"gated: the model was called without a batch axis, and cannot be run on one of {features} values alone: they "
+        "are features and no rows. Call it on a batch of one row, x[None]."
     )
 
 
@@ -59,6 +75,32 @@ def failed_replay(call: str, rows: int, batch: int, error: Exception) -> str:
     )
 
 
+def unknown_axis(output: str, shape: tuple[int, ...], batch: int, axis: int) -> str:
+    """The message for an output that has the batch size on several axes, where no run could tell which holds rows."""
+    return (
+        f"gated: {output} has shape {shape}: {batch}, the batch size, stands on more than one axis, and the gate could "
+        f"not find out which holds the rows: it takes axis {axis}. If that is wrong, name the axis with batch_dim=."
+    )
+
+
+def rows_not_in_blocks(output: str, shape: tuple[int, ...], batch: int) -> str:
+    """The message for rows that are flattened into another axis in an order that was not confirmed."""
+    return (
+        f"gated: {output} has shape {shape}, in which {batch} rows are flattened with another axis, and no run of "
+        "fewer rows confirms that each row is a block of its own (time first? a layer that mixes rows?). Return it "
+        "with the rows on an axis of their own, (B, T, ...) or (T, B, ...); name that with batch_dim= if it is not 0."
+    )
+
+
+def unknown_positions(output: str, shape: tuple[int, ...], by_row: bool) -> str:
+    """The message for an output of which it is not known whether, or where, it has the tokens that were chosen."""
+    taken = "its rows count where any of their tokens is kept" if by_row else "its first axis is taken for the tokens"
+    return (
+        f"gated: unit='token': the loss also uses {output}, whose rows have the shape {shape}, and the gate could not "
+        f"find out which axis holds the tokens, if any: {taken}. If that is not what you mean, leave unit='sample'."
+    )
+
+
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of."""
 
@@ -68,6 +110,10 @@ class WarnOnce:
 
     def __init__(self) -> None:
         self._given: set[str] = set()
+
+    def is_new(self, kind: str) -> bool:
+        """Whether this kind was not given yet."""
+        return kind not in self._given
 
     def __call__(self, kind: str, message: str) -> None:
         """Warn unless this kind was given before."""

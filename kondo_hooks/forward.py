@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, infer_batch_size
 from kondo_hooks.engines import refuse_outer_wrapper
-from kondo_hooks.errors import WarnOnce
+from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
+from kondo_hooks.readings import settle_outputs
 from kondo_hooks.screened import Screened
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import find_sources
@@ -68,7 +69,9 @@ class Forward:
         self._warmup_steps = reading.warmup_steps
         self._warn = warn
         self._outputs_learned: dict[str, Rows] = {}
+        self._settled: dict[str, Rows] = {}
         self._record = True
+        self._with_batch: dict[tuple[str, ...], int] = {}
         self._learned_tape = False
         self._ungated_task = -1
 
@@ -98,12 +101,19 @@ class Forward:
         if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
             return original(*args, **kwargs), None, ()
         if self.passes_through():
+            self._backward.idle.ran()
             return self._run_ungated(original, args, kwargs, inputs), None, ()
+        if self._backward.state.is_unfinished():
+            with torch.no_grad(), self._backward.state.untouched():
+                original(*args, **kwargs)
+            self._backward.state.read()
         self._check_call()
+        backward = self._backward
         call = Call(
-            original, (args, kwargs), self._backward.state, self._backward.receive, self.pairs, self.shared_loss
+            original, (args, kwargs), backward.state, backward.receive, self.pairs, self.shared_loss, backward.checks
         )
         if self.screened is not None:
+            self._backward.idle.ran()
             return self._run_screened(call), None, ()
         return self._screen_call(call)
 
@@ -138,11 +148,23 @@ class Forward:
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._backward.engine.syncs()
         copy = self._backward.copy_outputs
-        result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None)
-        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in flatten(result)[1])
+        probe = None if self._backward.engine.communicates else self._backward.find_graphs
+        result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
+        state = self._backward.state
+        # What this forward made for good, layers or hooks, is there from the start for the one that counts.
+        if made := not state.same_parameters():
+            state.attributes.undo(call.change)
+            call.buffers.undo()
+            state.read()
+        if made or (call.change.changes_state and state.has_new_hooks()):
+            call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
+            result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
+        scalars = [*flatten(result)[1], *call.left_with_graph()]
+        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in scalars)
         if returns_loss and not self.tape:
+            self._backward.state.attributes.undo(call.change)
             with forked_rng(call.rng), call.buffers.restored():
-                result = call.screen(self._batch_dim, self._record, copy, Tape())
+                result = call.screen(self._batch_dim, self._record, copy, Tape(), probe)
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
         self._check_reach(call, result)
@@ -151,6 +173,19 @@ class Forward:
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
         self._record = call.random
+        if not self._backward.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
+            if call.lacks_batch():
+                raise ReplayMismatchError(unbatched(call.batch))
+            self._with_batch[tuple(call.input_paths)] = call.batch
+        config = self._backward.selector.config
+        with self._backward.engine.one_pass(False):
+            settle_outputs(
+                call,
+                self._settled,
+                call.whole is not None or not config.hard or config.weight != "pg",
+                self._warn,
+                not self._backward.engine.communicates,
+            )
         self._check_outputs(call)
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
             self._warn(
@@ -159,6 +194,7 @@ class Forward:
                 "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
                 "Put the whole sequence into one call (method=), or detach what is carried over.",
             )
+        self._backward.idle.screened()
         self._backward.streams.note([*call.inputs, *call.outputs])
         live, outputs = call.attach_node(result, self._backward.anchor)
         if self._named is not None:
@@ -193,7 +229,7 @@ class Forward:
 
     def _descends(self, leaf: Tensor) -> bool:
         sources = find_sources(leaf, trust=True) or []
-        return any(source.call.state is self._backward.state for source in sources)
+        return any(getattr(source.call, "state", None) is self._backward.state for source in sources)
 
     def _check_reach(self, call: Call, result: Tree) -> None:
         """Refuse outputs that hold tensors where they cannot be replaced."""
@@ -212,7 +248,8 @@ class Forward:
                     "reach them, so they would have no gradient; return them in a tuple, a dict or an object"
                 )
 
-        map_tensors(lambda _path, leaf: leaf, result, other=look)
+        if not isinstance(result, Tensor):
+            map_tensors(lambda _path, leaf: leaf, result, other=look)
 
     def _check_outputs(self, call: Call) -> None:
         if self._backward.state.has_forward_hooks():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kondo_hooks.api import gated
+from kondo_hooks.context import Gated
 from kondo_hooks.selection import gate_probability, top_k
 
 
@@ -216,6 +217,7 @@ class KondoTrainer:
             KondoGateConfig(gate_rate if price is None else None, price, temperature, hard, deterministic)
         )
         self.optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=lr)
+        self._handle: Gated | None = None
 
     def step(
         self, input_ids: Tensor, actions: Tensor, advantages: Tensor, attention_mask: Tensor | None = None
@@ -229,7 +231,10 @@ class KondoTrainer:
         self.optimizer.zero_grad()
         # KondoGate has already multiplied the dropped samples' loss by zero: what is left to
         # save is their rows' graph, so the context keeps every row that has a gradient.
-        with gated(self.model, price=0.0, priority="abs_advantage") as handle:
+        if self._handle is None:
+            self._handle = gated(self.model, price=0.0, priority="abs_advantage")
+        forwarded = self._handle.stats.forwarded
+        with self._handle as handle:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
             result = self.gate(logits, actions, advantages, attention_mask)
             result.gated_policy_loss.backward()
@@ -239,5 +244,5 @@ class KondoTrainer:
             "gate_rate": result.actual_gate_rate.item(),
             "price": result.price.item(),
             "mean_delight": result.delight.mean().item(),
-            "rows_forwarded": handle.stats.forwarded if handle.enabled else len(input_ids),
+            "rows_forwarded": handle.stats.forwarded - forwarded if handle.enabled else len(input_ids),
         }

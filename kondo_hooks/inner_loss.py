@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kondo_hooks.attributes import version_of
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.state import Autocast
-from kondo_hooks.tree import Tree, flatten, map_tensors, unflatten
+from kondo_hooks.tree import Tree, flatten, unflatten
 
 _FIRST = ("[0][0]", "[1]['input']")
 # Where a function has its second operand; weights of classes and the like are none.
@@ -50,7 +51,7 @@ class Step:
         """Its result with some arguments replaced, and whether the others are as they were."""
         paths, leaves = flatten(self.args)
         same = all(
-            path in replaced or leaf._version == version
+            path in replaced or version_of(leaf) == version
             for path, leaf, version in zip(paths, leaves, self.versions, strict=True)
         )
         args, kwargs = unflatten(self.args, [replaced.get(p, leaf) for p, leaf in zip(paths, leaves, strict=True)])
@@ -78,7 +79,7 @@ class Tape(TorchFunctionMode):
             leaves = flatten((args, kwargs))[1]
             autocast = Autocast.current({leaf.device for leaf in leaves})
             # A function in place has counted up its first argument by now.
-            versions = [leaf._version - (leaf is result) for leaf in leaves]
+            versions = [version_of(leaf) - (leaf is result) for leaf in leaves]
             self.steps.append(Step(func, (args, kwargs), result, autocast, versions))
             self._made.add(_key(result))
         return result
@@ -90,7 +91,14 @@ class Tape(TorchFunctionMode):
 
 def _key(tensor: Tensor) -> Any:
     """The same for a scalar and for its alias, which an engine's hooks make."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
     return (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where its values are; of a tensor that has no memory of its own, something that is no address."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
 
 
 @dataclass(frozen=True)
@@ -174,8 +182,8 @@ class InnerLoss:
         """Whether the loss is a sum or mean of the tensor there: of a row's terms."""
         return self.has_policy(cut) and self._names[cut] in _SUMS
 
-    def run(self, result: Tree, live: Sequence[Tensor]) -> Tree:
-        """``result`` with its losses computed again, from ``live`` tensors where the graph ends."""
+    def run(self, live: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The losses by path, computed again from ``live`` tensors where the graph ends."""
         at = {(cut.step, cut.path): n for n, cut in enumerate(self.cuts)}
         made: dict[int, Tensor] = {}
         for i, step in self._steps.items():
@@ -195,7 +203,7 @@ class InnerLoss:
                 loss.register_hook(lambda _grad, path=path: self._reached.add(path))
         # A window must not hold what the losses were made of.
         self._steps, self._given, self.tensors = {}, [], []
-        return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
+        return losses
 
     def check(self) -> None:
         """Refuse a loss that a backward came from and that did not come out as the model's own."""
@@ -210,7 +218,7 @@ class InnerLoss:
                 )
 
     def in_replay(self, steps: Sequence[Step], check: bool = True) -> list[Tensor]:
-        """The tensors of another run of the model where the graph ends.
+        """The tensors of another run of the model where the graph ends; empty ones where no backward came from there.
 
         Args:
             steps: of that run's tape.
@@ -219,6 +227,8 @@ class InnerLoss:
         Raises:
             ReplayMismatchError: if that run computed its losses otherwise, or from more than these tensors.
         """
+        if check and not self._reached:
+            return [torch.empty(0) for _ in self.cuts]
         if len(steps) != self._length:
             raise ReplayMismatchError(
                 f"gated: the model computed its {_plain(next(iter(self.ends)))} in {self._length} operations for the "
@@ -247,6 +257,8 @@ class InnerLoss:
 
 
 def _plain(path: str) -> str:
+    if path.startswith("the attribute "):
+        return path.removeprefix("the attribute ")
     return path.strip("[]'.") if path else "output"
 
 
@@ -272,7 +284,7 @@ def find_losses(
         for path, leaf in outputs
         if leaf.dim() == 0 and leaf.is_floating_point() and _key(leaf) in made
     }
-    given = {leaf.untyped_storage().data_ptr() for leaf in constants}
+    given = {_memory(leaf) for leaf in constants}
     known: Known = {}
     cuts: list[Cut] = []
     # Numerators first, so that a step that is in both counts as one.
@@ -288,7 +300,7 @@ def find_losses(
             if earlier:
                 below.append((earlier[-1], divides or _is_divisor(steps[i].name, path)))
                 known[i][path] = earlier[-1]
-            elif leaf.dim() and path in _OPERANDS and leaf.untyped_storage().data_ptr() not in given:
+            elif leaf.dim() and path in _OPERANDS and _memory(leaf) not in given:
                 here.append((Cut(i, path, divides), leaf))
                 known[i][path] = None
         if any(shared(leaf) for _, leaf in here):

@@ -8,13 +8,15 @@ import contextlib
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from kondo_hooks.attributes import Change, version_of
 from kondo_hooks.batch import (
     Layout,
     Rows,
@@ -23,8 +25,11 @@ from kondo_hooks.batch import (
     is_doubtful,
     layouts,
     output_rows,
+    pad_to,
 )
+from kondo_hooks.distributions import LogProbs
 from kondo_hooks.draws import Draws, RecordDraws
+from kondo_hooks.encoded import Encoded, are_alike, encode_input, encode_output, encode_row_list, encode_rows, is_array
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.inner_loss import InnerLoss, Tape, find_losses
 from kondo_hooks.rounding import Checks
@@ -35,13 +40,15 @@ from kondo_hooks.state import (
     RngState,
     forked_rng,
     rng_state,
+    rng_state_now,
     same_rng_state,
 )
-from kondo_hooks.trace import Scale
+from kondo_hooks.trace import Path
 from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
 
 _serial = itertools.count()
 _GIVEN = "the input "
+_LEFT = "the attribute "
 
 
 @dataclass(eq=False)
@@ -59,11 +66,14 @@ class Call:
         batch: number of rows.
         inner: the losses that the model computed.
         whole: why only a replay of the whole batch can be exact, if so.
-        paths: of the outputs in what the model returned.
+        change: what the screen found and left in the modules' attributes. Tensors with rows that it replaced there are
+            inputs, too, after the arguments: a state that it may have read.
+        paths: of the outputs in what the model returned, and in the attributes.
         named: which output the user named, and as what.
         checks: how strictly a replay is held against the screen.
         policy: the outputs that hold the policy, once its delight was found.
         syncs: whether the host meant to reduce gradients in the backward of this call, at its forward.
+        writes_into: an input that the model writes into in place, if there is one.
     """
 
     run: Callable[..., Any]
@@ -77,6 +87,7 @@ class Call:
     autocast: Autocast = field(init=False)
     rng: RngState = field(init=False)
     buffers: BufferRecord = field(init=False)
+    change: Change = field(init=False)
     draws: Draws = field(default_factory=Draws)
     whole: str | None = None
     paths: list[str] = field(default_factory=list)
@@ -93,29 +104,54 @@ class Call:
         self.input_paths: list[str] = []
         self.inputs: list[Tensor] = []
         self._given: Tree = self.args
-        walk = Walk(self._note_input, fresh=True)
+        self._ids: set[int] = set()
+        self._rowwise: set[str] = set()
+        self._has_lists = False
+        self._rowwise_outputs: set[str] = set()
+        self._ragged: set[str] = set()
+        walk = Walk(self._note_input, fresh=True, encode=self._encode_input)
         self.args = walk(self.args)
         # The dict of keyword arguments is new in every call of a function.
+        self._spare = walk.spare
         self._may_write = walk.copies > 1 or walk.objects > 0
         self._writes = False
         devices = {leaf.device for leaf in self.inputs} | self.state.devices()
         self.flags = self.state.flags()
         self.autocast = Autocast.current(devices)
-        self.rng = rng_state(devices)
+        self.rng = rng_state(devices, self.state.generators())
         self._aliases: dict[str, str] = {}
         self._observations: list[weakref.ref[Any]] = []
         self._output_versions: list[int] = []
         self.random = False
-        self.overwrites: list[str] = []
-        self.scale: Scale | None = None
+        self.writes_into: str | None = None
+        self.log_probs: set[int] = set()
+        self.loss_paths: dict[int, list[Path]] = {}
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
+        self._arguments = len(self.inputs)
+        self._left_paths: list[str] = []
+        self._left_live: dict[int, Tensor] = {}
         self._returned = 0
 
     def _note_input(self, path: str, leaf: Tensor) -> Tensor:
+        self._ids.add(id(leaf))
         self.input_paths.append(path)
-        self.inputs.append(leaf)
-        return leaf
+        # One made under inference_mode has no version and cannot be saved for a backward.
+        self.inputs.append(leaf.clone() if leaf.is_inference() else leaf)
+        return self.inputs[-1]
+
+    def _encode_input(self, path: str, value: Any) -> Encoded | None:
+        if path in self._rowwise:
+            return encode_rows(value)
+        if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+            self._has_lists |= len(path) > 3
+            return None
+        if is_array(value) and value.dtype.hasobject:
+            self._has_lists = True
+        encoded = encode_input(value)
+        if encoded is not None:
+            self._ids.update(map(id, flatten(value)[1]))
+        return encoded
 
     @property
     def observations(self) -> list[Any]:
@@ -131,7 +167,14 @@ class Call:
         """Whether an input wants its gradient back from the node's own backward."""
         return any(leaf.requires_grad for leaf in self.inputs)
 
-    def screen(self, batch_dim: int, record: bool, copy: bool, tape: Tape | None = None) -> Tree:
+    def screen(
+        self,
+        batch_dim: int,
+        record: bool,
+        copy: bool,
+        tape: Tape | None = None,
+        probe: Callable[["Call"], None] | None = None,
+    ) -> Tree:
         """Run the whole batch without a graph; returns what the model returned.
 
         Args:
@@ -139,51 +182,71 @@ class Call:
             record: note random operations, so that a replay of some rows can repeat them.
             copy: keep a copy of the outputs, for a loss that writes into them.
             tape: notes how the model computes a loss of its own.
+            probe: finds out which of the tensors that the forward left in attributes have a graph.
         """
         self.buffers = self.state.buffers_before()
-        before = [leaf._version for leaf in self.inputs]
+        attributes = self.state.attributes.before()
+        before = [version_of(leaf) for leaf in self.inputs]
         with (
             torch.no_grad(),
-            _no_fast_path(),
+            no_fast_path(),
             self.state.plain_dropout(),
-            _uncompiled() if record else contextlib.nullcontext(),
-            RecordDraws(self.draws) if record else contextlib.nullcontext(),
+            uncompiled() if record else contextlib.nullcontext(),
+            RecordDraws(self.draws, self.rng) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
+            LogProbs() as log_probs,
         ):
             result = self.run_given()
         self.state.note_changes(self.buffers)
-        self._input_versions = [leaf._version for leaf in self.inputs]
-        changed = zip(self.input_paths, before, self._input_versions, strict=True)
-        self.overwrites = [path for path, old, new in changed if old != new]
+        self._input_versions = [version_of(leaf) for leaf in self.inputs]
+        changed = enumerate(zip(before, self._input_versions, strict=True))
+        overwritten = [i for i, (old, new) in changed if old != new]
+        self._overwritten = {id(self.inputs[i]) for i in overwritten}
+        self.writes_into = _argument(self.input_paths[overwritten[0]]) if overwritten else None
         self._parameter_versions = self.state.versions()
-        known = {device for device, _ in self.rng}
-        self.rng += [start for start in self.draws.starts.items() if start[0] not in known]
-        drew = not same_rng_state(self.rng, rng_state(device for device, _ in self.rng))
-        self.random = drew
-        if drew and not record:
+        self.rng += self.draws.others
+        self.random = not same_rng_state(self.rng, rng_state_now(self.rng))
+        if self.draws.missed or (self.random and not record):
             self.whole = "a random operation in it was not recorded"
         elif self.draws.indivisible:
             self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
         elif (norm := self.state.mixes_batch()) is not None:
             self.whole = f"{norm} in training mode computes statistics over the batch"
-        self._take_outputs(result, batch_dim, copy, tape)
+        self._find_batch(result, batch_dim)
+        self.change = self.state.attributes.compare(attributes, self._is_state)
+        self._add_states()
+        if probe is not None and self.state.attributes.unknown(self.change):
+            probe(self)
+        self._left_paths = self.state.attributes.with_graph(self.change, probe is not None)
+        self._take_outputs(result, copy, tape, log_probs)
         return result
 
-    def _take_outputs(self, result: Tree, batch_dim: int, copy: bool, tape: Tape | None) -> None:
+    def _find_batch(self, result: Tree, batch_dim: int) -> None:
         self._writes = self._may_write and self._has_written()
-        every: list[tuple[str, Tensor]] = []
-        paths: dict[int, str] = {}
-        for path, leaf in self._found(result, self._given).items():
-            if id(leaf) in paths:
-                self._aliases[path] = paths[id(leaf)]
-            else:
-                paths[id(leaf)] = path
-                every.append((path, leaf))
-        self.batch = infer_batch_size(self.inputs, [leaf for _, leaf in every], batch_dim)
+        outputs = [leaf for _, leaf in self._every(result, {})]
+        lengths = [*self._list_lengths(self.args), *self._list_lengths(result)] if self._has_lists else []
+        self.batch = infer_batch_size(self.inputs[: self._arguments], outputs, batch_dim, lengths)
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
         self.batch //= 2 if self.pairs else 1
+        if self.whole is None and self.batch > 1 and any(n % self.batch == 0 for n in self.draws.permuted):
+            self.whole = "a random permutation (randperm) in it may be one of the rows"
         self.batch_dim = batch_dim
+        self._cut_lists(result)
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        return candidate_rows(tensor, self.batch, self.batch_dim, self.pairs)[0] is not None
+
+    def _add_states(self) -> None:
+        """Make the tensors that the forward replaced in attributes inputs of the call."""
+        states, n = self.change.states, self._arguments
+        if states or len(self.inputs) > n:
+            self.input_paths = self.input_paths[:n] + [f"[2][{path!r}]" for path in states]
+            self.inputs = self.inputs[:n] + list(states.values())
+            self._input_versions = [version_of(leaf) for leaf in self.inputs]
+
+    def _take_outputs(self, result: Tree, copy: bool, tape: Tape | None, log_probs: LogProbs) -> None:
+        every = self._every(result, self.change.new)
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]
             self.inner = find_losses(tape.steps, every, constants, self._shares)
@@ -193,13 +256,42 @@ class Call:
         if self.inner is not None:
             kept += [(self.inner.name(i), tensor) for i, tensor in enumerate(self.inner.tensors)]
         self.paths = [path for path, _ in kept]
+        self.log_probs = {i for i, (_, leaf) in enumerate(kept) if leaf in log_probs}
         # Aliases that are no views: the user may write into what is returned, and `detach` shares the
         # version counter, which tells that it was done.
         self.returned = [leaf.data for _, leaf in kept]
         self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
-        self.rows = [output_rows(leaf, self.batch, batch_dim, self.pairs) for leaf in self.outputs[: self._returned]]
+        self.rows = [
+            output_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.outputs[: self._returned]
+        ]
         self.rows += [self._loss_rows(leaf) for leaf in self.outputs[self._returned :]]
-        self._output_versions = [leaf._version for leaf in self.outputs]
+        self._output_versions = [version_of(leaf) for leaf in self.outputs]
+
+    def _every(self, result: Tree, left: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """What came out of the screen, by path, each tensor once; ``left`` are those that it left in attributes."""
+        every: list[tuple[str, Tensor]] = []
+        paths: dict[int, str] = {}
+        self._aliases = {}
+        for path, leaf in self._found(result, self._given, left).items():
+            if id(leaf) in paths:
+                self._aliases[path] = paths[id(leaf)]
+            else:
+                paths[id(leaf)] = path
+                every.append((path, leaf))
+        return every
+
+    def _list_lengths(self, tree: Tree) -> list[int]:
+        """Lengths of the outermost lists in a tree, each as often as there are tensors in it."""
+        lengths: list[int] = []
+        inside: list[str] = []
+
+        def look(path: str, value: Any) -> None:
+            if len(path) > 3 and isinstance(value, (list, tuple)) and not any(map(path.startswith, inside)):
+                inside.append(path)
+                lengths.extend([len(value)] * max(1, len(flatten(value)[1])))
+
+        Walk(lambda _path, leaf: leaf, encode=look)(tree)
+        return lengths
 
     def _shares(self, reduced: Tensor) -> bool:
         return self.shared_loss and self._loss_rows(reduced) is None
@@ -231,35 +323,96 @@ class Call:
         return self.inner is not None and i >= self._returned and self.inner.is_summed(i - self._returned)
 
     def _is_output(self, path: str, leaf: Tensor) -> bool:
-        return differentiable(leaf) and (self.inner is None or path not in self.inner.ends)
+        ends = () if self.inner is None else self.inner.ends
+        return differentiable(leaf) and not leaf.is_inference() and path not in ends
 
     def _constants(self) -> set[int]:
         """Ids of the inputs and buffers that the screen did not change: a model that returns one returns a constant."""
-        inputs = {
-            id(leaf) for path, leaf in zip(self.input_paths, self.inputs, strict=True) if path not in self.overwrites
-        }
+        changed = {id(module._buffers[name]) for module, name, *_ in self.buffers.entries}
         buffers = {id(buffer) for buffer in self.state.buffers()}
-        return inputs | (buffers - {id(module._buffers[name]) for module, name, *_ in self.buffers.entries})
+        return (self._ids - self._overwritten) | (buffers - changed)
 
     def _has_written(self) -> bool:
         """Whether the screen put tensors into the containers that it was given."""
-        inputs = {id(leaf) for leaf in self.inputs}
-        return any(id(leaf) not in inputs for leaf in flatten(self._given)[1])
+        written = any(id(leaf) not in self._ids for leaf in flatten(self._given)[1])
+        if written and self._spare:
+            walk = Walk(lambda _path, leaf: leaf)
+            walk.memo.update({id(given): before for given, before in self._spare})
+            self.args = walk(self.args)
+        self._spare = []
+        return written
 
-    def _found(self, result: Tree, args: Tree) -> dict[str, Tensor]:
-        """By path, what a run returned and, where the model writes into what it is given, what stands there now."""
+    def _found(self, result: Tree, args: Tree, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By path, what a run returned and, where the model writes into what it is given, what stands there now.
+
+        ``left`` are tensors in attributes: those at paths where the forward leaves a graph are added.
+        """
         found: dict[str, Tensor] = {}
-        walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True)
+        plain = type(result) is Tensor and not (result.is_nested or result.layout is not torch.strided)
+        if plain and not (self._writes or self._left_paths):
+            return {"": result}  # the plainest case pays for no walk
+        walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True, encode=self._encode_output)
         walk(result)
         if self._writes:
             walk(args, _GIVEN)
+        found.update((_LEFT + path, left[path]) for path in self._left_paths if path in left)
         return found
+
+    def _encode_output(self, path: str, value: Any) -> Encoded | None:
+        if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+            encoded = encode_row_list(value) if path in self._rowwise_outputs and are_alike(value) else None
+        else:
+            encoded = encode_output(value)
+        if encoded is not None:
+            self._ragged.add(path)
+        return encoded
+
+    def _find_rowwise(self, tree: Tree, inputs: bool) -> set[str]:
+        """Paths of the lists, outermost, that have an entry a row."""
+        paths: set[str] = set()
+        n = self.batch * (2 if self.pairs else 1)
+
+        def look(path: str, value: Any) -> None:
+            objects = is_array(value) and value.dtype.hasobject
+            if not objects and (not isinstance(value, (list, tuple)) or hasattr(value, "_fields")):
+                return
+            if len(value) != n or (inputs and len(path) <= 3) or any(map(path.startswith, paths)):
+                return
+            leaves = flatten(list(value))[1]
+            if any(leaf.requires_grad or n in leaf.shape[self.batch_dim : self.batch_dim + 1] for leaf in leaves):
+                return
+            if not inputs and not (not objects and are_alike(value) and differentiable(value[0])):
+                return
+            # A tuple of numbers is a shape, or the like.
+            if isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value):
+                return
+            paths.add(path)
+
+        Walk(lambda _path, leaf: leaf, encode=look)(tree)
+        return paths
+
+    def _cut_lists(self, result: Tree) -> None:
+        """Take lists with an entry a row as rows, among the inputs and the outputs."""
+        if self._has_lists and (paths := self._find_rowwise(self.args, inputs=True)):
+            self._rowwise = paths
+            self.input_paths, self.inputs = [], []
+            self.args = Walk(self._note_input, fresh=True, wanted=paths, encode=self._encode_input)(self.args)
+            self._arguments = len(self.inputs)
+            self._input_versions = [version_of(leaf) for leaf in self.inputs]
+        if not isinstance(result, Tensor):
+            self._rowwise_outputs = self._find_rowwise(result, inputs=False)
 
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
         remaining = iter(inputs)
-        args = Walk(lambda _path, _leaf: next(remaining), fresh=True)(self.args)
+        args = Walk(lambda _path, _leaf: next(remaining), fresh=True, everything=self._writes, decode=True)(self.args)
         return self.run(*args[0], **args[1]), args
+
+    def widened(self, i: int, output: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+        """Output ``i`` of a replay, padded as widely as any of ``shapes``, if its rows are padded at all."""
+        for shape in shapes if self.paths[i] in self._ragged else ():
+            output = _widened(output, shape)
+        return output
 
     def run_given(self) -> Tree:
         """Run the model on what it was given."""
@@ -277,17 +430,23 @@ class Call:
             )
         return result
 
-    def outputs_in(self, result: Tree, args: Tree, tape: Tape | None = None, check: bool = True) -> list[Tensor]:
-        """The outputs in what the model returned.
+    def outputs_in(
+        self, result: Tree, args: Tree, left: Mapping[str, Tensor], tape: Tape | None = None, check: bool = True
+    ) -> list[Tensor]:
+        """The outputs in what the model returned and left in attributes; an empty tensor where it left none.
 
         Args:
             result: of a run.
             args: of that run, after it.
+            left: tensors in attributes after that run, by path.
             tape: of that run, where losses are to be taken apart.
             check: whether it ran with a graph, which is to be held against the losses.
         """
-        found = self._found(result, args)
+        found = self._found(result, args, left)
         paths = self.paths[: self._returned]
+        for path in (*paths, *self._aliases):
+            if path.startswith(_LEFT) and path not in found:
+                found[path] = found.get(self._aliases.get(path, ""), torch.empty(0))
         if missing := [path for path in paths if path not in found]:
             raise ReplayMismatchError(
                 f"gated: the model returned {missing[0] or 'a tensor'} for the whole batch and not for the kept rows; "
@@ -298,7 +457,10 @@ class Call:
                 f"gated: the model returned one tensor as {self._aliases[split[0]] or 'output'} and {split[0]} without "
                 "a graph, and two with one: return copies of it (clone())"
             )
-        outputs = [found[path] for path in paths]
+        outputs = [
+            _widened(found[path], screened.shape) if path in self._ragged else found[path]
+            for path, screened in zip(paths, self.outputs, strict=False)
+        ]
         if self.inner is not None and tape is not None:
             outputs += self.inner.in_replay(tape.steps, check)
         return outputs
@@ -315,61 +477,153 @@ class Call:
         by_path = dict(zip(self.paths[: self._returned], returned, strict=False))
         live = self._with_live(lambda path, leaf: by_path.get(path, leaf), result)
         self._given = ((), {})  # it may hold the node's outputs now, and a cycle through autograd is never freed
+        if self._left_paths:
+            self._left_live = {
+                id(leaf): by_path[at]
+                for path, leaf in self.change.new.items()
+                if (at := self._aliases.get(_LEFT + path, _LEFT + path)) in by_path
+            }
+        if self.inner is None:
+            self._put_live()
         return live, returned
+
+    def _put_live(self) -> None:
+        """Put what now has a graph where the forward left it."""
+        if self._left_live and self.change.after is not None:
+            self.change.after.substitute(self._left_live)
+        self.change.after, self.change.new, self._left_live = None, {}, {}
 
     def _with_live(self, fn: Callable[[str, Tensor], Tensor], result: Tree) -> Tree:
         """``result`` with its tensors replaced; what the model was given is changed in place, and stays the user's."""
-        if not self._writes:
-            return map_tensors(fn, result)
+        if type(result) is Tensor and not (self._writes or result.is_nested or result.layout is not torch.strided):
+            return fn("", result)
         inside = Walk(lambda _path, leaf: leaf)
-        inside(self._given)
-        walk = Walk(fn, own=inside.memo.keys())
+        if self._writes:
+            inside(self._given)
+        walk = Walk(fn, own=inside.memo.keys(), encode=self._encode_output, decode=True)
         live = walk(result)
-        walk(self._given, _GIVEN)
+        if self._writes:
+            walk(self._given, _GIVEN)
         return live
 
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
         assert self.inner is not None
-        return self.inner.run(result, returned[self._returned :])
+        ends = {path: _LEFT + path for path in self._left_paths}
+        left = {self._aliases.get(end, end): leaf for path, leaf in self.change.new.items() if (end := ends.get(path))}
+        losses = self.inner.run(returned[self._returned :])
+        self._left_live |= {id(leaf): losses[end] for end, leaf in left.items() if end in losses}
+        self._put_live()
+        return map_tensors(lambda path, leaf: losses.get(path, leaf), result)
+
+    def is_left(self, i: int) -> bool:
+        """Whether the forward left output ``i`` in an attribute."""
+        return self.paths[i].startswith(_LEFT)
+
+    def lacks_batch(self) -> bool:
+        """Whether the only axis of a call of one-dimensional tensors holds features: the first cannot be run alone."""
+        shape = (self.batch,)
+        if self.whole or self.pairs or self.batch < 2 or not self.outputs or any(out.dim() > 1 for out in self.outputs):
+            return False
+        if not all(x.dim() == 0 or (x.shape == shape and x.is_floating_point()) for x in self.inputs):
+            return False
+        try:
+            outputs = self.run_without_graph([x[:1] if x.dim() else x for x in self.inputs])
+        except Exception:
+            return True
+        for where, screened, output in zip(self.rows, self.outputs, outputs, strict=True):
+            first = screened if where is None else screened[: where.repeat]
+            if output.shape != first.shape or not (self.random or torch.allclose(output, first, 0.1, 1e-2)):
+                return True
+        return False
 
     def readings(self) -> Iterator[Layout]:
-        """Which inputs hold rows, the likeliest reading first."""
-        return layouts(self.inputs, self.batch, self.batch_dim, self.pairs)
+        """Which inputs hold rows, the likeliest reading first; a state is cut as is likeliest, or at last not."""
+        arguments, states = self.inputs[: self._arguments], self.inputs[self._arguments :]
+        cut = [candidate_rows(leaf, self.batch, self.batch_dim, self.pairs)[0] for leaf in states]
+        for layout in layouts(arguments, self.batch, self.batch_dim, self.pairs):
+            yield [*layout, *cut]
+        if states:
+            yield [*next(layouts(arguments, self.batch, self.batch_dim, self.pairs)), *[None] * len(states)]
 
     def doubtful(self) -> list[bool]:
         """For each input, whether it can be read otherwise than as is likeliest."""
-        candidates = (candidate_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.inputs)
-        return [is_doubtful(options, self.batch_dim) for options in candidates]
+        candidates = [candidate_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.inputs]
+        several = self.reads_several()
+        return [
+            i < self._arguments
+            and (is_doubtful(options, self.batch_dim) or (several and leaf.dim() == 1 and options[0] is not None))
+            for i, (leaf, options) in enumerate(zip(self.inputs, candidates, strict=True))
+        ]
+
+    def reads_several(self) -> bool:
+        """Whether more than one input looks like rows, so that one of them may be shared."""
+        batch = self.batch * (2 if self.pairs else 1)
+        return sum(batch in leaf.shape for leaf in self.inputs[: self._arguments]) > 1
 
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
-        return any(leaf._version != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
+        return any(version_of(leaf) != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""
         self.outputs = self.run_without_graph(self.inputs)
-        self._output_versions = [leaf._version for leaf in self.outputs]
+        self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of another run as the screen's, on these tensors in place of its inputs."""
         tape = self.tape()
-        with torch.no_grad(), _no_fast_path(), self.as_screened(), tape or contextlib.nullcontext():
+        with torch.no_grad(), no_fast_path(), self.as_screened(inputs), tape or contextlib.nullcontext():
             result, args = self.run_again(inputs)
-        return self.outputs_in(result, args, tape, check=False)
+            left = self.left()
+        return self.outputs_in(result, args, left, tape, check=False)
+
+    def left_with_graph(self) -> list[Tensor]:
+        """What the screen left in attributes and has a graph when it is run with one."""
+        return [self.change.new[path] for path in self._left_paths]
+
+    def left(self) -> dict[str, Tensor]:
+        """What stands in attributes now, where the screen left tensors."""
+        return self.state.attributes.take().tensors() if self.change.paths else {}
+
+    def learn_left(self) -> dict[str, Tensor]:
+        """The same after a run with a graph, which shows what has one."""
+        left = self.left()
+        if left:
+            graphs = self.state.attributes.learn(self.change, left)
+            self.left_behind = [path for path in graphs if path not in self._left_paths]
+        return left
 
     @contextlib.contextmanager
-    def as_screened(self) -> Iterator[None]:
-        """Flags, autocast, buffers and random numbers as the screen saw them; undone on exit."""
+    def as_screened(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Flags, autocast, buffers, attributes and random numbers as the screen saw them; undone on exit.
+
+        Args:
+            inputs: of the run.
+        """
         with (
+            self.state.restored_children(),
             self.state.restored_flags(self.flags),
             self.state.plain_dropout(),
             self.autocast.restored(),
             self.buffers.restored() if self.buffers.entries else contextlib.nullcontext(),
             forked_rng(self.rng) if self.random else contextlib.nullcontext(),
-            self.state.kept_attributes() as self.left_behind,
+            self.attributes_as_screened(inputs),
         ):
             yield
+
+    def attributes_as_screened(self, inputs: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """What stood in the modules' attributes before the screen, and rows of it among ``inputs``."""
+        return self.state.attributes.as_before(self.change, inputs[self._arguments :])
+
+    def input_name(self, i: int) -> str:
+        """An input, as a message names it."""
+        return _argument(self.input_paths[i])
+
+    def output_name(self, i: int) -> str:
+        """An output, as a message names it."""
+        path = self.paths[i]
+        return path if path.startswith("the ") else f"output {path}" if path else "the output"
 
     def described(self) -> str:
         """What was called, with the shapes of its inputs, for a message."""
@@ -377,14 +631,14 @@ class Call:
         method = "" if name in ("", "__call__", "_call_impl") else f".{name}"
         shapes = ", ".join(
             f"{'' if path.startswith('[0]') else _argument(path) + '='}{tuple(leaf.shape)}"
-            for path, leaf in zip(self.input_paths, self.inputs, strict=True)
+            for path, leaf in list(zip(self.input_paths, self.inputs, strict=True))[: self._arguments]
         )
         return f"{self.state.name}{method}({shapes})"
 
     def changed_since(self) -> str | None:
         """What the replay would see otherwise than the screen, if it can be told."""
         for path, leaf, version in zip(self.input_paths, self.inputs, self._input_versions, strict=True):
-            if leaf._version != version:
+            if version_of(leaf) != version:
                 return f"the input {_argument(path)} was modified in place after the call"
         if self.state.versions() != self._parameter_versions:
             return "the parameters were changed between the call and its backward (an optimizer step?)"
@@ -399,17 +653,19 @@ class Call:
         self.inputs = [stub(leaf) for leaf in self.inputs]
         self.args = unflatten(self.args, self.inputs)
         self.outputs = [stub(leaf) for leaf in self.outputs]
-        self._input_versions = [leaf._version for leaf in self.inputs]
-        self._output_versions = [leaf._version for leaf in self.outputs]
+        self._input_versions = [version_of(leaf) for leaf in self.inputs]
+        self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
         self.args, self.inputs, self.outputs = ((), {}), [], []
         self._given = ((), {})
+        # What the forward left in the model may lead here: a cycle through autograd is never freed.
+        del self.change, self.run, self.receive, self.state
 
 
 @contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """Transformer layers in eval mode take another path without grad, which zeroes padding: the replay would differ."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -419,9 +675,14 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _uncompiled() -> Any:
+def uncompiled() -> Any:
     """A compiled model runs as it is written: under a dispatch mode Dynamo would give its frame up for good."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def _widened(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows that were padded among themselves, padded as in ``shape`` where that is more."""
+    return pad_to(rows, [len(rows), *map(max, rows.shape[1:], shape[1:])])
 
 
 def differentiable(leaf: Tensor) -> bool:

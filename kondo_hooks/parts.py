@@ -1,16 +1,20 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, fits
+from kondo_hooks.attributes import same_facts
+from kondo_hooks.batch import Layout, Rows, at_positions, carried_over
+from kondo_hooks.encoded import Encoded
+from kondo_hooks.errors import DelightError
 from kondo_hooks.node import Call
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.readings import Learned
 from kondo_hooks.rounding import by_column, measure
-from kondo_hooks.tree import Tree
+from kondo_hooks.tree import Tree, attributes, is_entered
 
 Gradient = Tensor | RankOne
 
@@ -70,6 +74,11 @@ class Part:
                 grads.append(None if grad is None else torch.zeros_like(grad))
         return replace(self, grads=grads, silent=True)
 
+    def tells(self) -> bool:
+        """Whether a comparison with the screen says anything: where no gradient was sent, nothing is compared."""
+        tensors = [grad.coefficient if isinstance(grad, RankOne) else grad for grad in self.grads]
+        return any(bool(grad.any()) for grad in tensors if grad is not None)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -120,17 +129,51 @@ class Part:
             held = replace(held, inputs=inputs, outputs=outputs)
         return replace(self, rows=self.rows[index], grads=grads, held=held)
 
-    def weighted(self, factors: Tensor, offset: int) -> "Part":
-        """Its gradients times (n,) or (n, P) factors; ``offset`` is the outputs' position where the P start."""
+    def weighted(
+        self, factors: Tensor, offset: int = 0, source: int | None = None, by_row: Collection[int] = ()
+    ) -> "Part":
+        """Its gradients times factors.
+
+        Args:
+            factors: (n,), or (n, P) for positions of output ``source``.
+            offset: the first of these positions.
+            source: the output that the positions were read from; the first with a gradient where that is not known.
+            by_row: outputs without positions, whatever their shape.
+
+        Raises:
+            DelightError: if the output does not have these positions.
+        """
         if bool((factors == 1).all()):
             return self
+        shapes = [self._row_shape(i) for i in range(len(self.grads))]
+        if factors.dim() == 2:
+            if source is None or shapes[source] is None:
+                source = next((i for i, shape in enumerate(shapes) if shape is not None), None)
+            shape = None if source is None else shapes[source]
+            placed = factors.amax(1) if shape is None else at_positions(factors, shape, offset)
+            if placed is None:
+                raise DelightError(
+                    f"gated: unit='token': {factors.shape[1]} values a row were seen in the loss, and output "
+                    f"{self.call.paths[source or 0] or 'of the model'} has rows of shape {tuple(shape or ())}: which "
+                    "position each belongs to is not known. Mark (B, T) log-probs with gate.logp(...), or leave "
+                    "unit='sample'"
+                )
+            factors = placed
         grads: list[Gradient | None] = []
-        for where, grad in zip(self.call.rows, self.grads, strict=True):
-            if isinstance(grad, RankOne):
-                grads.append(grad.weighted(factors, offset))
-            else:
-                grads.append(grad if grad is None or where is None else where.weighted(grad, factors, offset))
+        for i, (where, grad, shape) in enumerate(zip(self.call.rows, self.grads, shapes, strict=True)):
+            if grad is None or where is None or shape is None:
+                grads.append(grad)
+                continue
+            mine = factors if i == source else carried_over(factors, () if i in by_row else shape)
+            grads.append(grad.weighted(mine) if isinstance(grad, RankOne) else where.weighted(grad, mine))
         return replace(self, grads=grads)
+
+    def _row_shape(self, i: int) -> torch.Size | None:
+        """Of a row of an output's gradient; None where there is none."""
+        where, grad = self.call.rows[i], self.grads[i]
+        if grad is None or where is None:
+            return None
+        return grad.shape[1:] if isinstance(grad, RankOne) else where.first(grad).shape[1:]
 
     def whole(self) -> "Part":
         """The whole call, with a gradient of zero at the rows that were not in this part."""
@@ -280,6 +323,7 @@ def same_structure(a: Call, b: Call) -> bool:
         and a.paths == b.paths
         and a.flags == b.flags
         and a.autocast == b.autocast
+        and same_facts(a.change, b.change)
         and [(x.dtype, x.dim()) for x in a.inputs] == [(x.dtype, x.dim()) for x in b.inputs]
         and [(x.dtype, x.dim()) for x in a.outputs] == [(x.dtype, x.dim()) for x in b.outputs]
     )
@@ -287,14 +331,14 @@ def same_structure(a: Call, b: Call) -> bool:
 
 def stands_alone(call: Call) -> bool:
     """Whether its rows cannot go through the model together with another call's."""
-    return bool(call.random or call.whole or call.buffers.entries or call.decides_at_once)
+    return bool(call.random or call.whole or call.buffers.entries or call.change.changes_state or call.decides_at_once)
 
 
 def _fits(first: Part, second: Part) -> bool:
     a, b = first.call, second.call
     if stands_alone(a) or stands_alone(b) or not same_structure(a, b) or a.rows != b.rows:
         return False
-    layout, other = reading(first, {}), reading(second, {})
+    layout, other = reading(first), reading(second)
     if layout != other:
         return False
     for x, y, rows in zip(first.inputs(), second.inputs(), layout, strict=True):
@@ -308,23 +352,19 @@ def _fits(first: Part, second: Part) -> bool:
     return same_constants(a.args, b.args)
 
 
-def known_layout(call: Call, learned: dict[tuple[str, ...], Layout]) -> Layout | None:
-    """Where a call's inputs keep their rows, if a replay has found out for inputs of these paths."""
-    known = learned.get(tuple(call.input_paths))
-    return known if known is not None and fits(known, call.inputs, call.batch) else None
-
-
-def reading(part: Part, learned: dict[tuple[str, ...], Layout]) -> Layout:
+def reading(part: Part, learned: Learned | None = None) -> Layout:
     """Where a part's inputs keep their rows: as it is held, as it was found, else the likeliest."""
     if part.held is not None:
         return part.held.layout
-    call = part.call
-    return known_layout(call, learned) or next(call.readings())
+    known = None if learned is None else learned.known(part.call)
+    return known or next(part.call.readings())
 
 
 def same_values(x: Tensor, y: Tensor) -> bool:
     """Whether two shared inputs are the same."""
-    return x is y or (x.shape == y.shape and torch.equal(x, y))
+    if x is y or x.layout is not torch.strided or y.layout is not torch.strided:
+        return x is y
+    return x.shape == y.shape and torch.equal(x, y)
 
 
 def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
@@ -333,14 +373,24 @@ def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
 
 def same_constants(a: Tree, b: Tree) -> bool:
     """Whether two trees differ in nothing but their tensors."""
-    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)):
+    return _same_constants(a, b, set())
+
+
+def _same_constants(a: Tree, b: Tree, seen: set[tuple[int, int]]) -> bool:
+    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)) or (id(a), id(b)) in seen:
         return True
     if type(a) is not type(b):
         return False
+    seen.add((id(a), id(b)))
+    if isinstance(a, Encoded):
+        return _same_constants(a.constant, b.constant, seen)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(same_constants, a, b))
+        return len(a) == len(b) and all(_same_constants(x, y, seen) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_constants(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same_constants(a[key], b[key], seen) for key in a)
+    if is_entered(a):
+        mine, theirs = dict(attributes(a)), dict(attributes(b))
+        return mine.keys() == theirs.keys() and all(_same_constants(mine[name], theirs[name], seen) for name in mine)
     try:
         return bool(a == b)
     except Exception:

@@ -18,6 +18,7 @@ from kondo_hooks.engines import Engine
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.parts import Part, cut, pack, reading, same_constants, same_structure, same_values, stands_alone
 from kondo_hooks.population import Arrival
+from kondo_hooks.readings import Learned
 from kondo_hooks.replay import (
     AmbiguousRowsError,
     Replayed,
@@ -33,8 +34,6 @@ from kondo_hooks.replay import forward as run_assembled
 from kondo_hooks.trace import silence
 from kondo_hooks.verify import verify
 from kondo_hooks.window import Spread
-
-Learned = dict[tuple[str, ...], Layout]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """One backward's population: what arrived at its calls' nodes, read as delight and cut into kept rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout, kept_rows
-from kondo_hooks.delight import Boundary, read_boundary, read_field, read_terms
-from kondo_hooks.errors import DelightError, no_batch_axis, no_rows_in_loss
+from kondo_hooks.delight import (
+    Boundary,
+    Kind,
+    find_policy,
+    holds_policy,
+    read_field,
+    read_policy,
+    read_terms,
+    selected_outputs,
+)
+from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
-from kondo_hooks.parts import Part
+from kondo_hooks.parts import Part, same_values
 from kondo_hooks.selection import Signal
-from kondo_hooks.trace import Scale
+from kondo_hooks.trace import Path, read_scales
 from kondo_hooks.watch import join
 
 
@@ -30,8 +39,11 @@ class Arrival:
         to_parameters: whether the backward wants the parameters' gradients, or only some input's.
         signal: (B, P) what is known of its samples, once it was read.
         offset: position on the outputs' second axis where the signal starts.
+        source: the output that the signal was read from, if that is known.
+        by_row: outputs without positions, which have as many features by chance.
         scale: the loss's own scale, which was divided out of the signal.
         forced: (B,) rows that are kept whatever their delight; None if there are none.
+        follows: the call of the same rows that holds their policy, where this one holds none: one decision is for both.
         held: the rows that can still be chosen, where the call has let go of the rest.
     """
 
@@ -43,8 +55,11 @@ class Arrival:
     to_parameters: bool
     signal: Signal | None = None
     offset: int = 0
+    source: int | None = None
+    by_row: frozenset[int] = frozenset()
     scale: float = 1.0
     forced: Tensor | None = None
+    follows: "Arrival | None" = None
     held: Part | None = None
 
     def unsplit(self) -> list[int]:
@@ -62,6 +77,35 @@ class Arrival:
         if call.inner is not None:
             call.inner.check()
 
+    def follow(self, others: Iterable["Arrival"]) -> None:
+        """Be decided on with the first of these that was called on the same rows."""
+        for other in others:
+            if same_rows(self.call, other.call):
+                self.follows, self.offset, self.scale = other, other.offset, other.scale
+                if self.forced is not None:
+                    other.forced = self.forced if other.forced is None else other.forced | self.forced
+                return
+
+    def policy(self) -> frozenset[int]:
+        """The outputs that hold the policy, as its delight was found."""
+        call = self.call
+        seen = {s.output for o in call.observations if o.used_by(self.task) for s in o.sources if s.call is call}
+        seen |= set() if call.named is None else {call.named[1]}
+        boundaries = self.boundaries()
+        found = seen | {out.index for out in boundaries if out.told or out.field or call.is_summed(out.index)}
+        if not found:
+            found = {out.index for out in boundaries if len(boundaries) == 1 or holds_policy(out)}
+        return frozenset(found)
+
+    def others(self) -> list[int]:
+        """Outputs with rows that get a gradient and hold no policy."""
+        call = self.call
+        return [
+            i
+            for i, (grad, where) in enumerate(zip(self.grads, call.rows, strict=True))
+            if grad is not None and where is not None and i not in call.policy and not call.makes_loss(i) and grad.any()
+        ]
+
     def overflowed(self) -> Tensor | None:
         """(B,) rows whose gradient left the range of float16: they are kept, for a GradScaler has to see them."""
         call = self.call
@@ -77,14 +121,27 @@ class Arrival:
     def boundaries(self) -> list[Boundary]:
         """The outputs that the loss used, rows first."""
         call = self.call
-        told = call.named
+        told: dict[int, Kind] = dict.fromkeys(call.log_probs, "logp")
+        if call.named is not None:
+            told = {call.named[1]: call.named[0]}
         return [
-            Boundary(path, where.first(value), where.first(grad), told[0] if told and told[1] == i else None, i)
+            Boundary(path, where.first(value), where.first(grad), told.get(i), i)
             for i, (path, where, value, grad) in enumerate(
                 zip(call.paths, call.rows, call.outputs, self.grads, strict=True)
             )
             if grad is not None and where is not None and call.has_policy(i)
         ]
+
+    def with_positions(self) -> tuple[int, dict[int, tuple[int, ...]]]:
+        """How many positions the signal's output has, and the other outputs whose rows begin with an axis as long."""
+        shapes = {
+            i: tuple(where.first(self.call.outputs[i]).shape[1:])
+            for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True))
+            if where is not None and grad is not None
+        }
+        own = shapes.pop(self.source, ()) if self.source is not None else ()
+        length = own[0] if own else 1
+        return length, {i: shape for i, shape in shapes.items() if length > 1 and shape[:1] == (length,)}
 
     def part(self, factors: Tensor) -> Part | None:
         """The kept rows with their weighted gradients; None if no row is kept.
@@ -95,13 +152,22 @@ class Arrival:
         rows = kept_rows(factors).to(self._device)
         if not len(rows):
             return None
-        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset)
+        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset, self.source, self.by_row)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
         if self.held is not None:
             return self.held.select(torch.zeros(1, dtype=torch.long, device=self._device)).silenced()
         return Part.stand_in(self.call, torch.zeros(1, dtype=torch.long, device=self._device), self.grads)
+
+    def some(self) -> Part | None:
+        """Two rows that the loss sent a gradient to, or fewer; None if there are none."""
+        used = torch.zeros(self.call.batch, dtype=torch.bool, device=self._device)
+        for where, grad in zip(self.call.rows, self.grads, strict=True):
+            if where is not None and grad is not None:
+                used |= where.first(grad).reshape(self.call.batch, -1).ne(0).any(1).to(self._device)
+        rows = used.nonzero().flatten()[:2]
+        return self._take(rows) if len(rows) else None
 
     def hold(self, rows: Tensor, layout: Layout) -> None:
         """Keep these rows, at least one, and let go of the others and of the call's tensors."""
@@ -122,47 +188,91 @@ class Arrival:
         return Part.of(self.call, rows, self.grads)
 
 
-def find_scales(arrivals: Sequence[Arrival]) -> list[float]:
+def same_rows(a: Call, b: Call) -> bool:
+    """Whether two calls were given the same rows: a tensor of rows that they have in common."""
+    if a.batch != b.batch:
+        return False
+    mine, theirs = ([leaf for leaf, where in zip(c.inputs, next(c.readings()), strict=True) if where] for c in (a, b))
+    return any(same_values(x, y) for x in mine for y in theirs if x.dtype == y.dtype and x.device == y.device)
+
+
+@dataclass(frozen=True)
+class OutputProbe:
+    """What one row of a call, run with a graph, told of its outputs.
+
+    Attributes:
+        graph: those that have a graph; the others are constants.
+        selected: those that were picked from log-probs.
+        seen: those that were looked at.
+    """
+
+    graph: set[int]
+    selected: set[int]
+    seen: set[int]
+
+    def is_constant(self, i: int) -> bool:
+        """Whether no gradient can go through output ``i``."""
+        return i in self.seen and i not in self.graph
+
+
+def find_scales(paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int], warn: WarnOnce) -> list[float]:
     """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell.
+
+    Where the loss takes several ways to a log-prob (a policy term and a KL term, say) the largest scale is taken for
+    that of the policy: the other terms' coefficients are given relative to it, and are less than 1.
 
     A factor that multiplies one call's term of a sum is a weight of that call where the calls' factors make up for the
     sizes of their means, or are all the same; else it is an advantage (``loss = loss + R[t] * nll``).
+
+    Args:
+        paths: of each call, for each log-prob that its delight was read from, the loss's ways to it.
+        batches: rows of each call.
+        warn: told where it is ambiguous.
     """
-    assumed = 1 / sum(a.call.batch for a in arrivals)
-    noted: list[Scale | None] = [
-        next((o.scale for o in a.call.observations if o.used_by(a.task) and o.scale is not None), a.call.scale)
-        for a in arrivals
-    ]
-    found = [scale for scale in noted if scale is not None]
-    if len(found) < len(noted):
-        return [assumed * (found[0].above if found else 1.0)] * len(noted)
-    weights = _alike([scale.product for scale in found]) or _alike([scale.below for scale in found])
-    return [scale.product if weights else scale.above * scale.reduction for scale in found]
+    assumed = 1 / max(sum(batches), 1)
+    scales = iter(read_scales([path for call in paths for path in call]))
+    found = []
+    for call in paths:
+        each = [next(scales) for _ in call]
+        if any(one and not _alike([scale.product for scale in one], 1e-2) for one in each):
+            warn(
+                "scale",
+                "gated: the loss reaches the log-prob by several terms of different scales (pg + 0.04 * kl?). Delight "
+                "is in units of the largest; mark the log-prob inside the policy term alone with gate.logp(...).",
+            )
+        found.append(max((scale for one in each for scale in one), key=lambda scale: scale.product, default=None))
+    known = [scale for scale in found if scale is not None]
+    if len(known) < len(found) or not known:
+        return [assumed * (known[0].above if known else 1.0)] * len(found)
+    weights = _alike([scale.product for scale in known]) or _alike([scale.below for scale in known])
+    return [scale.product if weights else scale.above * scale.reduction for scale in known]
 
 
-def _alike(values: Sequence[float]) -> bool:
-    return max(values) - min(values) <= 1e-5 * max(values)
+def _alike(values: Sequence[float], tolerance: float = 1e-5) -> bool:
+    return max(values) - min(values) <= tolerance * max(values)
 
 
 def find_signal(
-    arrival: Arrival, scale: float, tokens: bool, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
-) -> tuple[Signal, int]:
-    """Delight of one call, and the position of its outputs where the signal starts.
+    arrival: Arrival,
+    tokens: bool,
+    probe: Callable[[Arrival], OutputProbe | None],
+    warn: Callable[[float], None],
+) -> tuple[Signal, int, list[list[Path]]]:
+    """Delight of one call times the loss's own scale, and the position of its outputs where the signal starts.
 
     Taken from the first that applies: log-probs that were told, an output of the model, seen in the loss
     code, read off the boundary.
 
     Args:
         arrival: the call and its gradients.
-        scale: the loss's own scale, divided out of the advantages.
         tokens: positions are chosen one by one, so it must be known which they are.
-        is_selected: whether the model's only output was picked from log-probs.
+        probe: runs a row with a graph and tells how the outputs are made; None where it must not.
         warn: told how far the loss is from a policy gradient, when it was read off the boundary.
 
     Returns:
-        A signal of (B, P) in advantage x nats.
+        A signal of (B, P), its offset, and for each log-prob that it was read from the loss's ways to it.
     """
-    signals, offset = _find(arrival, is_selected, warn)
+    signals, offset, paths = _find(arrival, probe, warn)
     if tokens and (len(signals) > 1 or offset is None):
         raise DelightError(
             "gated: unit='token' needs one log-prob a token, in the order of the model's output (B, T, ...), but "
@@ -171,27 +281,50 @@ def find_signal(
         )
     signal = join(signals)
     device = arrival.call.outputs[0].device
-    advantages = signal.advantages.to(device) / scale
-    return Signal(advantages, signal.surprisal.to(device), signal.valid.to(device)), offset or 0
+    moved = Signal(signal.advantages.to(device), signal.surprisal.to(device), signal.valid.to(device))
+    return moved, offset or 0, paths
 
 
 def _find(
-    arrival: Arrival, is_selected: Callable[[Arrival], bool], warn: Callable[[float], None]
-) -> tuple[list[Signal], int | None]:
+    arrival: Arrival, probe: Callable[[Arrival], OutputProbe | None], warn: Callable[[float], None]
+) -> tuple[list[Signal], int | None, list[list[Path]]]:
     call = arrival.call
     used = [o for o in call.observations if o.used_by(arrival.task)]
     if told := [o for o in used if o.told]:
-        return [o.signal(call) for o in told], told[0].offset(call)
+        arrival.source = told[0].output(call)
+        return [o.signal(call) for o in told], told[0].offset(call), [o.paths for o in told]
     boundaries = arrival.boundaries()
-    if fields := read_field(boundaries):
-        return fields, 0
+    if any(out.field and not out.told for out in boundaries) and (probed := probe(arrival)) is not None:
+        boundaries = [out for out in boundaries if out.told or not probed.is_constant(out.index)]
+    if fields := selected_outputs(boundaries):
+        arrival.source = fields[0].index
+        return read_field(fields), _offset(fields[0]), _paths(call, fields)
     if call.named is not None:
         used = [o for o in used if o.is_of(call, call.named[1])]
     # A value picked from raw outputs may be a Q-value; a logit's gradients sum to zero over the actions.
     if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
-        return [o.signal(call) for o in seen], seen[0].offset(call)
+        arrival.source = seen[0].output(call)
+        return [o.signal(call) for o in seen], seen[0].offset(call), [o.paths for o in seen]
     if terms := [out for out in boundaries if call.is_summed(out.index)]:
-        return [read_terms(out) for out in terms], 0
-    signals, residual = read_boundary(boundaries, lambda: is_selected(arrival))
+        arrival.source = terms[0].index
+        return [read_terms(out) for out in terms], 0, _paths(call, terms)
+
+    def is_selected() -> bool:
+        probed = probe(arrival)
+        return probed is not None and boundaries[0].index in probed.selected
+
+    found = find_policy(boundaries, is_selected)
+    arrival.source = found[0][0].index
+    signals, residual = read_policy(found)
     warn(residual)
-    return signals, 0
+    # Several terms reach logits, an entropy's too: that is no ambiguity of a log-prob.
+    paths = [[path] for one in _paths(call, [out for out, _ in found]) for path in one]
+    return signals, _offset(found[0][0]), paths
+
+
+def _paths(call: Call, outputs: list[Boundary]) -> list[list[Path]]:
+    return [call.loss_paths.get(out.index, []) for out in outputs]
+
+
+def _offset(out: Boundary) -> int | None:
+    return 0 if out.has_positions else None

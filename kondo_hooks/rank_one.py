@@ -63,17 +63,11 @@ class RankOne:
         coefficient, action, logp = (t.index_select(0, index) for t in self.tensors())
         return RankOne(coefficient, action, logp, shape, self.dtype)
 
-    def weighted(self, factors: Tensor, offset: int) -> "RankOne":
-        """Each row times a factor (n,), or each position from ``offset`` on (n, P); others get zero."""
-        factors = factors.to(self.coefficient.device)
-        if factors.dim() == 1:
-            spread = factors.unsqueeze(1)
-        elif factors.shape[1] > 1 and self.coefficient.shape[1] >= offset + factors.shape[1]:
-            spread = torch.zeros_like(self.coefficient)
-            spread[:, offset : offset + factors.shape[1]] = factors
-        else:
-            spread = factors.amax(1, keepdim=True)
-        coefficient = self.coefficient * spread.to(self.coefficient.dtype)
+    def weighted(self, factors: Tensor) -> "RankOne":
+        """Each row times a factor, (n,), or each entry of its leading axes, (n, T, ...); not of the actions'."""
+        inner = self.shape[1:-1]
+        spread = factors.view(*factors.shape, *[1] * (1 + len(inner) - factors.dim())).expand(len(factors), *inner)
+        coefficient = self.coefficient * spread.reshape(len(factors), -1).to(self.coefficient.dtype)
         return RankOne(coefficient, self.action, self.logp, self.shape, self.dtype)
 
     def tensors(self) -> list[Tensor]:

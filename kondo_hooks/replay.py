@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, fits, join_rows, pad_to
+from kondo_hooks.batch import Layout, Rows, join_rows, pad_to
 from kondo_hooks.draws import TakeDraws
-from kondo_hooks.errors import ReplayMismatchError, failed_replay
+from kondo_hooks.errors import ReplayMismatchError, failed_replay, overwritten_input
 from kondo_hooks.inner_loss import Tape
-from kondo_hooks.node import Call
+from kondo_hooks.node import Call, uncompiled
 from kondo_hooks.parts import Part, reading
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.readings import Learned, Uses
 from kondo_hooks.tree import Tree, flatten
 from kondo_hooks.verify import rows_of, verify
 
@@ -66,30 +67,62 @@ class Replayed:
         self.grads = [torch.zeros_like(grad) for grad in self.grads]
 
 
-def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replayed:
+def replay(group: list[Part], learned: Learned) -> Replayed:
     """Run the rows of one group again with a graph, and check them against the screen.
 
     Args:
         group: parts that ``pack`` put together.
-        learned: by the inputs' paths, which reading of their batch axes reproduced a screen; updated.
+        learned: which reading of the inputs' batch axes reproduced a screen; updated.
 
     Raises:
         ReplayMismatchError: if no reading does.
+        AmbiguousRowsError: if two do.
     """
+    try:
+        return _replay(group, learned)
+    except (torch.OutOfMemoryError, AmbiguousRowsError):
+        raise
+    except Exception:
+        if (twice := _twice(group)) is None:
+            raise
+        try:
+            return _replay([twice], learned)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            pass  # the row's own failure says more
+        raise
+
+
+def _twice(group: list[Part]) -> Part | None:
+    """A single row beside itself with a gradient of zero, for models that take one row for none: ``squeeze()``."""
+    part = group[0]
+    call = part.call
+    if len(group) > 1 or len(part) != 1 or part.all_rows or call.decides_at_once:
+        return None
+    if any(call.is_shared(i) for i in range(len(call.rows))):
+        return None
+    device = part.rows.device
+    twice = part.select(torch.zeros(2, dtype=torch.long, device=device))
+    return twice.weighted(torch.tensor([1.0, 0.0], device=device), 0)
+
+
+def _replay(group: list[Part], learned: Learned) -> Replayed:
     call = group[0].call
     check_unchanged(group)
     if (held := held_layout(group)) is not None:
         replayed = run(group, held)
         verify(replayed)
         return replayed
-    key = tuple(call.input_paths)
     readings = list(call.readings())
     everything = len(group) == 1 and group[0].all_rows
-    known = learned.get(key)
+    known = learned.known(call)
     if everything:
         readings = readings[:1]
-    elif known is not None and fits(known, call.inputs, call.batch):
+    elif known is not None:
         readings.insert(0, known)
+    elif any(part.tells() for part in group) and learned.waits(call):
+        raise AmbiguousRowsError
     failure: Exception | None = None
     for layout in readings:
         try:
@@ -100,12 +133,15 @@ def replay(group: list[Part], learned: dict[tuple[str, ...], Layout]) -> Replaye
         except Exception as error:  # a model may check its inputs, and raise anything where they are misread
             failure = failure or error
             continue
-        if not everything and known != layout:
-            if _another_fits(group, layout, readings):
+        if not everything and known != layout and any(part.tells() for part in group):
+            if (doubtful := _read_otherwise(group, layout, readings)) is not None:
+                learned.doubt(call, doubtful)
                 raise AmbiguousRowsError
-            learned[key] = layout
+            learned.learn(call, layout)
         return replayed
     assert failure is not None
+    if call.writes_into is not None:
+        raise ReplayMismatchError(overwritten_input(call.writes_into)) from failure
     raise failure
 
 
@@ -125,21 +161,28 @@ class AmbiguousRowsError(Exception):
     """Two readings of which input holds rows reproduce the screen: only the whole batch is sure to be right."""
 
 
-def _another_fits(group: list[Part], layout: Layout, readings: list[Layout]) -> bool:
-    """Whether a doubtful input could be read otherwise: a zero-initialised path hides what is wrong."""
+def _read_otherwise(group: list[Part], layout: Layout, readings: list[Layout]) -> int | None:
+    """An input that could be read otherwise, too: a zero-initialised path hides what is wrong. None if there is none.
+
+    An input that no operation of the model is given cannot be misread.
+    """
     call = group[0].call
     doubtful = call.doubtful()
     for other in readings:
         differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
+            inputs, leaves = assemble(group, other)
             try:
-                verify(run(group, other))
+                with uncompiled(), Uses(inputs[differs[0]]) as uses:
+                    forwarded = forward(group, inputs)
+                verify(with_gradients(group, forwarded.outputs(), leaves, other))
             except torch.OutOfMemoryError:
                 raise
             except Exception:
                 continue
-            return True
-    return False
+            if uses.found:
+                return differs[0]
+    return None
 
 
 def assemble(group: list[Part], layout: Layout) -> tuple[list[Tensor], list[tuple[Tensor, Rows | None]]]:
@@ -172,22 +215,23 @@ class Forwarded:
     call: Call
     result: Tree
     args: Tree
+    left: dict[str, Tensor]
     tape: Tape | None
 
     def outputs(self) -> list[Tensor]:
         """Those of the screen; raises ReplayMismatchError if a loss of the model's own was made otherwise."""
-        return self.call.outputs_in(self.result, self.args, self.tape)
+        return self.call.outputs_in(self.result, self.args, self.left, self.tape)
 
     def everything(self) -> list[Tensor]:
         """All that has a graph."""
-        return [leaf for leaf in flatten((self.result, self.args))[1] if leaf.requires_grad]
+        return [leaf for leaf in flatten((self.result, self.args, self.left))[1] if leaf.requires_grad]
 
 
 def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
     """Run the model on what ``assemble`` put together."""
     call = group[0].call
     tape = call.tape()
-    with call.as_screened(), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
+    with call.as_screened(inputs), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
         try:
             result, args = call.run_again(inputs)
         except (torch.OutOfMemoryError, ReplayMismatchError):
@@ -195,11 +239,23 @@ def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
         except Exception as error:
             rows, batch = sum(map(len, group)), sum(part.call.batch for part in group)
             raise ReplayMismatchError(failed_replay(call.described(), rows, batch, error)) from error
-    return Forwarded(call, result, args, tape)
+        left = call.learn_left()
+    return Forwarded(call, result, args, left, tape)
 
 
-def have_graph(part: Part, learned: dict[tuple[str, ...], Layout]) -> list[bool]:
+def find_graphs(call: Call, learned: Learned) -> None:
+    """Run a row with a graph, to see which of the tensors that the screen left in attributes have one."""
+    rows = torch.arange(call.batch if call.whole else 1)
+    part = Part(call, rows, [])
+    # If it cannot run one row, the replay will say why; until then they are taken to have one.
+    with contextlib.suppress(ReplayMismatchError):
+        forward([part], assemble([part], reading(part, learned))[0])
+    call.left_behind = []
+
+
+def have_graph(part: Part, learned: Learned) -> list[bool]:
     """Whether each output of a call has a graph, as a run of some of its rows shows."""
+    part = part.whole() if part.call.whole else part
     inputs, _ = assemble([part], reading(part, learned))
     return [output.requires_grad for output in forward([part], inputs).outputs()]
 
@@ -232,6 +288,7 @@ def with_gradients(
             continue
         if call.rows[i] is None:
             continue
+        output = call.widened(i, output, [grad.shape for part in group if (grad := part.grads[i]) is not None])
         replayed.all_outputs[i] = output
         if output.requires_grad:
             replayed.outputs.append(output)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, fits, is_doubtful, kept_rows, rows_between
+from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, rows_between
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
+from kondo_hooks.readings import Learned
 from kondo_hooks.replay import AmbiguousRowsError, replay
-from kondo_hooks.state import forked_rng
+from kondo_hooks.state import forked_rng, rng_state_now, same_rng_state
 from kondo_hooks.trace import silence
 from kondo_hooks.tree import Tree, flatten, unflatten
 
@@ -74,16 +75,14 @@ class Screened:
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
-    def run(
-        self, call: Call, batch_dim: int, learned: dict[tuple[str, ...], Layout], learned_outputs: dict[str, Rows]
-    ) -> Tree:
+    def run(self, call: Call, batch_dim: int, learned: Learned, learned_outputs: dict[str, Rows]) -> Tree:
         """Call the model on the kept rows, with a graph; returns its outputs in full size.
 
         Args:
             call: the call, not yet run.
             batch_dim: axis of the rows.
-            learned: where inputs keep their rows, by their paths; updated.
-            learned_outputs: the same of outputs, by path; updated.
+            learned: where inputs keep their rows; updated.
+            learned_outputs: where outputs do, by path; updated.
         """
         batch = len(self.factors)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
@@ -111,7 +110,7 @@ class Screened:
         if nothing:
             outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
             self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))
-        wheres = self._outputs(call, result, rows, batch_dim, learned_outputs)
+        wheres = self._outputs(call, result, rows, layout, batch_dim, learned_outputs)
 
         source = fill_index(rows, batch)
         factors = self.factors[rows]
@@ -128,48 +127,80 @@ class Screened:
                 spread.append(_Spread.apply(leaf, where, rows, source, weights, self.valid))
         return unflatten(result, spread)
 
-    def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: dict[tuple[str, ...], Layout]) -> Layout:
-        batch, key = len(self.factors), tuple(call.input_paths)
-        known = learned.get(key)
-        if known is not None and any(known) and fits(known, call.inputs, batch):
+    def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: Learned) -> Layout:
+        batch = len(self.factors)
+        known = learned.known(call, batch)
+        if known is not None and any(known):
             return known
         candidates = [candidate_rows(leaf, batch, batch_dim) for leaf in call.inputs]
         if self.one_pass or not _doubtful(call.inputs, candidates, batch_dim) or len(rows) == batch:
             return [options[0] for options in candidates]
+        if learned.waits(call):
+            raise AmbiguousRowsError
         # The readings are told apart as a replay tells them: by what comes out.
-        with forked_rng(call.rng), call.state.buffers_before().restored():
+        with forked_rng(call.rng), call.state.untouched():
             call.screen(batch_dim, record=True, copy=False)
             if call.whole is None and call.batch == batch:
-                replay([Part.stand_in(call, rows, call.outputs)], learned)
-        return learned.get(key) or [options[0] for options in candidates]
+                everywhere = [
+                    None if call.is_left(i) else torch.ones_like(output) for i, output in enumerate(call.outputs)
+                ]
+                replay([Part.of(call, rows, everywhere)], learned)
+        return learned.known(call, batch) or [options[0] for options in candidates]
 
-    def _outputs(self, call: Call, result: Tree, rows: Tensor, batch_dim: int, learned: dict[str, Rows]) -> Layout:
+    def _outputs(
+        self, call: Call, result: Tree, rows: Tensor, inputs: Layout, batch_dim: int, learned: dict[str, Rows]
+    ) -> Layout:
         paths, leaves = flatten(result)
         layout: Layout = []
-        full: dict[str, Tensor] | None = None
+        other: dict[str, Tensor] | None = None
         for path, leaf in zip(paths, leaves, strict=True):
             axes = [axis for axis, size in enumerate(leaf.shape) if size == len(rows)]
             known = learned.get(path)
             if leaf.dim() == 0 or isinstance(leaf, nn.Parameter):
                 layout.append(None)
-            elif axes == [batch_dim] or len(rows) == len(self.factors):
-                layout.append(Rows(batch_dim) if axes else None)
+            elif axes == [batch_dim]:
+                layout.append(Rows(batch_dim))
             elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
                 layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
-            elif self.one_pass:
+            elif self.one_pass or len(self.factors) == 1:
                 fits_axis = leaf.dim() > batch_dim and leaf.shape[batch_dim] % len(rows) == 0
                 layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
-                if full is None:
-                    with torch.no_grad(), forked_rng(call.rng), call.state.buffers_before().restored():
-                        full = dict(zip(*flatten(call.run_again(call.inputs)[0]), strict=True))
-                where = None
-                if path in full:
-                    where = rows_between(full[path].shape, leaf.shape, len(self.factors), len(rows))
+                if other is None:
+                    other = self._run_otherwise(call, rows, inputs)
+                where = None if path not in other else self._rows_of(call, path, leaf, other[path], rows)
                 if where is not None:
                     learned[path] = where
                 layout.append(where)
         return layout
+
+    def _run_otherwise(self, call: Call, rows: Tensor, inputs: Layout) -> dict[str, Tensor]:
+        """Outputs of another number of rows, without a graph: of all, or of the first where all were run."""
+        given = call.inputs
+        if len(rows) == len(self.factors):
+            first = rows[:1]
+            given = [
+                leaf if where is None else where.take(leaf, first.to(leaf.device))
+                for leaf, where in zip(given, inputs, strict=True)
+            ]
+        with torch.no_grad(), forked_rng(call.rng), call.state.untouched():
+            return dict(zip(*flatten(call.run_again(given)[0]), strict=True))
+
+    def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
+        """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""
+        batch = len(self.factors)
+        large, small, rows = (other, leaf, rows) if len(rows) < batch else (leaf, other, rows[:1])
+        where = rows_between(large.shape, small.shape, batch, len(rows))
+        drew = not same_rng_state(call.rng, rng_state_now(call.rng))
+        if where is None or where.repeat == 1 or drew:
+            return where
+        apart = (where.take(large, rows.to(large.device)) - small).detach().abs().max()
+        if apart > call.autocast.tolerance(leaf) * large.detach().abs().max():
+            raise RuntimeError(
+                f"gated: after screen() the rows of output {path or 'of the model'} {tuple(large.shape)} could not be "
+                "told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
+            )
+        return where
 
 
 def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) -> bool:
@@ -178,9 +209,7 @@ def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) ->
     if len(batched) == 1:
         return False
     first = next(leaf for leaf, options in batched if options[0] == Rows(batch_dim))
-    return any(
-        is_doubtful(options, batch_dim) or leaf.shape[1:2] not in ((), first.shape[1:2]) for leaf, options in batched
-    )
+    return any(is_doubtful(options, batch_dim) or leaf.shape[1:2] != first.shape[1:2] for leaf, options in batched)
 
 
 def _refuse(path: str, batch: int) -> Callable[[Tensor], None]:

@@ -74,11 +74,11 @@ class SelectionConfig:
             raise ValueError("give exactly one of rate and price")
         if self.rate is not None and not callable(self.rate):
             check_rate(self.rate)
-        if self.price is not None and not (_is_number(self.price) and math.isfinite(self.price)):
+        if self.price is not None and not (is_number(self.price) and math.isfinite(self.price)):
             raise ValueError(f"price must be finite, got {self.price!r}")
         if not (isinstance(self.priority, additive) or self.priority in _PRIORITIES):
             raise ValueError(f"priority must be one of {', '.join(_PRIORITIES)}, got {self.priority!r}")
-        if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
+        if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be > 0 and finite, got {self.temperature!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
@@ -98,13 +98,14 @@ class SelectionConfig:
             raise ValueError("unbiased=True divides by a keep-probability: it needs deterministic=False")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_rate(rate: float) -> float:
     """Return ``rate`` if it is in (0, 1], else raise ValueError."""
-    if not _is_number(rate) or not 0 < rate <= 1:
+    if not is_number(rate) or not 0 < rate <= 1:
         raise ValueError(f"rate must be in (0, 1], got {rate!r}")
     return float(rate)
 

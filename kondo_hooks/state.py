@@ -2,10 +2,15 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kondo_hooks.attributes import Attributes, version_of
 
 
 class ModuleState:
@@ -17,23 +22,42 @@ class ModuleState:
     Args:
         module: the module.
         swaps_parameters: an engine puts other parameters, or views of them, into the modules while they run. Then
-            parameters cannot be told by identity, nor tensors in attributes from them, and neither is looked at.
+            parameters cannot be told by identity, and are not looked at.
     """
 
     def __init__(self, module: nn.Module, swaps_parameters: bool = False):
         self.name = type(module).__name__
+        self._root = module
         self._swaps = swaps_parameters
-        self._modules = list(module.modules())
-        self._parameters = list(module.parameters())
-        self._children = self._find_children()
-        self._buffers = [(m, name) for m in self._modules for name in m._buffers if m._buffers[name] is not None]
+        self.read()
+
+    def read(self) -> None:
+        """Make the lists, anew where layers were made late."""
+        self._modules = list(self._root.modules())
+        self._named_parameters = list(self._root.named_parameters())
+        self._parameters = [parameter for _, parameter in self._named_parameters]
+        kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
+        self._children = [(m, kind, dict(getattr(m, kind).items())) for m in self._modules for kind in kinds]
         self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._mutable: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
+        values = (value for m in self._modules for value in m.__dict__.values())
+        self._generators = [value for value in values if isinstance(value, torch.Generator)]
+        self._mutable: dict[tuple[bool, ...], set[tuple[int, str]]] = {}
+        self._forgiven: dict[int, int] = {}
+        self.attributes = Attributes(self._root)
+        self._hooks = self._count_hooks()
 
-    def _find_children(self) -> list[int]:
-        kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
-        return [id(child) for m in self._modules for kind in kinds for child in getattr(m, kind).values()]
+    def _count_hooks(self) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules)
+
+    def has_new_hooks(self) -> bool:
+        """Whether hooks were put on, or taken off, since this was last asked."""
+        before, self._hooks = self._hooks, self._count_hooks()
+        return before != self._hooks
+
+    def is_unfinished(self) -> bool:
+        """Whether the first forward is still to give parameters their shapes."""
+        return any(is_lazy(p) for p in self._parameters)
 
     def flags(self) -> tuple[list[bool], list[bool]]:
         """Training flags of the modules, requires-grad flags of the parameters."""
@@ -48,56 +72,64 @@ class ModuleState:
         """The parameters, each once."""
         return self._parameters
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters, each once, with their names."""
+        return self._named_parameters
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """What the model calls a parameter."""
+        return next((name for name, p in self._named_parameters if p is parameter), "a parameter")
+
     def buffers(self) -> list[Tensor]:
         """The buffers, as they are now."""
-        return [buffer for m, name in self._buffers if (buffer := m._buffers[name]) is not None]
+        return [buffer for m in self._modules if m._buffers for buffer in m._buffers.values() if buffer is not None]
 
     def devices(self) -> set[torch.device]:
         """Where parameters and buffers are now."""
         return {tensor.device for tensor in (*self._parameters, *self.buffers())}
 
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers that the modules have of their own."""
+        return self._generators
+
     def versions(self) -> list[int]:
-        """In-place version of each parameter."""
-        return [] if self._swaps else [p._version for p in self._parameters]
+        """In-place version of each parameter, as the user's code has made it."""
+        if self._swaps:
+            return []
+        if not self._forgiven:
+            return [version_of(p) for p in self._parameters]
+        return [version_of(p) - self._forgiven.get(id(p), 0) for p in self._parameters]
+
+    def forgive(self, before: list[int]) -> None:
+        """Do not count what was written to the parameters since their versions were ``before``."""
+        for p, old, new in zip(self._parameters, before, self.versions(), strict=False):
+            if new != old:
+                self._forgiven[id(p)] = self._forgiven.get(id(p), 0) + new - old
 
     def same_parameters(self) -> bool:
         """Whether the module still has the children and parameters that it had."""
-        return self._children == self._find_children()
+        for module, kind, children in self._children:
+            now = getattr(module, kind)
+            if len(now) != len(children) or not all(map(is_, now.values(), children.values())):
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def restored_children(self) -> Iterator[None]:
+        """Children and parameters as every screen found them, and back."""
+        if self.same_parameters():
+            yield
+            return
+        now = [(module, kind, dict(getattr(module, kind).items())) for module, kind, _ in self._children]
+        try:
+            _set_children(self._children)
+            yield
+        finally:
+            _set_children(now)
 
     def has_forward_hooks(self) -> bool:
         """Whether any module has a forward hook of the user's, which may keep what it sees."""
         return any(not _is_hosts(hook) for m in self._modules for hook in m._forward_hooks.values())
-
-    @contextlib.contextmanager
-    def kept_attributes(self) -> Iterator[list[str]]:
-        """Put back tensors that a forward leaves in the modules' attributes.
-
-        Yields a list that on exit holds the names of those that carried a graph: a loss that used them got no gradient
-        from the screen.
-        """
-        before = self._tensors()
-        left: list[str] = []
-        try:
-            yield left
-        finally:
-            for (module, name), tensor in self._tensors().items():
-                old = before.get((module, name))
-                if tensor is old:
-                    continue
-                made_of = {f"{name}_orig", f"{name}_v"}  # weight_norm and spectral_norm of old keep the result so
-                if tensor.requires_grad and not made_of & module._parameters.keys():
-                    left.append(f"{type(module).__name__}.{name}")
-                if old is None:
-                    del module.__dict__[name]
-                else:
-                    module.__dict__[name] = old
-
-    def _tensors(self) -> dict[tuple[nn.Module, str], Tensor]:
-        if self._swaps:
-            return {}
-        return {
-            (m, name): value for m in self._modules for name, value in m.__dict__.items() if isinstance(value, Tensor)
-        }
 
     @contextlib.contextmanager
     def plain_dropout(self) -> Iterator[None]:
@@ -138,51 +170,117 @@ class ModuleState:
             p.requires_grad_(requires_grad)
 
     def buffers_before(self) -> "BufferRecord":
-        """Take the values of the buffers that a forward may change: all at first, then those that did."""
-        names = self._mutable.get(self._mode(), self._buffers)
-        return BufferRecord([(m, n, m._buffers[n], _clone(m._buffers[n])) for m, n in names], self._versions())
+        """The buffers before a forward, and the values of those that it may change: all at first, then those it did."""
+        held = [(m, dict(m._buffers.items())) for m in self._modules if m._buffers]
+        mutable = self._mutable.get(self._mode())
+        copies = {
+            (id(m), name): _clone(buffer)
+            for m, buffers in held
+            for name, buffer in buffers.items()
+            if buffer is not None and (mutable is None or (id(m), name) in mutable)
+        }
+        return BufferRecord(held, [version_of(b) for _, buffers in held for b in buffers.values()], copies)
 
     def note_changes(self, record: "BufferRecord") -> None:
-        """After a screen: keep only the buffers that it changed, and look at no others in this mode again."""
-        if (mode := self._mode()) not in self._mutable:
-            record.entries = [e for e in record.entries if _changed(*e)]
-            self._mutable[mode] = [(m, n) for m, n, *_ in record.entries]
-        elif record.versions != self._versions():
-            # One that did not change before did now: what it was is lost, but the replay must not change it again.
-            known = {(id(m), n) for m, n, *_ in record.entries}
-            for (m, n), version in zip(self._buffers, record.versions, strict=True):
-                if (id(m), n) not in known and _version(m._buffers[n]) != version:
-                    record.entries.append((m, n, m._buffers[n], _clone(m._buffers[n])))
-                    self._mutable[mode].append((m, n))
+        """After a screen: find the buffers that it changed, replaced, made or took away, and remember these.
 
-    def _versions(self) -> list[int]:
-        return [_version(m._buffers[n]) for m, n in self._buffers]
+        Values are compared only the first time in this mode: batch norm's kernels write without counting up a version.
+        """
+        mutable = self._mutable.get(self._mode())
+        versions = iter(record.versions)
+        before = {id(m): buffers for m, buffers in record.held}
+        for m, buffers in record.held:
+            for name, old in buffers.items():
+                version, saved = next(versions), record.copies.get((id(m), name))
+                if _get_buffer(m, name)[0] is not old:
+                    in_place = old is not None and version_of(old) != version
+                    record.entries.append((m, name, saved if in_place and saved is not None else old, True))
+                elif old is not None and (version_of(old) != version or (mutable is None and _differ(old, saved))):
+                    # If nobody knew that it would change, what it was is lost; the replay must not change it again.
+                    record.entries.append((m, name, saved if saved is not None else _clone(old), True))
+                elif saved is not None and mutable is not None:
+                    record.entries.append((m, name, saved, True))
+        for m in self._modules:
+            if m._buffers:
+                known = before.get(id(m), {})
+                record.entries += [(m, name, None, False) for name in m._buffers.keys() if name not in known]  # noqa: SIM118
+        changed = {(id(m), name) for m, name, *_ in record.entries}
+        self._mutable[self._mode()] = changed | (mutable or set())
+        record.held, record.versions, record.copies = [], [], {}
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Run with copies of all buffers; the module's own stay as they are."""
+        record = BufferRecord([], [], {})
+        record.entries = [(m, n, buffer, True) for m in self._modules if m._buffers for n, buffer in m._buffers.items()]
+        now = self.attributes.take()
+        try:
+            with record.restored():
+                yield
+        finally:
+            self.attributes.put_back(now)
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self._modules)
 
 
-Buffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
+def _set_children(children: list[tuple[nn.Module, str, dict[str, Any]]]) -> None:
+    for module, kind, values in children:
+        place = getattr(module, kind)
+        if isinstance(place, dict) and not (
+            list(place) == list(values) and all(map(is_, place.values(), values.values()))
+        ):
+            place.clear()
+            place.update(values)
+
+
+Buffer = tuple[nn.Module, str, Tensor | None, bool]
+"""Of which module, its name, its value before a screen, and whether it was there."""
 
 
 @dataclass
 class BufferRecord:
-    """Buffers as they were before a screen: (module, name, tensor, copy of its values), and all their versions."""
+    """The buffers that a screen changed, as they were before it.
 
-    entries: list[Buffer]
+    Attributes:
+        held: all buffers before the screen, until it has run.
+        versions: theirs.
+        copies: the values of those that may change in place.
+        entries: the buffers that it changed.
+    """
+
+    held: list[tuple[nn.Module, dict[str, Tensor | None]]]
     versions: list[int]
+    copies: dict[tuple[int, str], Tensor | None]
+    entries: list[Buffer] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """As it was before a screen, for another that takes its place."""
+        for module, name, values, existed in self.entries:
+            _put_buffer(module, name, _clone(values), existed)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Run with copies that hold the values from before the screen; the module's own stay untouched."""
-        now = [(module, name, module._buffers[name]) for module, name, *_ in self.entries]
+        now = [(m, name, *_get_buffer(m, name)) for m, name, *_ in self.entries]
         try:
-            for module, name, _, values in self.entries:
-                module._buffers[name] = _clone(values)
+            for module, name, values, existed in self.entries:
+                _put_buffer(module, name, _clone(values), existed)
             yield
         finally:
-            for module, name, buffer in now:
-                module._buffers[name] = buffer
+            for module, name, buffer, exists in now:
+                _put_buffer(module, name, buffer, exists)
+
+
+def _get_buffer(module: nn.Module, name: str) -> tuple[Tensor | None, bool]:
+    return (module._buffers[name], True) if name in module._buffers else (None, False)
+
+
+def _put_buffer(module: nn.Module, name: str, buffer: Tensor | None, exists: bool) -> None:
+    if exists:
+        module._buffers[name] = buffer
+    elif name in module._buffers:
+        del module._buffers[name]
 
 
 def _is_hosts(hook: object) -> bool:
@@ -194,42 +292,58 @@ def _is_hosts(hook: object) -> bool:
 _HOSTS = "torch deepspeed accelerate transformers trl peft lightning pytorch_lightning lightning_fabric".split()
 
 
-def _changed(module: nn.Module, name: str, tensor: Tensor | None, values: Tensor | None) -> bool:
-    """By value: batch norm's kernels write their statistics without counting up the tensor's version."""
-    if module._buffers[name] is not tensor:
-        return True
-    return tensor is not None and values is not None and not torch.equal(tensor, values)
-
-
-def _version(buffer: Tensor | None) -> int:
-    return -1 if buffer is None else buffer._version
+def _differ(buffer: Tensor, saved: Tensor | None) -> bool:
+    """By value, where there are values to compare."""
+    if saved is None or buffer.layout != torch.strided or buffer.is_meta:
+        return False
+    return not torch.equal(buffer, saved)
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:
     return None if buffer is None else buffer.detach().clone()
 
 
-RngState = list[tuple[torch.device, Tensor]]
+RngSource = torch.device | torch.Generator
+RngState = list[tuple[RngSource, Tensor]]
 
 
-def rng_state(devices: Iterable[torch.device]) -> RngState:
-    """The state of the CPU's generator and of each accelerator among ``devices``."""
-    state = [(torch.device("cpu"), torch.get_rng_state())]
-    for device in sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str):
-        module = torch.get_device_module(device.type)
-        state.append((device, module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)))
+def rng_state(devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> RngState:
+    """The state of the CPU's generator, of each accelerator's among ``devices``, and of others."""
+    accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
+    return states_of([torch.device("cpu"), *accelerators, *generators])
+
+
+def rng_state_now(state: RngState) -> RngState:
+    """The same generators' states as they are now."""
+    return states_of(source for source, _ in state)
+
+
+def states_of(sources: Iterable[RngSource]) -> RngState:
+    """The states of generators, and of devices' own."""
+    return [(source, _state(source)) for source in sources]
+
+
+def _state(source: RngSource) -> Tensor:
+    if isinstance(source, torch.Generator):
+        return source.get_state()
+    if source.type == "cpu":
+        return torch.get_rng_state()
+    module = torch.get_device_module(source.type)
+    state: Tensor = module.get_rng_state() if source.type == "mps" else module.get_rng_state(source)
     return state
 
 
 def set_rng_state(state: RngState) -> None:
     """Put back what ``rng_state`` took."""
-    for device, values in state:
-        if device.type == "cpu":
+    for source, values in state:
+        if isinstance(source, torch.Generator):
+            source.set_state(values)
+        elif source.type == "cpu":
             torch.set_rng_state(values)
-        elif device.type == "mps":  # there is one such device, and its functions take none
+        elif source.type == "mps":  # there is one such device, and its functions take none
             torch.mps.set_rng_state(values)
         else:
-            torch.get_device_module(device.type).set_rng_state(values, device)
+            torch.get_device_module(source.type).set_rng_state(values, source)
 
 
 def same_rng_state(a: RngState, b: RngState) -> bool:
@@ -240,7 +354,7 @@ def same_rng_state(a: RngState, b: RngState) -> bool:
 @contextlib.contextmanager
 def forked_rng(state: RngState) -> Iterator[None]:
     """Run from ``state``; the user's stream goes on as if nothing had been drawn."""
-    now = rng_state(device for device, _ in state)
+    now = rng_state_now(state)
     try:
         set_rng_state(state)
         yield

@@ -3,8 +3,9 @@
 The graph's nodes are torch's own; their names and saved attributes are read here and nowhere else.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,28 +13,39 @@ from torch import Tensor
 
 Node = Any  # torch.autograd.graph.Node, without a public constructor to check against
 Edge = tuple[Node, int]
-Kind = Literal["logp", "prob", "unknown"]
+Kind = Literal["logp", "nll", "prob", "unknown"]
 
-# Operations that act on each element, or along one axis, or on the shape: followed back, their axes minded.
-_ELEMENTWISE = {
-    f"{name}Backward{i}"
-    for i in (0, 1, 2)
-    for name in (
-        "Add Sub Mul Div Neg Exp Log Log1P Pow Clamp ClampMin ClampMax Where MaskedFill IndexPut Tanh Sigmoid "
-        "LogSigmoid LogSoftmax Softmax Softplus Abs Relu Maximum Minimum ToCopy Clone Copy Alias"
-    ).split()
-} | {"torch::autograd::CopySlices"}
-_SHAPE = {
-    f"{name}Backward{i}"
-    for i in (0, 1)
-    for name in (
-        "View UnsafeView ReshapeAlias Unsqueeze Squeeze Expand Slice Select Transpose T Permute Split SplitWithSizes"
-    ).split()
-}
+
+def _nodes(names: str, versions: tuple[int, ...] = (0, 1, 2)) -> set[str]:
+    return {f"{name}Backward{i}" for name in names.split() for i in versions}
+
+
+# Operations that act on each element; what they are applied to is broadcast from the right.
+_ELEMENTWISE = _nodes(
+    "Add Sub Rsub Mul Div Neg Exp Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Reciprocal Clamp ClampMin ClampMax Where "
+    "MaskedFill Tanh Sigmoid LogSigmoid Softplus Abs Relu Silu Gelu Elu LeakyRelu Hardtanh Erf Sin Cos Lerp Addcmul "
+    "Addcdiv Atan2 Xlogy Logaddexp NanToNum Round Maximum Minimum Fmax Fmin ToCopy Clone Copy Alias"
+) | {"torch::autograd::CopyBackwards"}
+# Operations that mix or reorder what stands along one axis, or some.
+_ALONG = _nodes(
+    "LogSoftmax Softmax Logsumexp Logcumsumexp Cumsum Cumprod Sort Topk Gather IndexSelect Flip Roll Amax Amin Var Std "
+    "LinalgVectorNorm"
+)
+_ALONG |= _nodes("Max Min", (0,)) | _nodes("Sum Mean Prod Norm", (1, 2))
+# Operations on axes alone.
+_SHAPE = _nodes(
+    "View UnsafeView ReshapeAlias Unsqueeze Squeeze Expand Slice Select Unbind Transpose T Permute Split SplitWithSizes"
+)
+_JOINS = ("CatBackward0", "StackBackward0")
+# Operations that write into their first operand at places that the graph does not tell, or not in the rows' order.
+_WRITES = _nodes("IndexPut IndexCopy IndexAdd IndexFill Scatter ScatterAdd ScatterReduce MaskedScatter SliceScatter")
+_WRITES |= {"torch::autograd::CopySlices"}
+_FOLLOWED = {*_ELEMENTWISE, *_ALONG, *_SHAPE, *_JOINS, *_WRITES, "IndexBackward0"}
 # What may reorder rows, even where the user says what a tensor is.
-_REORDERS = ("IndexBackward", "IndexSelect", "Flip", "Roll", "MaskedSelect", "Sort", "Topk", "TBackward", "Gather")
+_REORDERS = ("Index", "Flip", "Roll", "MaskedSelect", "Sort", "Topk", "Gather", "Take", "Diagonal", "AsStrided")
+_MATRICES = {"MmBackward0": (0, 1), "BmmBackward0": (0, 1), "AddmmBackward0": (1, 2), "BaddbmmBackward0": (1, 2)}
 _REDUCTIONS = ("Sum", "Mean", "Nansum", "Dot", "Mv", "Mm", "Bmm")
-_DEPTH = 64
+_MOST_NODES = 4096
 
 # Where an observation stands in the metadata of the node that it observes.
 OBSERVATION = "kondo_observation"
@@ -51,6 +63,8 @@ class Source:
         position_axis: the tensor's axis of the output's positions (its first axis that is not the rows'); the row axis
             if they were flattened into it; None if that cannot be told.
         offset: the output's position that the tensor's first stands for.
+        repeat: entries of the row axis that each row has.
+        halves: whether a row is a pair: half of its entries in the first half of the axis, half in the second.
     """
 
     call: Any
@@ -59,75 +73,168 @@ class Source:
     row_axis: int
     position_axis: int | None
     offset: int
+    repeat: int = 1
+    halves: bool = False
+
+    @property
+    def entries(self) -> int:
+        """How many entries of the row axis the call's rows take."""
+        return int(self.call.batch) * self.repeat
+
+    def rows(self, entries: Tensor) -> Tensor:
+        """(B, P) of the call's own entries (B * repeat, ...), which stand on axis 0."""
+        if self.halves:
+            entries = entries.unflatten(0, (2, self.call.batch, self.repeat // 2)).transpose(0, 1)
+        return entries.reshape(self.call.batch, -1)
+
+
+_Sources = list[Source] | None
+"""Of a tensor: none if it descends from no call, None if its rows cannot be followed."""
 
 
 def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
-    """The gated calls that ``tensor``'s rows come from, in row order; None if that cannot be followed.
+    """The gated calls that ``tensor``'s rows come from, in the order of the rows; None if that cannot be followed.
 
-    ``trust`` accepts operations that are not known to keep the rows in order, except those that reorder.
+    All of them have the same row axis, and their entries fill it. ``trust`` accepts operations that are not known to
+    keep the rows in order, except those that reorder.
     """
     if tensor.grad_fn is None:
         return None
-    return _follow((tensor.grad_fn, tensor.output_nr), "unknown", (), trust, _DEPTH, set())
-
-
-def _follow(edge: Edge, kind: Kind, shaped: tuple[Node, ...], trust: bool, depth: int, dead: set[Node]) -> Any:
-    """``shaped``: the operations on axes passed so far, the last one first."""
-    start = edge[0]
-    while depth:
-        depth -= 1
-        node, output = edge
-        if (call := getattr(node, "kondo_call", None)) is not None:
-            source = _place(call, output, kind, shaped)
-            return None if source is None else [source]
-        name = node.name()
-        parents = [(parent, nr) for parent, nr in node.next_functions if parent is not None]
-        if name in ("CatBackward0", "StackBackward0"):
-            return _follow_parts(node, kind, shaped, trust, depth, dead)
-        known = name in _ELEMENTWISE or name in _SHAPE
-        if not parents or node in dead or not (known or trust) or (not known and not _in_order(node, name)):
-            dead.add(start)
-            return None
-        if kind == "unknown":
-            kind = _kind(name, [parent for parent, _ in parents])
-        if name in _SHAPE or (trust and name in ("SumBackward1", "MeanBackward1")):
-            shaped = (node, *shaped)
-        if len(parents) == 1:
-            edge = parents[0]
-            continue
-        for parent in parents:
-            if (found := _follow(parent, kind, shaped, trust, depth, dead)) is not None:
-                return found
-        break
-    dead.add(start)
-    return None
-
-
-def _follow_parts(node: Node, kind: Kind, shaped: tuple[Node, ...], trust: bool, depth: int, dead: set[Node]) -> Any:
-    """Through a concatenation of rows; each part keeps them on its first axis."""
-    if _axis(node, node._saved_dim) != 0 or shaped:
+    sources = _Follower(trust).follow((tensor.grad_fn, tensor.output_nr))
+    if not sources or sum(source.entries for source in sources) != tensor.shape[sources[0].row_axis]:
         return None
-    sources: list[Source] = []
-    for parent, nr in node.next_functions:
-        found = None if parent is None else _follow((parent, nr), kind, (), trust, depth, dead)
-        if found is None or any(source.row_axis != 0 for source in found):
-            return None
-        sources += found
     return sources
 
 
-def _in_order(node: Node, name: str) -> bool:
-    """Whether an operation that the user vouches for leaves row i in row i."""
-    if name == "IndexBackward0":
-        rows = node._saved_indices[0]
-        return rows is None or (
-            rows.dtype == torch.int64
-            and rows.dim() == 1
-            and bool((rows == torch.arange(len(rows), device=rows.device)).all())
-        )
-    if name == "GatherBackward0":
-        return _axis(node, node._saved_dim) != 0
-    return not name.startswith(_REORDERS)
+class _Follower:
+    """Follows calls' rows to one tensor, through each node of its graph once."""
+
+    def __init__(self, trust: bool):
+        self._trust = trust
+        self._found: dict[Edge, _Sources] = {}
+
+    def follow(self, end: Edge) -> _Sources:
+        stack = [end]
+        while stack:
+            edge = stack[-1]
+            behind = [] if edge in self._found else self._looked_at(edge[0])
+            missing = [parent for parent in behind if parent not in self._found]
+            if len(self._found) + len(stack) > _MOST_NODES:
+                return None
+            if missing:
+                stack += missing
+                continue
+            stack.pop()
+            if edge not in self._found:
+                self._found[edge] = self._find(edge, behind)
+        return self._found[end]
+
+    def _looked_at(self, node: Node) -> list[Edge]:
+        if hasattr(node, "kondo_call") or not (self._trust or node.name() in _FOLLOWED):
+            return []
+        return [(parent, nr) for parent, nr in node.next_functions if parent is not None]
+
+    def _find(self, edge: Edge, behind: list[Edge]) -> _Sources:
+        node, name = edge[0], edge[0].name()
+        if (call := getattr(node, "kondo_call", None)) is not None:
+            source = _place_output(call, edge[1])
+            return None if source is None else [source]
+        if not behind:
+            return None if leads_to_call(node) else []
+        if name in _JOINS:
+            return self._find_joined(edge)
+        slots = [(i, parent) for i, parent in enumerate(node.next_functions) if parent[0] is not None]
+        moved = {slot: self._through(edge, slot, parent) for slot, parent in slots}
+        main = next((slot for slot, sources in moved.items() if sources), None)
+        if main is None:
+            return None if None in moved.values() else []
+        found = moved.pop(main)
+        assert found is not None
+        axis = found[0].row_axis - len(_shape(edge))
+        for slot, sources in moved.items():
+            if sources and (sources[0].row_axis, sources[0].repeat) != (found[0].row_axis, found[0].repeat):
+                return None  # rows of the one stand across those of the other
+            shape = _shape(node.next_functions[slot])
+            if sources is None and len(shape) >= -axis and shape[axis] > 1:
+                return None  # it brings rows of its own
+        if name in _WRITES and any(sources != [] for sources in moved.values()):
+            return None
+        return [replace(source, kind=_kind(node, name, source.kind)) for source in found]
+
+    def _find_joined(self, edge: Edge) -> _Sources:
+        """Of a concatenation: along the rows the parts' calls follow each other; along another axis rows stay."""
+        node, stacked = edge[0], edge[0].name() == "StackBackward0"
+        dim = _signed(node._saved_dim) % len(_shape(edge))
+        parts = [[] if parent is None else self._found[parent, nr] for parent, nr in node.next_functions]
+        placed = [part for part in parts if part]
+        if not placed:
+            return None if None in parts else []
+        first = placed[0][0]
+        if any(part is None or (part[0].row_axis, part[0].repeat) != (first.row_axis, first.repeat) for part in placed):
+            return None
+        if None in parts:
+            return None
+        if not stacked and dim == first.row_axis:
+            every = [source for part in placed for source in part]
+            return every if len(placed) == len(parts) and not any(source.halves for source in every[1:]) else None
+        calls = [[(source.call, source.halves) for source in part] for part in placed]
+        if any(call != calls[0] for call in calls):
+            return None
+        if stacked:
+            axis = first.row_axis + (dim <= first.row_axis)
+            return [replace(source, row_axis=axis, position_axis=None) for source in placed[0]]
+        in_order = len(placed) == len(parts) and dim == first.position_axis and len(placed[0]) == 1
+        following = first.offset
+        for part, edge_ in zip(placed, node.next_functions, strict=False):
+            in_order = in_order and (part[0].position_axis, part[0].offset) == (dim, following)
+            following += _shape(edge_)[dim] if in_order else 0
+        if in_order or first.position_axis not in (dim, first.row_axis):
+            return placed[0]
+        return [replace(source, position_axis=None) for source in placed[0]]
+
+    def _through(self, edge: Edge, slot: int, parent: Edge) -> _Sources:
+        """Where the rows of one operand stand in an operation's result."""
+        sources = self._found[parent]
+        if not sources:
+            return sources
+        node, name = edge[0], edge[0].name()
+        before, after = _shape(parent), _shape(edge)
+        row = sources[0].row_axis
+        size = before[row]
+        if name in _WRITES:
+            return sources if slot == 0 else None
+        if name in _SHAPE:
+            return _all([_reshaped(edge, name, before, after, source) for source in sources])
+        if name in _ELEMENTWISE:
+            new = row + len(after) - len(before)
+            shift = len(after) - len(before)
+            return [_shifted(source, shift) for source in sources] if after[new] == size else None
+        if name in _ALONG:
+            return _all([_along(node, name, before, after, source) for source in sources])
+        if name == "IndexBackward0":
+            return _indexed(node, after, sources)
+        if name in _MATRICES:
+            left, right = _MATRICES[name]
+            kept = {left: len(after) - 2, right: len(after) - 1}.get(slot)
+            batched = len(after) == 3 and row == 0
+            if row != kept and not batched:
+                return None
+            return [s if s.position_axis in (row, kept) else replace(s, position_axis=None) for s in sources]
+        if name.startswith(_REORDERS):
+            return None
+        # Not known: taken to leave the rows where they are.
+        if len(after) <= row or after[row] != size or (row != 0 and before != after):
+            return None
+        return sources if before == after else [replace(s, position_axis=None) for s in sources]
+
+
+def _all(sources: Sequence[Source | None]) -> _Sources:
+    found = [source for source in sources if source is not None]
+    return found if len(found) == len(sources) else None
+
+
+def _shape(edge: Edge) -> tuple[int, ...]:
+    return tuple(edge[0]._input_metadata[edge[1]].shape)
 
 
 def _signed(value: int) -> int:
@@ -135,119 +242,215 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _rank(node: Node) -> int:
-    return len(node._input_metadata[0].shape)
+def _dims(node: Node, rank: int) -> set[int]:
+    """The axes that an operation goes along; all of them if it names none."""
+    dims = getattr(node, "_saved_dims", None)
+    if dims is None:
+        dims = node._saved_dim
+    dims = dims if isinstance(dims, tuple) else (dims,)
+    return {_signed(dim) % rank for dim in dims} or set(range(rank))
 
 
-def _axis(node: Node, dim: int) -> int:
-    return _signed(dim) % max(_rank(node), 1)
-
-
-def _place(call: Any, output: int, kind: Kind, shaped: tuple[Node, ...]) -> Source | None:
-    """Where rows and positions of a call's output stand after the operations on its axes."""
+def _place_output(call: Any, output: int) -> Source | None:
+    """Where rows and positions of a call's output stand."""
     where = call.rows[output]
     if where is None:
         return None
     rank = call.outputs[output].dim()
-    rows: int | None = where.axis
-    if where.repeat > 1:
-        positions: int | None = where.axis
-    else:
+    positions: int | None = where.axis
+    if where.repeat == 1:
         positions = next((axis for axis in range(rank) if axis != where.axis), None)
-    offset = 0
-    for node in shaped:
-        name = node.name()
-        if name.startswith(("View", "UnsafeView", "ReshapeAlias")):
-            before, after = tuple(node._saved_self_sym_sizes), tuple(node._input_metadata[0].shape)
-            rows, positions = _through_view(before, after, rows, positions)
-        elif positions == rows:
-            rows = positions = _moved(node, name, rows)
-        else:
-            rows = _moved(node, name, rows)
-            if positions is None or _cut_axis(node, name) != positions:
-                positions = _moved(node, name, positions)
-            elif name.startswith("Select"):
-                offset += _signed(node._saved_index) % node._saved_self_sym_sizes[positions]
-                positions = rows
-            elif name.startswith("Slice") and node._saved_step == 1:
-                offset += _signed(node._saved_start) % max(node._saved_self_sym_sizes[positions], 1)
-            else:
-                positions = None
-        if rows is None:
-            return None
-    assert rows is not None
-    return Source(call, output, kind, rows, positions, offset)
+    return Source(call, output, "unknown", where.axis, positions, 0, where.repeat, where.halves)
 
 
-def _cut_axis(node: Node, name: str) -> int | None:
-    """The axis of its input that a slice, split or select goes along."""
-    if name.startswith(("Slice", "Split")):
-        return _axis(node, node._saved_dim)
-    return _signed(node._saved_dim) % len(node._saved_self_sym_sizes) if name.startswith("Select") else None
+def _shifted(source: Source, by: int) -> Source:
+    positions = source.position_axis
+    return replace(source, row_axis=source.row_axis + by, position_axis=None if positions is None else positions + by)
 
 
-def _through_view(
-    before: tuple[int, ...], after: tuple[int, ...], rows: int | None, positions: int | None
-) -> tuple[int | None, int | None]:
-    """Axes after a reshape: those before the first change stay; rows on axis 0 may take positions in."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-    )
-    if rows is not None and rows < same:
-        return rows, positions if positions is not None and positions < same else None
-    if rows != 0 or not after:
-        return None, None
-    if positions == 1 and after[0] == before[0] * before[1] and after[1:] == before[2:]:
-        return 0, 0
-    if positions == 0 and len(after) > 1 and before[0] == after[0] * after[1] and before[1:] == after[2:]:
-        return 0, 1
-    return 0, None
-
-
-def _moved(node: Node, name: str, axis: int | None) -> int | None:
-    """Where an axis goes in an operation on axes; None if it is lost, or cut."""
-    if axis is None:
+def _along(node: Node, name: str, before: tuple[int, ...], after: tuple[int, ...], source: Source) -> Source | None:
+    """After an operation along some axes, which may drop them."""
+    dims, row, positions = _dims(node, len(before)), source.row_axis, source.position_axis
+    if row in dims:
         return None
-    if name.startswith("Transpose"):
-        a, b = _axis(node, node._saved_dim0), _axis(node, node._saved_dim1)
-        return b if axis == a else a if axis == b else axis
-    if name == "TBackward0":
-        return 1 - axis
-    if name.startswith("Permute"):
-        return [_axis(node, dim) for dim in node._saved_dims].index(axis)
-    if name.startswith("Unsqueeze"):
-        return axis + (_axis(node, node._saved_dim) <= axis)
-    if name.startswith("Expand"):
-        return axis + _rank(node) - len(node._saved_self_sym_sizes)
-    if name == "SqueezeBackward0":
-        sizes = node._saved_self_sym_sizes
-        return None if sizes[axis] == 1 else axis - sum(size == 1 for size in sizes[:axis])
-    if name.startswith(("Slice", "Split")):
-        whole = name.startswith("Slice") and node._input_metadata[0].shape[axis] == node._saved_self_sym_sizes[axis]
-        return axis if whole or _axis(node, node._saved_dim) != axis else None
-    if name.startswith(("Select", "Squeeze", "Sum", "Mean")):
-        sizes = node._saved_self_sym_sizes
-        dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
-        gone = {_signed(dim) % len(sizes) for dim in dims}
-        if name.startswith("Squeeze"):
-            gone = {dim for dim in gone if sizes[dim] == 1}
-        if axis in gone:
+    if positions in dims and not ("Softmax" in name and len(after) == len(before)):
+        positions = None
+    if len(after) == len(before):
+        # Gather goes no further than its index on the other axes.
+        return replace(source, position_axis=positions) if after[row] == before[row] else None
+    return replace(source, row_axis=_without(dims, row), position_axis=_without(dims, positions))
+
+
+def _without(dims: set[int], axis: int | None) -> Any:
+    return None if axis is None else axis - sum(dim < axis for dim in dims)
+
+
+def _indexed(node: Node, after: tuple[int, ...], sources: list[Source]) -> _Sources:
+    """After ``t[index]``: rows on axis 0, which are left alone or picked one after the other."""
+    indices = node._saved_indices
+    used = [axis for axis, index in enumerate(indices) if index is not None]
+    if sources[0].row_axis != 0 or used != list(range(used[0], used[-1] + 1)):
+        return None
+    rows = indices[0]
+    if rows is not None:
+        size = node._saved_self_sym_sizes[0]
+        plain = rows.dtype == torch.int64 and rows.shape == (size,) and after[0] == size
+        if not plain or any(indices[axis].dim() > 1 or indices[axis].dtype == torch.bool for axis in used):
             return None
-        return axis if getattr(node, "_saved_keepdim", False) else axis - sum(dim < axis for dim in gone)
-    return axis
+        if not torch.equal(rows, torch.arange(size, device=rows.device)):
+            return None
+    return [replace(source, position_axis=None) for source in sources]
 
 
-def cuts_rows(source: Source, tensor: Tensor, total: int) -> bool:
-    """Whether ``tensor`` holds other rows than the call's, by its size."""
-    return tensor.dim() <= source.row_axis or tensor.shape[source.row_axis] % total != 0
+def _reshaped(edge: Edge, name: str, before: tuple[int, ...], after: tuple[int, ...], source: Source) -> Source | None:
+    """After an operation on axes alone."""
+    node, row, positions = edge[0], source.row_axis, source.position_axis
+    if name.startswith(("View", "UnsafeView", "ReshapeAlias")):
+        return _viewed(before, after, source)
+    if name.startswith("Expand"):
+        moved = _shifted(source, len(after) - len(before))
+        return moved if after[moved.row_axis] == before[row] else None
+    if name.startswith("Unsqueeze"):
+        dim = _signed(node._saved_dim) % len(after)
+        positions = None if positions is None else positions + (dim <= positions)
+        return replace(source, row_axis=row + (dim <= row), position_axis=positions)
+    if name.startswith(("Transpose", "TBackward", "Permute")):
+        order = list(range(len(before)))
+        if name.startswith("Permute"):
+            order = [_signed(dim) % len(before) for dim in node._saved_dims]
+        elif len(before) > 1:
+            a, b = (0, 1) if name.startswith("TB") else (_signed(d) % len(before) for d in _transposed(node))
+            order[a], order[b] = order[b], order[a]
+        return replace(
+            source, row_axis=order.index(row), position_axis=None if positions is None else order.index(positions)
+        )
+    if name.startswith("Squeeze"):
+        dims = set(range(len(before))) if name == "SqueezeBackward0" else _dims(node, len(before))
+        gone = {dim for dim in dims if before[dim] == 1}
+        if row in gone:
+            return None
+        positions = row if positions in gone and source.repeat == 1 else positions
+        return replace(source, row_axis=_without(gone, row), position_axis=_without(gone, positions))
+    dim = _signed(node._saved_dim) % len(before)
+    if name.startswith(("Select", "Unbind")):
+        if dim == row:
+            return None
+        index = _signed(node._saved_index) % before[dim] if name.startswith("Select") else edge[1]
+        if dim == positions:  # one position is left, and it goes with the rows
+            source, positions = replace(source, offset=source.offset + index), row
+        return replace(source, row_axis=_without({dim}, row), position_axis=_without({dim}, positions))
+    start = _start(node, name, edge[1], before[dim])
+    if dim == row:
+        if after[row] == before[row]:
+            return source
+        half = source.halves and start is not None and 2 * after[row] == before[row] and start % after[row] == 0
+        return replace(source, halves=False, repeat=source.repeat // 2) if half else None
+    if dim == positions:
+        return replace(source, position_axis=None) if start is None else replace(source, offset=source.offset + start)
+    return source
 
 
-def _kind(name: str, parents: list[Node]) -> Kind:
+def _transposed(node: Node) -> tuple[int, int]:
+    return node._saved_dim0, node._saved_dim1
+
+
+def _start(node: Node, name: str, output: int, size: int) -> int | None:
+    """Where a slice or a piece of a split starts on its axis; None if it leaves entries out in between."""
+    if name.startswith("SplitWithSizes"):
+        return sum(node._saved_split_sizes[:output])
+    if name.startswith("Split"):
+        return int(node._saved_split_size) * output
+    if node._saved_step != 1:
+        return None
+    start = _signed(node._saved_start)
+    return min(start + size if start < 0 else start, size)
+
+
+def _viewed(before: tuple[int, ...], after: tuple[int, ...], source: Source) -> Source | None:
+    """After a reshape: the axes that hold the rows before and after it are found by their sizes."""
+    if math.prod(before) == 0:
+        return None
+    row, positions = source.row_axis, source.position_axis
+    groups = _matched(before, after)
+    old, new = next(group for group in groups if row in group[0])
+    if not new or any(before[axis] != 1 for axis in old if axis < row):
+        return None
+    axis = next((axis for axis in new if after[axis] != 1), new[0])
+    # The rows come first in their group, so they are the first axis after it, with less or more to each.
+    total = before[row] // source.repeat
+    if after[axis] % total:
+        return None
+    repeat = after[axis] // total
+    if source.halves and repeat % 2:
+        return None
+    found: int | None = None
+    if positions == row:
+        inner = next((a for a in new if a > axis and after[a] != 1), None)
+        if repeat == source.repeat:
+            found = axis
+        elif repeat == 1 and inner is not None and after[inner] == source.repeat:
+            found = inner
+    elif positions is not None:
+        if positions in old:
+            flat = before[row] * before[positions]
+            if after[axis] == flat and source.repeat == 1:
+                found = axis
+            elif repeat == source.repeat:
+                found = next((a for a in new if a > axis and after[a] != 1), None)
+                found = found if found is not None and after[found] == before[positions] else None
+        else:
+            group = next(group for group in groups if positions in group[0])
+            found = next((a for a in group[1] if after[a] == before[positions]), None)
+    return replace(source, row_axis=axis, position_axis=found, repeat=repeat)
+
+
+def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Axes before and after a reshape that hold the same elements, as the smallest groups."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old, new, a, b = [], [], 1, 1
+        while True:
+            if i < len(before) and (a <= b or j == len(after)):
+                a *= before[i]
+                old.append(i)
+                i += 1
+            elif j < len(after):
+                b *= after[j]
+                new.append(j)
+                j += 1
+            if a == b and (new or j == len(after)):
+                break
+        groups.append((old, new))
+    return groups
+
+
+def leads_to_call(node: Node) -> bool:
+    """Whether a node's graph goes down to a gated call."""
+    stack, seen = [node], {node}
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "kondo_call"):
+            return True
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return False
+
+
+def _kind(node: Node, name: str, before: Kind = "unknown") -> Kind:
+    """What the result of an operation holds, where its operand held ``before``."""
     if name in ("LogSoftmaxBackward0", "LogBackward0", "LogSigmoidBackward0"):
         return "logp"
-    if name == "SubBackward0" and any(parent.name() == "LogsumexpBackward0" for parent in parents):
+    parents = [parent.name() for parent, _ in node.next_functions if parent is not None]
+    if name == "SubBackward0" and "LogsumexpBackward0" in parents:
         return "logp"
-    return "prob" if name in ("SoftmaxBackward0", "ExpBackward0") else "unknown"
+    if name in ("SoftmaxBackward0", "ExpBackward0"):
+        return "prob"
+    if name == "NegBackward0":
+        return {"logp": "nll", "nll": "logp"}.get(before, before)  # type: ignore[return-value]
+    return before
 
 
 def selects_log_prob(output: Tensor) -> bool:
@@ -261,7 +464,7 @@ def selects_log_prob(output: Tensor) -> bool:
         if name.startswith(("NllLoss", "BinaryCrossEntropy")):
             return True
         parents = [parent for parent, _ in node.next_functions]
-        if picked and _kind(name, [p for p in parents if p is not None]) == "logp":
+        if picked and node is not None and _kind(node, name) == "logp":
             return True
         if name == "SubBackward0" and {"GatherBackward0", "LogsumexpBackward0"} <= _origins(parents):
             return True
@@ -325,6 +528,38 @@ def _zeros(sent: tuple[Tensor | None, ...], _received: tuple[Tensor | None, ...]
     return tuple(None if grad is None else torch.zeros_like(grad) for grad in sent)
 
 
+class Probe:
+    """The gradient that a backward brings to a node whose result is a scalar."""
+
+    def __init__(self, node: Node):
+        self.grad: Tensor | None = None
+        self._hook = node.register_prehook(self._note)
+
+    def _note(self, grads: tuple[Tensor | None, ...]) -> None:
+        self.grad = None if grads[0] is None else grads[0].detach()
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._hook.remove()
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a loss reaches log-probs, or a call's output: by which addition and which reduction.
+
+    Attributes:
+        addition: at the first addition on the way; None if there is none.
+        reduction: at the first sum or mean over samples; None if there is none.
+        share: of each term in the addition: 1/n if it is a mean of n.
+        each: of each sample in the reduction: 1/N for a mean over N, 1 for a sum.
+    """
+
+    addition: Probe | None
+    reduction: Probe | None
+    share: float = 1.0
+    each: float = 1.0
+
+
 @dataclass(frozen=True)
 class Scale:
     """The scalar factors between a loss and its samples.
@@ -345,85 +580,188 @@ class Scale:
         return self.above * self.below * self.reduction
 
 
-def find_loss_scales(root: Node, gradient: float = 1.0) -> None:
-    """Note the loss's own scale on every observation and gated call that ``root`` leads to.
+def read_scales(paths: Sequence[Sequence[Path]]) -> list[list[Scale]]:
+    """The scales along each of the paths that the backward took, after it; one synchronisation for all of them."""
+    probes = {id(p): p for each in paths for path in each for p in (path.addition, path.reduction) if p is not None}
+    reached = {key: probe.grad for key, probe in probes.items() if probe.grad is not None}
+    values: dict[int, float] = {}
+    if reached:
+        device = next(iter(reached.values())).device
+        each = [grad.reshape(-1)[:1].to(device, torch.float64) for grad in reached.values()]
+        values = dict(zip(reached, torch.cat(each).abs().tolist(), strict=True))
+    return [[scale for path in each if (scale := _scale(path, values)) is not None] for each in paths]
 
-    It is the product of the scalar factors from the loss down to its first sum or mean over samples: ``1/N`` for a
-    mean, times a GradScaler's scale, over the accumulation steps. To be called before the backward, which frees the
-    factors.
+
+def _scale(path: Path, values: dict[int, float]) -> Scale | None:
+    """None if the backward sent nothing along the path."""
+    above = 1.0 if path.addition is None else values.get(id(path.addition), 0.0) * path.share
+    if path.reduction is None:
+        return Scale(above, 1.0, 1.0) if 0 < above < math.inf else None
+    whole = values.get(id(path.reduction), 0.0)
+    if path.addition is None:
+        above = whole
+    if not (0 < whole < math.inf and 0 < above < math.inf):
+        return None
+    return Scale(above, whole / above, path.each)
+
+
+def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
+    """Have the backward that is about to start tell the loss's own scale.
+
+    The scale is the product of the scalar factors from the loss down to its first sum or mean over samples: ``1/N``
+    for a mean, times a GradScaler's scale, over the accumulation steps. The factors are what the backward itself sends
+    to that sum or mean, so they are right for any order, sign and nesting of terms. Each observation and gated call
+    gets a :class:`Path` for each way that the loss takes to it.
 
     Args:
-        root: the loss's ``grad_fn``.
-        gradient: what the backward starts with.
+        roots: the losses' ``grad_fn``.
+
+    Returns:
+        The probes, to be removed after the backward, and the leaves that the losses reach past gated calls.
     """
+    probes: dict[Node, Probe] = {}
+
+    def probe(node: Node) -> Probe:
+        if node not in probes:
+            probes[node] = Probe(node)
+        return probes[node]
+
+    met: set[Any] = set()
+
+    def note(target: Target, path: Path) -> None:
+        if target not in met:
+            met.add(target)
+            _paths(target).clear()
+        _paths(target).append(path)
+
+    below = _Targets()
     seen: set[Node] = set()
-    # (node, factors so far, factors above the first addition)
-    stack: list[tuple[Node, float, float | None]] = [(root, gradient, None)]
+    # A node, and the first addition above it with the share of its terms.
+    stack: list[tuple[Node, tuple[Node, float] | None]] = [(root, None) for root in roots]
     while stack:
-        node, factor, above = stack.pop()
+        node, top = stack.pop()
         if node in seen or hasattr(node, "kondo_call"):
             continue
         seen.add(node)
-        name = node.name()
-        parents = list(node.next_functions)
-
-        def scale(reduction: float, factor: float = factor, above: float | None = above) -> Scale:
-            if above is None:
-                return Scale(abs(factor), 1.0, reduction)
-            return Scale(abs(above), abs(factor / above), reduction)
-
+        name, parents = node.name(), [parent for parent in node.next_functions if parent[0] is not None]
+        share = 1.0 if top is None else top[1]
         if (observation := node.metadata.get(OBSERVATION)) is not None:
+            addition = None if top is None else probe(top[0])
             if observation.own_scale is not None:
-                observation.scale = scale(observation.own_scale)
+                note(observation, Path(addition, probe(node), share, observation.own_scale))
                 continue
             # Not reduced at all: a scalar factor on a single log-prob is its advantage.
-            observation.scale = Scale(1.0 if above is None else abs(above), 1.0, 1.0)
-        if (reduced := _reduced(node, name, parents)) is not None:
-            _note_below(node, scale(1 / reduced if "mean" in name.lower() else 1.0), seen)
+            note(observation, Path(addition, None, share))
+        is_scalar = math.prod(_shape((node, 0))) == 1
+        if is_scalar and (reduced := _reduced(name, node, parents)) is not None:
+            each = 1 / reduced if "Mean" in name else 1.0
+            if (terms := _terms(parents)) is not None:
+                stack += [(term, top or (node, each)) for term, _ in terms]
+                continue
+            addition = None if top is None else probe(top[0])
+            for target in below.of(node):
+                own = getattr(target, "own_scale", None)
+                note(target, Path(addition, probe(node), share, each * (1.0 if own is None else own)))
             continue
-        if name in ("AddBackward0", "SubBackward0") and above is None:
-            above = factor
-        factors = _scalar_factors(node, name, factor, len(parents))
-        stack.extend((p, f, above) for (p, _), f in zip(parents, factors, strict=True) if p is not None)
+        if name in ("AddBackward0", "SubBackward0") and is_scalar and top is None:
+            top = (node, 1.0)
+        stack += [(parent, top) for parent, _ in parents]
+    leaves = [node.variable for node in {*seen, *below.seen} if hasattr(node, "variable")]
+    return list(probes.values()), leaves
 
 
-def _reduced(node: Node, name: str, parents: list[Edge]) -> int | None:
+def mixed_with_rows(roots: Sequence[Node], leaf: Tensor) -> bool:
+    """Whether a loss mixes a leaf with rows of gated calls, so that each row has a share in the leaf's gradient.
+
+    A penalty on the leaf that is added to a loss which has been reduced is none of that.
+    """
+    # Of each node, whether it comes from a call, and whether from the leaf.
+    origin: dict[Node, tuple[bool, bool]] = {}
+    stack = list(roots)
+    while stack:
+        node = stack[-1]
+        edges = [] if hasattr(node, "kondo_call") else [edge for edge in node.next_functions if edge[0] is not None]
+        missing = [parent for parent, _ in edges if parent not in origin]
+        if node not in origin and missing:
+            stack += missing
+            continue
+        stack.pop()
+        if node in origin:
+            continue
+        each = [origin[parent] for parent, _ in edges]
+        if (False, True) in each:
+            with_rows = [edge for edge, (rows, _) in zip(edges, each, strict=True) if rows]
+            adds = node.name().startswith(("Add", "Sub", "Rsub", "Stack", "Cat"))
+            if any(not adds or math.prod(_shape(edge)) > 1 for edge in with_rows):
+                return True
+        rows, mine = (any(column) for column in zip(*each, strict=True)) if each else (False, False)
+        origin[node] = (rows or hasattr(node, "kondo_call"), mine or getattr(node, "variable", None) is leaf)
+    return False
+
+
+Target = Any
+"""An observation, or a call and the number of one of its outputs."""
+
+
+def _paths(target: Target) -> list[Path]:
+    if isinstance(target, tuple):
+        call, output = target
+        return call.loss_paths.setdefault(output, [])
+    return target.paths
+
+
+class _Targets:
+    """The observations and the calls' outputs below a node, each node looked at once."""
+
+    def __init__(self) -> None:
+        self._below: dict[Node, frozenset[Target]] = {}
+
+    @property
+    def seen(self) -> Iterable[Node]:
+        """The nodes that were looked at."""
+        return self._below
+
+    def of(self, end: Node) -> frozenset[Target]:
+        """What is below ``end``."""
+        stack = [end]
+        while stack:
+            node = stack[-1]
+            parents = [parent for parent in node.next_functions if parent[0] is not None]
+            missing = [p for p, _ in parents if p not in self._below and not hasattr(p, "kondo_call")]
+            if node not in self._below and missing:
+                stack += missing
+                continue
+            stack.pop()
+            if node not in self._below:
+                self._below[node] = self._join(node, parents)
+        return self._below[end]
+
+    def _join(self, node: Node, parents: list[Edge]) -> frozenset[Target]:
+        found: frozenset[Target] = frozenset()
+        for parent, nr in parents:
+            call = getattr(parent, "kondo_call", None)
+            more = self._below[parent] if call is None else frozenset([(call, nr)])
+            found = found if more <= found else more if found <= more else found | more
+        observation = node.metadata.get(OBSERVATION)
+        return found if observation is None else found | {observation}
+
+
+def _reduced(name: str, node: Node, parents: list[Edge]) -> int | None:
     """How many values a sum, mean or product over samples makes one of; None if the node is none of these."""
-    if not name.startswith(_REDUCTIONS) or torch.Size(node._input_metadata[0].shape).numel() != 1:
+    if not name.startswith(_REDUCTIONS):
         return None
     if (sizes := getattr(node, "_saved_self_sym_sizes", None)) is not None:
-        return torch.Size(sizes).numel() if len(sizes) else None
-    sizes = [parent._input_metadata[nr].shape for parent, nr in parents if parent is not None]
-    return max((torch.Size(shape).numel() for shape in sizes if len(shape)), default=None)
+        return math.prod(sizes) if len(sizes) else None
+    return max((math.prod(_shape(parent)) for parent in parents if _shape(parent)), default=None)
 
 
-def _note_below(node: Node, scale: Scale, seen: set[Node]) -> None:
-    stack = [parent for parent, _ in node.next_functions if parent is not None]
-    while stack:
-        node = stack.pop()
-        if (call := getattr(node, "kondo_call", None)) is not None:
-            call.scale = scale
-        elif node not in seen:
-            seen.add(node)
-            if (observation := node.metadata.get(OBSERVATION)) is not None:
-                own = observation.own_scale
-                observation.scale = scale if own is None else Scale(scale.above, scale.below, scale.reduction * own)
-            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-
-
-def _scalar_factors(node: Node, name: str, factor: float, parents: int) -> list[float]:
-    """The factor that reaches each parent of an operation on scalars."""
-    if name == "MulBackward0":
-        return [factor * _scalar(node, "_saved_other"), factor * _scalar(node, "_saved_self")]
-    if name == "DivBackward0":
-        return [factor / _scalar(node, "_saved_other"), factor]
-    if name in ("SubBackward0", "AddBackward0"):
-        return [factor, factor * float(getattr(node, "_saved_alpha", 1))]
-    return [factor] * parents
-
-
-def _scalar(node: Node, name: str) -> float:
-    value = getattr(node, name, None)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        return 1.0
-    return value.detach().item() or 1.0
+def _terms(parents: list[Edge]) -> list[Edge] | None:
+    """The scalars that were put side by side, and at most weighted, to be summed; None if it is no sum of these."""
+    while len(parents) == 1:
+        node, name = parents[0][0], parents[0][0].name()
+        if OBSERVATION in node.metadata or not (name in _JOINS or name in _ELEMENTWISE):
+            return None
+        parents = [parent for parent in node.next_functions if parent[0] is not None]
+        if name in _JOINS:
+            return parents if all(math.prod(_shape(parent)) == 1 for parent in parents) else None
+    return None

@@ -5,16 +5,20 @@ Knows containers and objects, and nothing of rows or gates.
 
 import collections
 import copy
+import dataclasses
 import enum
 import functools
 import gc
 import types
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from kondo_hooks.encoded import Encoded, is_array
 
 Tree = Any
 
@@ -74,16 +78,37 @@ class Walk:
         fn: ``map_tensors``'s.
         other: ``map_tensors``'s.
         own: ids of the containers that are changed in place, where others are copied.
-        fresh: copy every container that a model could write into, whether something in it changes or not.
+        fresh: copy every container that a model could write into, whether something in it changes or not, and the
+            objects that hold tensors.
+        everything: copy all objects.
+        wanted: paths of lists that are to be replaced.
         repeat: call ``fn`` for a tensor at each of its paths.
+        encode: may have a tensor stand in for a list, tuple, array or tensor of another layout, given its path.
+        decode: put what a tensor stands for in its place again.
 
     Attributes:
         memo: what became of every tensor and container, by id.
         copies: how many containers were copied.
         objects: how many objects other than Python's own containers were met.
+        spare: copies of the objects that were not copied, as they were.
     """
 
-    __slots__ = ("copies", "fn", "fresh", "memo", "objects", "other", "own", "repeat")
+    __slots__ = (
+        "copies",
+        "decode",
+        "encode",
+        "everything",
+        "fn",
+        "fresh",
+        "memo",
+        "objects",
+        "other",
+        "own",
+        "repeat",
+        "shared",
+        "spare",
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -91,13 +116,23 @@ class Walk:
         other: Callable[[Any], None] | None = None,
         own: Container[int] = (),
         fresh: bool = False,
+        everything: bool = False,
+        wanted: Collection[str] = (),
         repeat: bool = False,
+        encode: Callable[[str, Any], Encoded | None] | None = None,
+        decode: bool = False,
     ):
         self.fn = fn
         self.other = other
         self.own = own
         self.fresh = fresh
+        self.everything = everything
+        self.wanted = wanted
+        self.spare: list[tuple[Any, Any]] = []
         self.repeat = repeat
+        self.encode = encode
+        self.decode = decode
+        self.shared: dict[Any, Any] = {}
         self.memo: dict[int, Any] = {}
         self.copies = 0
         self.objects = 0
@@ -133,10 +168,33 @@ class Walk:
 
 
 def _tensor(walk: Walk, tree: Tensor, path: str) -> Any:
+    if walk.encode is not None and (tree.layout is not torch.strided or tree.is_nested):
+        encoded = walk.encode(path, tree)
+        if encoded is not None:
+            return _encoded(walk, encoded, path, tree)
     return walk.fn(path, tree)
 
 
+def _encoded(walk: Walk, tree: Encoded, path: str, given: Any = None) -> Any:
+    """What stands in for a value; ``given`` is that value, if it was met itself."""
+    new = walk.fn(path, tree.part)
+    if walk.decode:
+        return given if given is not None and new is tree.part else tree.decode(new, walk.shared)
+    return tree if new is tree.part else dataclasses.replace(tree, part=new)
+
+
+def _array(walk: Walk, tree: Any, path: str) -> Any:
+    encoded = None if walk.encode is None else walk.encode(path, tree)
+    if encoded is not None:
+        return _encoded(walk, encoded, path, tree)
+    if walk.other is not None:
+        walk.other(tree)
+    return tree
+
+
 def _tuple(walk: Walk, tree: tuple[Any, ...], path: str) -> Any:
+    if walk.encode is not None and (encoded := walk.encode(path, tree)) is not None:
+        return _encoded(walk, encoded, path, tree)
     changed = False
     items = []
     for i, item in enumerate(tree):
@@ -151,6 +209,8 @@ def _tuple(walk: Walk, tree: tuple[Any, ...], path: str) -> Any:
 
 
 def _list(walk: Walk, tree: Any, path: str) -> Any:
+    if walk.encode is not None and (encoded := walk.encode(path, tree)) is not None:
+        return _encoded(walk, encoded, path, tree)
     changed = {}
     for i, item in enumerate(tree):
         new = walk(item, f"{path}[{i}]")
@@ -180,9 +240,30 @@ def _object(walk: Walk, tree: Any, path: str) -> Any:
         if walk.other is not None:
             walk.other(tree)
         return tree
-    if walk.fresh and type(tree) is not types.SimpleNamespace and not flatten(tree)[1]:
-        return tree  # nothing of a batch is in it: a configuration, an environment
+    if walk.fresh and not walk.everything and not _holds_rows(walk, tree, path):
+        # A configuration, an environment; or one for the model to write into, which shows when it has.
+        if walk.encode is not None:
+            walk.spare.append((tree, Walk(lambda _path, leaf: leaf, fresh=True, everything=True)(tree)))
+        return tree
     return _attributes_of(walk, tree, tree, path)
+
+
+def _holds_rows(walk: Walk, tree: Any, path: str) -> bool:
+    """Whether there is anything of a batch in an object."""
+    found = any(wanted.startswith(path) for wanted in walk.wanted)
+
+    def note(_path: str, leaf: Any) -> Any:
+        nonlocal found
+        found = True
+        return leaf
+
+    def look(path: str, value: Any) -> None:
+        nonlocal found
+        asked = walk.encode is not None and not is_array(value) and not isinstance(value, Tensor)
+        found = found or is_array(value) or (asked and walk.encode(path, value) is not None)  # type: ignore[misc]
+
+    Walk(note, encode=look)(tree, path)
+    return found
 
 
 def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:
@@ -201,7 +282,38 @@ def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:
         result = walk.place(tree, changed)
     for name, new in changed.items():
         set_attribute(result, name, new)
+    if result is not tree:
+        _resize(tree, result)
+        if isinstance(tree, Distribution):
+            _follow_shape(tree, result)
     return result
+
+
+def _follow_shape(tree: Distribution, result: Distribution) -> None:
+    """The batch shape that a distribution keeps beside its parameters changes with theirs."""
+    size = tree._batch_shape
+    for name, old in vars(tree).items():
+        new = vars(result).get(name)
+        before, after = (
+            value._batch_shape if isinstance(value, Distribution) else getattr(value, "shape", ())
+            for value in (old, new)
+        )
+        if new is not old and before != after and len(before) == len(after) >= len(size):
+            result._batch_shape = torch.Size(a if b == n else n for n, b, a in zip(size, before, after, strict=False))
+            return
+
+
+def _resize(tree: Any, result: Any) -> None:
+    """Let an object that says how many rows its tensors have (a TensorDict, say) say it of the new ones."""
+    for name, value in attributes(tree):
+        if not (name.endswith("batch_size") and isinstance(value, (int, torch.Size))):
+            continue
+        size = torch.Size([value]) if isinstance(value, int) else value
+        for old, new in zip(flatten(tree)[1], flatten(result)[1], strict=False):
+            if old.shape[: len(size)] == size:
+                now = new.shape[: len(size)]
+                set_attribute(result, name, now[0] if isinstance(value, int) else now)
+                break
 
 
 _ATOMS = (
@@ -237,6 +349,11 @@ _NOT_ENTERED = (
 )
 
 
+def is_entered(value: Any) -> bool:
+    """Whether it is an object whose attributes are gone through."""
+    return _handler(type(value)) is _object
+
+
 def is_atom(value: Any) -> bool:
     """Whether it is plain data that holds nothing else."""
     return isinstance(value, _ATOMS)
@@ -250,6 +367,10 @@ def _find_handler(kind: type) -> _Handler | None:
         return None
     if kind.__module__ == "transformers.cache_utils":
         return None  # every decoder returns one, and training uses none
+    if (kind.__module__, kind.__name__) == ("numpy", "ndarray"):
+        return _array
+    if kind is Encoded:
+        return _encoded
     if issubclass(kind, tuple):
         return _tuple
     if issubclass(kind, (list, collections.deque)):

@@ -38,14 +38,29 @@ def verify(replayed: "Replayed") -> None:
         compared = [c for c in _compare(replayed.group, i, output) if not c.same]
         if not compared:
             continue
-        limit = call.checks.limit(
-            call.paths[i], call.autocast.lowest(output), call.autocast.tolerance(output), i in call.policy
-        )
+        limit = _limit(call, i, output)
         exceeding = [c for c in compared if c.exceeds(limit)]
         if exceeding:
             worst = max(exceeding, key=lambda c: limit.excess(c.apart, c.measure))
             if not _is_rounding(replayed, worst, limit):
                 raise ReplayMismatchError(_message(replayed.group, worst))
+
+
+def verify_company(replayed: "Replayed") -> None:
+    """Hold the rows' values against the screen's once more, in a batch of its size that has no other rows.
+
+    Rounding that comes of the batch size does not blur this comparison, so it is the stricter one; it costs a run.
+
+    Raises:
+        ReplayMismatchError: if the values depend on the other rows.
+    """
+    for part in replayed.group:
+        for i, again in (replayed.alone(part) or {}).items():
+            usual = _limit(part.call, i, again)
+            limit = Limit(usual.relative / 4, usual.absolute / 4, 0.0)
+            for compared in _compare([part], i, again):
+                if not compared.same and compared.exceeds(limit):
+                    raise ReplayMismatchError(_message([part], compared))
 
 
 class _Compared:
@@ -110,6 +125,11 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
             yield _Compared(part, i, rows, values, by_column(expected, axis), used)
 
 
+def _limit(call: Call, i: int, output: Tensor) -> Limit:
+    lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
+    return call.checks.limit(call.paths[i], lowest, usual, i in call.policy)
+
+
 def _is_rounding(replayed: "Replayed", compared: _Compared, limit: Limit) -> bool:
     """Whether a control shows that a difference comes of the batch size alone; how large it is, is remembered."""
     part, excess = compared.part, limit.excess(compared.apart, compared.measure)
@@ -130,8 +150,8 @@ def _message(group: list[Part], compared: _Compared) -> str:
         f"{name_of(group[0].call, compared.i)} by up to {float(compared.apart[worst]):.3g} (its largest value is "
         f"{float(compared.measure[worst]):.3g}): in this model a row's output depends on the other rows of the batch, "
         "or the model is not deterministic. Likely: normalisation or attention over the batch axis, state that a "
-        "forward updates, randomness from outside torch, inputs that are no tensors (arrays, objects of your own: they "
-        "are not cut into rows), rows of different lengths packed into one batch for a model that does not mask what "
+        "forward updates, randomness from outside torch, inputs that the gate cannot cut into rows, "
+        "rows of different lengths packed into one batch for a model that does not mask what "
         "is padded, or a batch axis that is not the first one (then name it with batch_dim=). Make the layer work row "
         "by row, or gate a part of the model that does; tolerance= allows more rounding. "
         "No gradient was changed."
@@ -140,8 +160,7 @@ def _message(group: list[Part], compared: _Compared) -> str:
 
 def name_of(call: Call, i: int) -> str:
     """An output, as a message names it."""
-    path = call.paths[i]
-    return path if path.startswith("the ") else f"output {path}" if path else "the output"
+    return call.output_name(i)
 
 
 def wrong_axis(call: Call, i: int, shape: Sequence[int], expected: Any, axis: int) -> str:

@@ -1,24 +1,26 @@
 """Log-probs seen in the user's loss code.
 
 While the context is open a ``TorchFunctionMode`` watches the few functions that pick an action's log-prob
-(``gather``, indexing, ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits``; so also
-``Categorical`` and ``Bernoulli``) on tensors that descend from a gated call. A hook on what they return
-gives ``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
+(``gather``, indexing, ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits``) on tensors that descend
+from a gated call, and ``log_prob`` of any distribution (``distributions.py``). A hook on what they return gives
+``dL/dlogp = -s * U``, pure also when the loss has entropy terms.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode, _pop_mode
 
+from kondo_hooks.distributions import is_inside, listen, parameters, put_on, take_off
 from kondo_hooks.selection import Signal
-from kondo_hooks.trace import OBSERVATION, Node, Scale, Source, cuts_rows, find_sources
+from kondo_hooks.trace import OBSERVATION, Node, Path, Source, find_sources
 
 
 @dataclass(eq=False)
@@ -31,8 +33,9 @@ class Observation:
         own_scale: 1/N if what was seen is itself a mean over N samples, 1 if a sum, None if not reduced.
         told: marked by the user with ``gate.logp``.
         raw: picked from raw logits, which a value loss does too: believed only if the boundary agrees.
-        position_axis: the axis of the values that holds positions, unless they are flattened into the rows.
-        scale: the loss's own scale, found as the backward starts.
+        position_axis: the axis of what was picked from that holds positions, unless they are flattened into the rows.
+        values_axis: the axis of the values that holds positions, if that is another.
+        paths: the ways from the loss that a backward takes to it, found as that starts.
     """
 
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,10 +44,12 @@ class Observation:
     told: bool = False
     raw: bool = False
     position_axis: int = 1
+    values_axis: int | None = None
     grad: Tensor | None = None
     task: int = -1
-    scale: Scale | None = None
+    paths: list[Path] = field(default_factory=list)
     signals: dict[int, Signal] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
     def attach(self, tensor: Tensor) -> None:
         """Take the gradient at ``tensor`` when a backward reaches it."""
@@ -81,16 +86,19 @@ class Observation:
         source = next(source for source in self.sources if source.call is call)
         return None if source.position_axis not in (source.row_axis, self.position_axis) else source.offset
 
+    def output(self, call: Any) -> int:
+        """Which of the call's outputs it was picked from."""
+        return int(next(source.output for source in self.sources if source.call is call))
+
     def _split(self) -> None:
         assert self.grad is not None
         advantages, surprisal = self.read(self.grad)
-        total = sum(source.call.batch for source in self.sources)
-        axis = self.sources[0].row_axis
-        each = [t.movedim(axis, 0).reshape(total, -1) for t in (advantages, surprisal)]
+        self.shape = surprisal.shape
+        each = [t.movedim(self.sources[0].row_axis, 0) for t in (advantages, surprisal)]
         start = 0
         for source in self.sources:
-            u, ell = (t[start : start + source.call.batch] for t in each)
-            start += source.call.batch
+            u, ell = (source.rows(t[start : start + source.entries]) for t in each)
+            start += source.entries
             signal = Signal(u, ell, u != 0)
             if (other := self.signals.get(id(source.call))) is not None:
                 signal = join([other, signal])
@@ -115,21 +123,35 @@ def join(signals: list[Signal]) -> Signal:
     )
 
 
-def observe_logp(logp: Tensor) -> Observation | None:
-    """Watch a tensor of log-probs that the user marked; None if its rows are not those of a gated call."""
+def observe_logp(logp: Tensor, told: bool) -> Observation | None:
+    """Watch a tensor of log-probs; None if its rows are not those of a gated call.
+
+    Args:
+        logp: (B,) or (B, T), or of more axes.
+        told: whether it was the user who marked it.
+    """
     sources = find_sources(logp) or find_sources(logp, trust=True)
-    if not sources or _misfit(sources, logp):
-        return None
+    return _observe(logp, sources, told) if sources else None
+
+
+def _observe_rows_of(distribution: Distribution, log_probs: Tensor) -> Observation | None:
+    """Where the way to log-probs cannot be followed: their last axes are those of the distribution's batch."""
+    batch = len(distribution.batch_shape)
+    for parameter in parameters(distribution):
+        sources = find_sources(parameter, trust=True)
+        if sources and sources[0].row_axis < batch <= log_probs.dim():
+            axis = sources[0].row_axis + log_probs.dim() - batch
+            if log_probs.shape[axis] == sum(source.entries for source in sources):
+                return _observe(log_probs, [replace(s, row_axis=axis, position_axis=None) for s in sources], False)
+    return None
+
+
+def _observe(logp: Tensor, sources: list[Source], told: bool) -> Observation:
     values = logp.detach().clone()
     position_axis = 0 if sources[0].row_axis == 1 else 1
-    observation = Observation(lambda g: (-g, -values), sources, told=True, position_axis=position_axis)
+    observation = Observation(lambda g: (-g, -values), sources, told=told, position_axis=position_axis)
     observation.attach(logp)
     return observation
-
-
-def _misfit(sources: list[Source], tensor: Tensor) -> bool:
-    total = sum(source.call.batch for source in sources)
-    return cuts_rows(sources[0], tensor, total) or any(s.row_axis != sources[0].row_axis for s in sources)
 
 
 class LossWatcher(TorchFunctionMode):
@@ -138,6 +160,20 @@ class LossWatcher(TorchFunctionMode):
     def __init__(self, on_backward: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
         super().__init__()
         self._on_backward = on_backward
+        self._on = False
+        self._put_off: list[Callable[[], None]] = []
+        self._end: Callable[[], None] = lambda: None
+
+    def open(self) -> None:
+        """Begin to watch."""
+        self.__enter__()
+        self._on, self._end = True, listen(self._see_log_prob)
+
+    def close(self) -> None:
+        """Leave no trace."""
+        take_off(self)
+        self._on = False
+        self._end()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is; look at what it returned if it can pick a log-prob."""
@@ -149,39 +185,37 @@ class LossWatcher(TorchFunctionMode):
         result = func(*args, **kwargs)
         watcher = _WATCHED.get(func)
         if watcher is not None and isinstance(result, Tensor) and result.requires_grad:
-            with torch._C.DisableTorchFunction():
-                watcher(result, *args, **kwargs)
+            look = functools.partial(watcher, result, *args, **kwargs)
+            if is_inside():
+                self._put_off.append(look)
+            else:
+                with torch._C.DisableTorchFunction():
+                    look()
         return result
 
-    def take_off(self) -> list[Any] | None:
-        """Take this mode, and it alone, off the stack; returns the modes above it, None if it was not there."""
-        above: list[Any] = []
-        while torch._C._len_torch_function_stack():
-            mode = _pop_mode()
-            if mode is self:
-                break
-            above.append(mode)
-        else:
-            self._put_on(above)
-            return None
-        self._put_on(above)
-        return above
-
-    def _put_on(self, modes: list[Any]) -> None:
-        for mode in reversed(modes):
-            _push_mode(mode)
+    def _see_log_prob(self, distribution: Distribution, log_probs: Tensor) -> None:
+        """What a distribution returned stands for all that was picked inside of it, if its rows can be followed."""
+        inside, self._put_off = self._put_off, []
+        if not self._on or log_probs.grad_fn is None or not log_probs.dim():
+            return
+        with torch._C.DisableTorchFunction():
+            if observe_logp(log_probs, False) is None and _observe_rows_of(distribution, log_probs) is None:
+                for look in inside:
+                    look()
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Without this mode while the model itself runs; the user's own stay on."""
-        above = self.take_off()
+        above, was_on = take_off(self), self._on
+        self._on = False
         try:
             yield
         finally:
+            self._on = was_on
             if above is not None:
                 for _ in above:
                     _pop_mode()
-                self._put_on([*above, self])
+                put_on([*above, self])
 
 
 _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
@@ -190,8 +224,7 @@ _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad
 def _sources(tensor: Any) -> list[Source] | None:
     if not isinstance(tensor, Tensor) or tensor.grad_fn is None or not tensor.dim():
         return None
-    sources = find_sources(tensor)
-    return None if not sources or _misfit(sources, tensor) else sources
+    return find_sources(tensor)
 
 
 def _gather(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> None:
@@ -237,6 +270,8 @@ def _pick(result: Tensor, input: Tensor, dim: int) -> None:
     values = result.detach().clone()
     if kind == "logp":
         observation = Observation(lambda g: (-g, -values), sources)
+    elif kind == "nll":
+        observation = Observation(lambda g: (g, values), sources)
     else:
         observation = _pick_unknown(values, input.detach(), dim, sources)
     observation.position_axis = 0 if axis == 1 else 1
@@ -304,7 +339,7 @@ def _indexed_loss(
     own_scale = None if reduction == "none" else own
     observation = Observation(read, sources, own_scale)
     # (B, V, T): the classes are on axis 1.
-    observation.position_axis = 2 if input.dim() > 2 else 1
+    observation.position_axis, observation.values_axis = (2 if input.dim() > 2 else 1), 1
     observation.attach(result)
 
 
@@ -323,8 +358,10 @@ def _binary_loss(
     """``binary_cross_entropy``, with and without logits."""
     if any(option is not None for option in (weight, pos_weight, size_average, reduce)):
         return
-    if (sources := _sources(input)) is None:
+    if (sources := _sources(input)) is None or target.requires_grad:
         return
+    if not bool(((target == 0) | (target == 1)).all()):
+        return  # an entropy, or soft labels: no action
     nll = result.detach().clone() if reduction == "none" else loss(input.detach(), target, reduction="none")
 
     def read(grad: Tensor) -> tuple[Tensor, Tensor]:

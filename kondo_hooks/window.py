@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.batch import Layout
-from kondo_hooks.parts import known_layout
+from kondo_hooks.node import Call
 from kondo_hooks.population import Arrival
+from kondo_hooks.readings import Learned
 from kondo_hooks.selection import Selector
 
 Size = int | Literal["auto"]
@@ -80,20 +81,19 @@ class Window:
         self.backwards = 0
         return arrivals
 
-    def compact(
-        self, selector: Selector, ranks: int, learned: dict[tuple[str, ...], Layout], communicates: bool
-    ) -> None:
+    def compact(self, selector: Selector, ranks: int, learned: Learned, communicates: bool) -> None:
         """Let go of the rows that cannot be chosen any more, and hold the others in the least space.
 
         Args:
             selector: of the decision to come.
             ranks: how many ranks choose together.
-            learned: where inputs keep their rows, by their paths.
+            learned: where inputs keep their rows.
             communicates: every pass must be the same on all ranks, so doubtful inputs are read in the likeliest way.
         """
         length = self._longest if self.size == "auto" else self.size
-        arrivals = [a for a in self.arrivals if a.signal is not None]
-        if len(arrivals) < len(self.arrivals):
+        leaders = [a for a in self.arrivals if a.follows is None]
+        arrivals = [a for a in leaders if a.signal is not None]
+        if len(arrivals) < len(leaders):
             return
         signals = [a.signal for a in arrivals if a.signal is not None]
         samples = selector.samples(signals)
@@ -104,7 +104,9 @@ class Window:
             contenders = selector.contenders(samples, (rows + coming) * len(samples.delight) / rows * ranks)
         if contenders is None:
             contenders = torch.ones_like(samples.delight, dtype=torch.bool)
-        for arrival, mine in zip(arrivals, selector.split(contenders, signals), strict=True):
+        by_leader = {id(a): mine for a, mine in zip(arrivals, selector.split(contenders, signals), strict=True)}
+        for arrival in self.arrivals:
+            mine = by_leader[id(arrival.follows or arrival)]
             mine = mine if mine.dim() == 1 else mine.any(1)
             if arrival.forced is not None:
                 mine = mine | arrival.forced
@@ -129,15 +131,20 @@ class Window:
         return total
 
 
-def _layout(arrival: Arrival, learned: dict[tuple[str, ...], Layout], communicates: bool) -> Layout | None:
+def in_doubt(call: Call) -> bool:
+    """Whether an input may be read otherwise than is likeliest, so that a guess could let go of what a replay needs."""
+    return call.reads_several() or any(call.doubtful())
+
+
+def _layout(arrival: Arrival, learned: Learned, communicates: bool) -> Layout | None:
     """How to cut the call's inputs into rows; None while that is in doubt."""
     if arrival.held is not None:
         assert arrival.held.held is not None
         return arrival.held.held.layout
     call = arrival.call
-    if (known := known_layout(call, learned)) is not None:
+    if (known := learned.known(call)) is not None:
         return known
-    return next(call.readings()) if communicates or not any(call.doubtful()) else None
+    return next(call.readings()) if communicates or not in_doubt(call) else None
 
 
 def gone(arrival: Arrival, kept: Tensor) -> Tensor:

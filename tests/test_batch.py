@@ -132,8 +132,8 @@ def test_nested_inputs_are_cut_into_rows(wrap):
 
     model, x, calls = Nested(), torch.randn(8, 3), []
     model.layer.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
-    with kondo.gated(model, rate=0.25):
+    with kondo.gated(model, rate=0.25, audit=0):
         out = model(inputs=wrap(x), scale=torch.tensor(2.0))
         assert type(out) is type(wrap(x))
         flatten(out)[1][0].log_softmax(-1)[:, 0].sum().backward()
-    assert calls == [8, 2]
+    assert [n for n in calls if n != 1] == [8, 2], "one row tells whether a named output has a graph"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
 
 import kondo_hooks as kondo
 from tests.cases import (
@@ -197,7 +198,7 @@ def test_gradient_after_a_screen_is_that_of_the_masked_full_backward(name, loss)
 def test_only_the_kept_rows_run_after_a_screen(setup):
     model, _, batch = setup
     seen = rows_with_a_graph(model.body[0])
-    with kondo.gated(model, rate=0.25) as gate:
+    with kondo.gated(model, rate=0.25, audit=0) as gate:
         logp = sampled_logp(model, batch)
         for _ in range(2):
             gate.screen(logp=logp, advantages=batch.advantages)
@@ -319,8 +320,12 @@ def test_a_screen_of_a_method():
     with kondo.gated(model, rate=0.25, method="evaluate") as gate:
         with torch.no_grad():
             logp, _ = model.evaluate(batch.x, batch.actions)
-        gate.screen(logp=logp, advantages=batch.advantages)
-        loss(model, 1).backward()
+        # A vector of as many entries as rows may be shared by all of them: the first call finds out.
+        for _ in range(2):
+            seen.clear()
+            model.zero_grad()
+            gate.screen(logp=logp, advantages=batch.advantages)
+            loss(model, 1).backward()
     assert seen == [3]
     loss(reference, kept_mask(gate.last.kept, 12, torch.float64)).backward()
     assert_same_gradient(model, reference)
@@ -374,6 +379,79 @@ def test_a_screen_that_keeps_nothing_gives_full_size_outputs_and_a_gradient_of_z
         reinforce(out, batch).backward()
     assert out.shape == (12, K) and len(decision.kept) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["time_first", "flat", "classes"])
+@pytest.mark.parametrize("length", [3, 4])
+@pytest.mark.parametrize("factors", [[0, 1, 0, 0], [0.5, 1, 0, 2], [0.5, 1, 0.2, 2]], ids=str)
+def test_after_screen_an_output_keeps_its_rows_on_any_axis(layout, length, factors):
+    """Also where all rows are run and only weighted, and where another axis is as long as the batch."""
+    torch.manual_seed(0)
+    model, x = LaidOut(layout).double(), torch.randn(4, length, 3).double()
+    factors = torch.tensor(factors, dtype=torch.float64)
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=factors)
+        model.rows_first(model(x), 4).sin().sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    (model.rows_first(model(x), 4).sin() * factors.view(4, 1, 1)).sum().backward()
+    assert largest_relative_difference(ours, grads(model)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["categorical", "normal", "independent"])
+def test_after_screen_a_distribution_that_the_model_returns_has_the_batch_shape_of_all_rows(kind):
+    class Policy(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            if kind == "categorical":
+                return Categorical(logits=out)
+            normal = Normal(out, out.exp())
+            return Independent(normal, 1) if kind == "independent" else normal
+
+    torch.manual_seed(0)
+    model, x, factors = Policy(3, K).double(), torch.randn(5, 3).double(), torch.tensor([0, 1, 0, 0.5, 0]).double()
+    actions = model(x).sample()
+
+    def log_probs(policy):
+        return policy.log_prob(actions).reshape(5, -1).sum(1)
+
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=factors)
+        policy = model(x)
+        assert policy.batch_shape[0] == 5 and len(policy.sample()) == 5
+        log_probs(policy).sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    (log_probs(model(x)) * factors).sum().backward()
+    assert largest_relative_difference(ours, grads(model)) < 1e-12
+
+
+def test_after_screen_rows_that_are_flattened_in_another_order_are_refused():
+    model, x = LaidOut("time_flat").double(), torch.randn(4, 3, 3).double()
+    with kondo.gated(model, rate=0.5) as gate:
+        gate.screen(kept=torch.tensor([1.0, 0, 0.5, 0]))
+        with pytest.raises(RuntimeError, match=r"output of the model \(12, 7\) could not be told.*another order"):
+            model(x)
+
+
+class LaidOut(nn.Linear):
+    """Logits of a sequence in one layout or another."""
+
+    def __init__(self, layout):
+        super().__init__(3, K)
+        self.layout = layout
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.layout == "classes":
+            return logits.transpose(1, 2)
+        logits = logits.transpose(0, 1) if self.layout.startswith("time") else logits
+        return logits.flatten(0, 1) if self.layout.endswith("flat") else logits
+
+    def rows_first(self, out, batch):
+        if self.layout == "time_first":
+            return out.transpose(0, 1)
+        return out.unflatten(0, (batch, -1)) if self.layout == "flat" else out
 
 
 @pytest.mark.parametrize("factors", [([0, 0, 0], [1, 0, 0.3]), ([1, 0.7, 0], [0, 0, 0])], ids=str)
@@ -698,7 +776,7 @@ def test_kept_tokens_of_a_policy_and_value_model_lose_no_term_and_dropped_ones_a
     with torch.no_grad():
         logp = pick(reference(batch.x)[0], batch.actions)
     seen = rows_with_a_graph(model.policy)
-    with kondo.gated(model, rate=0.2, unit="token", **options) as gate:
+    with kondo.gated(model, rate=0.2, unit="token", audit=0, **options) as gate:
         if first:
             gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
         actor_critic(model, batch).backward()

@@ -1,14 +1,12 @@
 """The snippets of docs/integrations.md run as they stand, and gate what they say."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+from tests import forks
+
+TEXT = (forks.ROOT / "docs" / "integrations.md").read_text()
 SETUP, *SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 # What each snippet's gate has to show at its end.
@@ -41,6 +39,5 @@ def test_snippet(snippet, tmp_path):
     keep += "kondo_hooks.gated = lambda *a, **k: kept.append(make(*a, **k)) or kept[-1]\n"
     program = tmp_path / "program.py"
     program.write_text(keep + SETUP + snippet + CHECK)
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = forks.program(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

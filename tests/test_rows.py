@@ -26,12 +26,13 @@ def policy_loss(logits, actions, advantages, w=1.0):
 
 @contextlib.contextmanager
 def told():
-    """The gate's warnings."""
+    """The gate's warnings, but for the one of a value that learns from chosen rows."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         messages: list[str] = []
         yield messages
-        messages += [str(w.message) for w in seen if issubclass(w.category, kondo.KondoWarning)]
+        found = [str(w.message) for w in seen if issubclass(w.category, kondo.KondoWarning)]
+        messages += [message for message in found if "holds no policy" not in message]
 
 
 def assert_same_gradient(model, reference):
@@ -100,7 +101,7 @@ def test_rows_that_are_regrouped_in_the_model_are_refused_in_the_gates_words():
         torch.randn(40),
     )
     with kondo.gated(model, rate=0.1), pytest.raises(kondo.ReplayMismatchError) as raised:
-        policy_loss(model(x, h, h), actions, advantages).backward()
+        policy_loss(model(x, h, h.clone()), actions, advantages).backward()
     for part in ("replay of 4 of 40 rows of Regrouped((40, 6), (1, 5, 8), (1, 5, 8))", "sequence one row"):
         assert part in str(raised.value)
     assert raised.value.__cause__ is not None and all(p.grad is None for p in model.parameters())
@@ -233,3 +234,346 @@ def test_a_default_device_is_none_of_the_gates_business(meta_by_default, options
     for w in gate.last.factors().view(-1, B):
         policy_loss(reference(x), actions, advantages, w).backward()
     assert_same_gradient(model, reference)
+
+
+# Rows of outputs, where everything is replayed.
+
+
+class Sequence(nn.Module):
+    """Batch norm, so that every replay is a whole one; outputs in several orders of their axes."""
+
+    def __init__(self, order, **options):
+        super().__init__()
+        self.layer, self.norm, self.order = nn.Linear(FEATURES, K), nn.BatchNorm1d(K, **options), order
+
+    def forward(self, x):
+        y = self.norm(self.layer(x).transpose(1, 2)).transpose(1, 2)
+        y = y.transpose(0, 1) if self.order.startswith("time") else y
+        return y.flatten(0, 1) if self.order.endswith("flat") else y
+
+
+def sequence_loss(y, order, actions, advantages, w=None):
+    """One advantage a row, and the rows' weights where the rows are."""
+    terms = -pick(y.reshape(*actions.shape, K), actions)
+    weights = advantages if w is None else advantages * w
+    return (terms * (weights if order.startswith("time") else weights[:, None])).mean()
+
+
+@pytest.mark.parametrize(
+    ("order", "steps"), [("batch", 5), ("batch", B), ("batch flat", 5), ("batch flat", B), ("time", B)]
+)
+def test_rows_of_outputs_are_found_where_everything_is_replayed(order, steps):
+    model, reference = copies(Sequence(order).double())
+    x, advantages = double(B, steps, FEATURES), double(B)
+    actions = torch.randint(K, (steps, B) if order == "time" else (B, steps))
+    before = model.norm.running_mean.clone(), int(model.norm.num_batches_tracked)
+    with told() as messages, kondo.gated(model, rate=0.25) as gate:
+        for n in range(2):
+            model.zero_grad()
+            sequence_loss(model(x), order, actions, advantages).backward()
+            assert int(model.norm.num_batches_tracked) == before[1] + n + 1
+    assert len(messages) == 1 and "batch" in messages[0] and len(gate.last.kept) == 3
+    sequence_loss(reference(x), order, actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize("steps", [5, B])
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}], ids=str)
+def test_rows_that_are_no_blocks_are_refused_where_everything_is_replayed(options, steps):
+    model = Sequence("time flat", **options).double()
+    with kondo.gated(model, rate=0.25), pytest.raises(ValueError, match=r"rows on an axis of their own.*batch_dim="):
+        model(double(B, steps, FEATURES))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, K)
+
+    def forward(self, x):
+        return self.layer(x).transpose(0, 1)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.25}, {"price": 0.0, "hard": False, "temperature": 1.0}], ids=str)
+def test_time_first_outputs_of_as_many_steps_as_rows(options):
+    model, reference = copies(TimeFirst().double())
+    x, actions, advantages = double(B, B, FEATURES), torch.randint(K, (B, B)), double(B)
+    with kondo.gated(model, **options) as gate:
+        sequence_loss(model(x), "time", actions, advantages).backward()
+    sequence_loss(reference(x), "time", actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+# Shared inputs of the batch's size.
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, B), nn.Linear(B, K)
+
+    def forward(self, x, scale):
+        return self.second((self.first(x) * scale).tanh())
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_shared_vector_of_the_batchs_size(window):
+    model, reference = copies(Scaled().double())
+    data = [(double(B, FEATURES), double(B), torch.randint(K, (B,)), double(B)) for _ in range(window)]
+    with kondo.gated(model, rate=0.25, window=window) as gate:
+        for x, scale, *rest in data:
+            policy_loss(model(x, scale), *rest).backward()
+    assert gate.stats.forwarded == 3 * window
+    for (x, scale, *rest), w in zip(data, gate.last.factors().view(-1, B), strict=True):
+        policy_loss(reference(x, scale), *rest, w).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_a_shared_vector_of_the_batchs_size_after_a_screen():
+    model, reference = copies(Scaled().double())
+    x, scale, actions, advantages = double(B, FEATURES), double(B), torch.randint(K, (B,)), double(B)
+    kept = torch.arange(B) % 4 == 0
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(kept=kept)
+        policy_loss(model(x, scale), actions, advantages).backward()
+    policy_loss(reference(x, scale), actions, advantages, kept).backward()
+    assert_same_gradient(model, reference)
+
+
+class Extra(nn.Module):
+    """Another input than the one that holds rows: not used, behind a factor, or only looked at."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.side, self.use = nn.Linear(FEATURES, K), nn.Linear(B, K), use
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, extra):
+        y = self.layer(x)
+        if self.use == "behind zero":
+            return y + self.gain * self.side(extra.to(x).mean(0))  # shared, though it looks like rows
+        return y + 0 * extra.shape[0] if self.use == "shape" else y
+
+
+@pytest.mark.parametrize("use", ["none", "shape"])
+@pytest.mark.parametrize(
+    "extra", [torch.randn(B, B), torch.ones(B, B).tril().bool(), torch.randn(B)], ids=["f", "b", "v"]
+)
+def test_an_unused_input_does_not_make_replays_whole(use, extra):
+    model, reference = copies(Extra(use).double())
+    x, actions, advantages = double(B, FEATURES), torch.randint(K, (B,)), double(B)
+    with told() as messages, kondo.gated(model, rate=0.25) as gate:
+        for _ in range(3):
+            policy_loss(model(x, extra), actions, advantages).backward()
+    assert gate.stats.forwarded == 9 and not messages
+    for _ in range(3):
+        policy_loss(reference(x, extra), actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_an_input_behind_a_zero_is_told_once_and_looked_at_again():
+    model, reference = copies(Extra("behind zero").double())
+    x, extra, actions, advantages = double(B, FEATURES), double(B, B), torch.randint(K, (B,)), double(B)
+    runs = []
+    model.layer.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def step(m, w=1.0):
+        m.zero_grad()
+        policy_loss(m(x, extra), actions, advantages, w).backward()
+
+    with told() as messages, kondo.gated(model, rate=0.25, audit=0) as gate:
+        for n in range(1, 7):
+            step(model)
+            assert gate.stats.forwarded == B * n
+        assert len(runs) < 6 * 4
+        step(reference, gate.last.factors())
+        assert_same_gradient(model, reference)
+        for m in (model, reference):
+            torch.nn.init.constant_(m.gain, 0.5)
+        for _ in range(6):
+            step(model)
+            step(reference, gate.last.factors())
+            assert_same_gradient(model, reference)
+        before = gate.stats.forwarded
+        step(model)
+        assert gate.stats.forwarded == before + 3
+    assert len([m for m in messages if "cannot be told" in m and "(12, 12)" in m]) == 1
+    assert not [m for m in messages if "cannot be told" not in m and "forward hooks" not in m]
+
+
+class Squeezing(nn.Module):
+    """Takes a batch of one row for no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.policy, self.value = nn.Linear(FEATURES, K), nn.Linear(FEATURES, 1)
+
+    def forward(self, x):
+        return self.policy(x).squeeze(), self.value(x).squeeze()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_model_that_squeezes_one_row_away(k, window):
+    model, reference = copies(Squeezing().double())
+    data = [(double(B, FEATURES), torch.randint(K, (B,)), double(B)) for _ in range(window)]
+
+    def loss(m, x, actions, advantages, w=1.0):
+        logits, value = m(x)
+        return policy_loss(logits, actions, advantages, w) + (value**2 * w).mean()
+
+    with kondo.gated(model, rate=k / B / window, window=window) as gate:
+        for batch in data:
+            loss(model, *batch).backward()
+    assert len(gate.last.kept) == k
+    for batch, w in zip(data, gate.last.factors().view(-1, B), strict=True):
+        loss(reference, *batch, w).backward()
+    assert_same_gradient(model, reference)
+
+
+# Positions: unit="token".
+
+
+T = 5
+
+
+class TokenModel(nn.Module):
+    """A policy over the positions, and another output."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.body, self.policy = nn.GRU(FEATURES, 8, batch_first=True), nn.Linear(8, K)
+        self.more, self.other = nn.ModuleDict({str(n): nn.Linear(8, n) for n in (1, 3, T, 9)}), other
+
+    def forward(self, x):
+        h = self.body(x)[0]
+        more, pooled = self.more, h.mean(1)
+        return self.policy(h), {
+            "value": lambda: more["1"](h)[..., 0],
+            "features": lambda: more["3"](h),
+            "pooled, fewer": lambda: more["3"](pooled),
+            "pooled, as many": lambda: more[str(T)](pooled),
+            "pooled, more": lambda: more["9"](pooled),
+            "transposed": lambda: more["3"](h).transpose(1, 2),
+            "scalar": lambda: more["1"](pooled)[:, 0],
+            "attention": lambda: (h @ h.transpose(1, 2)).unsqueeze(1).expand(-1, 2, -1, -1),
+        }[self.other]()
+
+
+def token_loss(m, x, actions, advantages, w=None, r=None):
+    logits, other = m(x)
+    policy, rest = -pick(logits, actions) * advantages, other**2
+    if w is not None:
+        policy, rest = policy * w, rest * r.view(*r.shape, *[1] * (rest.dim() - r.dim()))
+    return policy.mean() + rest.mean()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize(
+    ("other", "by_position"),
+    [
+        ("value", True),
+        ("features", True),
+        ("pooled, fewer", False),
+        ("pooled, as many", False),
+        ("pooled, more", False),
+        ("transposed", False),
+        ("scalar", False),
+        ("attention", False),
+    ],
+)
+def test_kept_tokens_cut_outputs_by_position_where_they_have_positions(other, by_position, window):
+    model, reference = copies(TokenModel(other).double())
+    data = [(double(B, T, FEATURES), torch.randint(K, (B, T)), double(B, T)) for _ in range(window)]
+    with told() as messages, kondo.gated(model, rate=0.2, unit="token", window=window) as gate:
+        for batch in data:
+            token_loss(model, *batch).backward()
+    for batch, w in zip(data, gate.last.factors().view(-1, B, T), strict=True):
+        token_loss(reference, *batch, w, w if by_position else w.amax(1)).backward()
+    assert_same_gradient(model, reference)
+    assert not messages
+
+
+def test_an_output_with_the_positions_on_two_axes_is_told_of_once():
+    class Maps(TokenModel):
+        def forward(self, x):
+            h = self.body(x)[0]
+            return self.policy(h), h @ h.transpose(1, 2)
+
+    model, reference = copies(Maps("value").double())
+    batch = double(B, T, FEATURES), torch.randint(K, (B, T)), double(B, T)
+    with told() as messages, kondo.gated(model, rate=0.2, unit="token") as gate:
+        for _ in range(2):
+            model.zero_grad()
+            token_loss(model, *batch).backward()
+    w = gate.last.factors().view(B, T)
+    token_loss(reference, *batch, w, w.amax(1)).backward()
+    assert_same_gradient(model, reference)
+    (message,) = messages
+    assert "(5, 5)" in message and "unit='token'" in message
+
+
+def test_a_model_of_one_length_is_told_of():
+    class Fixed(TokenModel):
+        def forward(self, x):
+            return super().forward(x.reshape(-1, T, FEATURES))
+
+    with told() as messages, kondo.gated(Fixed("value").double(), rate=0.2, unit="token") as gate:
+        token_loss(gate.model, double(B, T, FEATURES), torch.randint(K, (B, T)), double(B, T)).backward()
+    assert len(messages) == 1 and "first axis is taken for the tokens" in messages[0]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("shape", [(T, K), (T,), (K,), (T, 2, 3)])
+def test_kept_bits_are_kept_one_by_one(shape, window):
+    model, reference = copies(nn.Linear(FEATURES, torch.Size(shape).numel()).double())
+    data = [(double(B, FEATURES), torch.randint(2, (B, *shape)).double(), double(B)) for _ in range(window)]
+
+    def bits_loss(m, x, bits, advantages, w=1.0):
+        logp = torch.distributions.Bernoulli(logits=m(x).view(bits.shape)).log_prob(bits)
+        return (-logp * advantages.view(-1, *[1] * len(shape)) * w).sum() / B
+
+    def out(m):
+        m.register_forward_hook(lambda _m, _i, y: y.view(-1, *shape))
+        return m
+
+    model, reference = out(model), out(reference)
+    with kondo.gated(model, rate=0.1, unit="token", window=window) as gate:
+        for batch in data:
+            bits_loss(model, *batch).backward()
+    for batch, w in zip(data, gate.last.factors().view(-1, B, *shape), strict=True):
+        bits_loss(reference, *batch, w).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_actions_of_several_parts_are_kept_one_by_one():
+    class Parts(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).unflatten(-1, (3, K))
+
+    model, reference = copies(Parts(FEATURES, 3 * K).double())
+    x, actions, advantages = double(B, T, FEATURES), torch.randint(K, (B, T, 3)), double(B, T, 3)
+    with kondo.gated(model, rate=0.1, unit="token") as gate:
+        policy_loss(model(x), actions, advantages).backward()
+    policy_loss(reference(x), actions, advantages, gate.last.factors().view(B, T, 3)).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize("case", ["classes first", "several a position", "shifted bits"])
+def test_tokens_whose_positions_are_not_known_are_refused(case):
+    class Out(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y.transpose(1, 2) if case == "classes first" else y
+
+    model = Out(FEATURES, K).double()
+    with kondo.gated(model, rate=0.2, unit="token"), pytest.raises(kondo.DelightError, match="unit='token'"):
+        y = model(double(B, T, FEATURES))
+        if case == "classes first":
+            loss = F.cross_entropy(y, torch.randint(K, (B, T)), reduction="none")
+        elif case == "several a position":
+            loss = -y.log_softmax(-1).gather(-1, torch.randint(K, (B, T, 2)))
+        else:
+            bits = torch.randint(2, (B, T - 1, K)).double()
+            loss = F.binary_cross_entropy_with_logits(y[:, 1:], bits, reduction="none")
+        (loss * torch.randn(B, *[1] * (loss.dim() - 1)).double()).mean().backward()

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.forks import compile_nothing
+
 FEATURES, WIDTH, K = 6, 16, 7
 
 
@@ -166,6 +168,7 @@ def deepspeed(
 ) -> Host:
     import deepspeed
 
+    compile_nothing()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,

@@ -1,0 +1,163 @@
+"""``log_prob`` of any ``torch.distributions.Distribution``, seen where it is called.
+
+While a context is open, every class's ``log_prob`` tells who listens what it returned: the loss code's watcher, or the
+screen of a model that calls it inside. Only the outermost call counts, for a distribution made of others calls theirs.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+Listener = Callable[[Distribution, Tensor], None]
+
+_listeners: list[Listener] = []
+_wrapped: dict[type, Callable[..., Any]] = {}
+_inside = False
+
+
+def listen(listener: Listener) -> Callable[[], None]:
+    """Tell ``listener`` each distribution that is asked for a ``log_prob``, and what it returned.
+
+    Returns:
+        What ends it, and leaves no trace.
+    """
+    if not _listeners:
+        Distribution.__init_subclass__ = classmethod(_wrap_new)  # type: ignore
+        _wrap_all(Distribution)
+    _listeners.append(listener)
+
+    def end() -> None:
+        if listener in _listeners:
+            _listeners.remove(listener)
+        if not _listeners and _wrapped:
+            del Distribution.__init_subclass__
+            for kind, original in _wrapped.items():
+                kind.log_prob = original  # type: ignore[attr-defined]
+            _wrapped.clear()
+
+    return end
+
+
+def is_inside() -> bool:
+    """Whether a ``log_prob`` runs now."""
+    return _inside
+
+
+def _wrap_all(kind: type) -> None:
+    _wrap(kind)
+    subclasses: list[type] = type.__subclasses__(kind)
+    for subclass in subclasses:
+        _wrap_all(subclass)
+
+
+def _wrap_new(kind: Any, **_: Any) -> None:
+    _wrap(kind)
+
+
+def _wrap(kind: type) -> None:
+    original = kind.__dict__.get("log_prob")
+    if kind in _wrapped or not callable(original):
+        return
+    _wrapped[kind] = original
+
+    @functools.wraps(original)
+    def log_prob(self: Distribution, *args: Any, **kwargs: Any) -> Any:
+        global _inside
+        if torch.compiler.is_compiling() or _inside:
+            return original(self, *args, **kwargs)
+        _inside = True
+        try:
+            result = original(self, *args, **kwargs)
+        finally:
+            _inside = False
+        if isinstance(result, Tensor):
+            for listener in list(_listeners):
+                listener(self, result)
+        return result
+
+    kind.log_prob = log_prob  # type: ignore[attr-defined]
+
+
+def parameters(distribution: Distribution) -> Iterator[Tensor]:
+    """The tensors that a distribution, and those that it is made of, hold."""
+    for value in vars(distribution).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Distribution):
+            yield from parameters(value)
+
+
+def take_off(mode: TorchFunctionMode) -> list[Any] | None:
+    """Take a mode, and it alone, off the stack; returns the modes above it, None if it was not there."""
+    above: list[Any] = []
+    while torch._C._len_torch_function_stack():
+        found = _pop_mode()
+        if found is mode:
+            break
+        above.append(found)
+    else:
+        put_on(above)
+        return None
+    put_on(above)
+    return above
+
+
+def put_on(modes: Sequence[Any]) -> None:
+    """Put modes that were taken off back, the last one first."""
+    for mode in reversed(modes):
+        _push_mode(mode)
+
+
+# What leaves log-probs log-probs: of a row's dimensions together, or in another shape or type.
+_KEEPING = (
+    *("sum", "stack", "cat", "concat", "concatenate", "add", "__add__", "__radd__", "reshape", "view", "squeeze"),
+    *("unsqueeze", "flatten", "contiguous", "clone", "to", "float", "double", "type_as"),
+)
+# A density's change of variables: log-probs minus what the samples were stretched by.
+_CORRECTING = ("sub", "__sub__")
+
+
+class LogProbs(TorchFunctionMode):
+    """The tensors that log-probs came out as while a model ran, and what was summed or stacked of them alone.
+
+    As a context it listens; as a mode it looks on from the first ``log_prob`` on, for that is when the model ends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, Tensor] = {}
+
+    def __enter__(self) -> "LogProbs":
+        self._end = listen(self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._end()
+        if self._found:
+            take_off(self)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._found
+
+    def _note(self, _: Distribution, log_probs: Tensor) -> None:
+        if not self._found and not torch.compiler.is_compiling():
+            _push_mode(self)
+        self._found[id(log_probs)] = log_probs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` as it is; note what it made of log-probs."""
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if isinstance(result, Tensor) and result.is_floating_point() and name in (*_KEEPING, *_CORRECTING):
+            given = (
+                args[0] if args and isinstance(args[0], (tuple, list)) else args[:1] if name in _CORRECTING else args
+            )
+            tensors = [value for value in given if isinstance(value, Tensor)]
+            if tensors and all(value in self for value in tensors):
+                self._found[id(result)] = result
+        return result

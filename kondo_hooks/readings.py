@@ -1,0 +1,232 @@
+"""Where inputs and outputs keep their rows, as far as shapes leave it in doubt: found out by running the model.
+
+A shared input whose size happens to be the batch's looks like rows, and so does the time axis of (T, B, K) outputs
+where T is the batch size. Inputs are told apart by replays, which reproduce the screen or do not. Outputs are told
+apart by one more run of fewer rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kondo_hooks.batch import Layout, Rows, fits, rows_between
+from kondo_hooks.errors import WarnOnce, rows_not_in_blocks, unknown_axis
+from kondo_hooks.node import Call, no_fast_path
+from kondo_hooks.state import forked_rng
+from kondo_hooks.tree import flatten
+
+Key = tuple[str, ...]
+_LONGEST_WAIT = 64
+
+
+@dataclass
+class Learned:
+    """What replays have found out about where inputs keep their rows, by the inputs' paths.
+
+    Attributes:
+        warn: for what stays in doubt.
+        layouts: which reading reproduced a screen, and no other did.
+    """
+
+    warn: WarnOnce = field(default_factory=WarnOnce)
+    layouts: dict[Key, Layout] = field(default_factory=dict)
+    _waits: dict[Any, tuple[int, int]] = field(default_factory=dict)
+
+    def known(self, call: Call, batch: int | None = None) -> Layout | None:
+        """How a call's inputs are to be read; None if no replay has told, or they do not fit what it told."""
+        layout = self.layouts.get(tuple(call.input_paths))
+        return layout if layout is not None and fits(layout, call.inputs, batch or call.batch) else None
+
+    def learn(self, call: Call, layout: Layout) -> None:
+        """Read the inputs of such calls by ``layout`` from now on."""
+        self.layouts[tuple(call.input_paths)] = layout
+
+    def doubt(self, call: Call, i: int) -> None:
+        """Two readings of input ``i`` reproduce the screen: look again later, after a growing number of replays."""
+        _, longest = self._waits.get(_shaped(call), (0, 1))
+        self._waits[_shaped(call)] = (longest, min(2 * longest, _LONGEST_WAIT))
+        self.warn(
+            "ambiguous",
+            f"gated: which axis of the input {call.input_name(i)} {tuple(call.inputs[i].shape)} holds the rows, if "
+            f"any, cannot be told: {call.batch} rows come out alike by two readings (a path that is zero at first?). "
+            "All rows are replayed until it can, which is exact and saves nothing. A batch of another size tells, and "
+            "so does leaving the input out where it is not used.",
+        )
+
+    def waits(self, call: Call) -> bool:
+        """Whether such a call is still in doubt, and it is not yet time to look again."""
+        left, longest = self._waits.get(_shaped(call), (0, 0))
+        if not left:
+            return False
+        self._waits[_shaped(call)] = (left - 1, longest)
+        return True
+
+
+def _shaped(call: Call) -> Any:
+    return tuple(call.input_paths), tuple(leaf.shape for leaf in call.inputs)
+
+
+class Uses(TorchDispatchMode):
+    """Notes whether any operation is given a tensor, or a view of it.
+
+    Attributes:
+        found: whether one was.
+    """
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.found = False
+        self._memory = _memory(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` as it is."""
+        self.found = self.found or any(_memory(leaf) == self._memory for leaf in flatten((args, kwargs or {}))[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> Any:
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # a layout without a storage
+        return id(tensor)
+
+
+def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: WarnOnce, alone: bool) -> None:
+    """Find out where outputs keep their rows whose shapes leave it in doubt, and no replay will tell.
+
+    Args:
+        call: screened; its ``rows`` are put right.
+        settled: what was found for other calls, by path and number of axes; updated.
+        unchecked: rows may be weighted of which no replay of fewer rows is held against the screen.
+        warn: for what stays in doubt.
+        alone: whether this rank may run the model on its own.
+
+    Raises:
+        ValueError: if rows are flattened into another axis otherwise than in blocks, or that cannot be told.
+    """
+    doubtful = [i for i, where in enumerate(call.rows) if where is not None and _is_doubtful(call, i, unchecked)]
+    if not doubtful:
+        return
+    keys = [f"{call.paths[i]} {call.outputs[i].dim()}" for i in doubtful]
+    if any(key not in settled for key in keys):
+        found = _look(call) if alone else None
+        # Where ranks have to make the same passes the replay tells, if it is of fewer rows: by an error.
+        for i, key in zip(doubtful, keys, strict=True) if alone or unchecked else ():
+            if found is None or (where := found.get(call.paths[i])) is None:
+                _stay_in_doubt(call, i, warn)
+            elif isinstance(where, ValueError):
+                raise where
+            else:
+                settled[key] = where
+    for i, key in zip(doubtful, keys, strict=True):
+        if (where := settled.get(key)) is not None:
+            call.rows[i] = Rows(where.axis, call.outputs[i].shape[where.axis] // call.batch, call.pairs)
+
+
+def _is_doubtful(call: Call, i: int, unchecked: bool) -> bool:
+    where, shape, each = call.rows[i], call.outputs[i].shape, 2 if call.pairs else 1
+    assert where is not None
+    if call.makes_loss(i) or call.batch == 1:
+        return False
+    return list(shape).count(call.batch * each) > 1 or (where.repeat > each and unchecked)
+
+
+def _stay_in_doubt(call: Call, i: int, warn: WarnOnce) -> None:
+    where, shape = call.rows[i], tuple(call.outputs[i].shape)
+    assert where is not None
+    warn("axis", unknown_axis(call.output_name(i), shape, call.batch, where.axis))
+
+
+def find_pooled(call: Call, outputs: Sequence[int], length: int) -> dict[int, bool]:
+    """Whether outputs have as many features as positions by chance: they keep them when the inputs lose a position.
+
+    Args:
+        call: screened.
+        outputs: whose rows' first axis is as long as there are positions.
+        length: that number.
+
+    Returns:
+        By output; nothing where the model does not run on fewer positions.
+    """
+    n, shortened, inputs = min(2, call.batch), False, []
+    for leaf, where in zip(call.inputs, next(call.readings()), strict=True):
+        taken = leaf if where is None else where.take(leaf, torch.arange(n, device=leaf.device))
+        for axis, size in enumerate(taken.shape):
+            if size == length and (where is None or axis != where.axis):
+                taken, shortened = taken.narrow(axis, 0, length - 1), True
+        inputs.append(taken)
+    training, requires_grad = call.flags
+    part = _outputs(call, inputs, ([False] * len(training), requires_grad)) if shortened else None
+    if part is None:
+        return {}
+    lengths = {i: where.first(part[i]).shape[1] for i in outputs if i < len(part) and (where := call.rows[i])}
+    return {i: left == length for i, left in lengths.items()}
+
+
+Found = dict[str, Rows | ValueError | None]
+
+
+def _look(call: Call) -> Found | None:
+    """Where outputs keep their rows, by path, from a run of two rows; None if the model does not run on two."""
+    n = 2 if call.batch > 2 else 1
+    training, requires_grad = call.flags
+    # In eval mode rows are independent where they are not in training; some models return something else there.
+    for flags in (([False] * len(training), requires_grad), call.flags):
+        full = _outputs(call, call.inputs, flags)
+        if full is None or any(a.shape != b.shape for a, b in zip(full, call.outputs, strict=False)):
+            continue
+        # A model may run on columns as well as on rows: those where they are expected come first.
+        for layout in sorted(filter(any, call.readings()), key=lambda layout: _unexpected(call, layout)):
+            taken = [
+                leaf if where is None else where.take(leaf, torch.arange(n, device=leaf.device))
+                for leaf, where in zip(call.inputs, layout, strict=True)
+            ]
+            part = _outputs(call, taken, flags)
+            if part is not None:
+                return {call.paths[i]: _place(call, i, full[i], part[i], n) for i in range(len(full))}
+    return None
+
+
+def _unexpected(call: Call, layout: Layout) -> int:
+    """How many inputs a reading takes rows from on another axis than ``batch_dim``."""
+    return sum(rows is not None and rows.axis != call.batch_dim for rows in layout)
+
+
+def _place(call: Call, i: int, full: Tensor, part: Tensor, n: int) -> Rows | ValueError | None:
+    where = rows_between(full.shape, part.shape, call.batch, n, call.pairs)
+    if where is None or where.repeat <= (2 if call.pairs else 1):
+        return where
+    first = torch.arange(n, device=full.device)
+    if _alike(where.take(full, first), part):
+        return where
+    return ValueError(rows_not_in_blocks(call.output_name(i), tuple(full.shape), call.batch))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    largest = float(a.abs().amax()) if a.numel() else 0.0
+    return bool(((a - b).abs() <= 2e-2 * largest).all()) or not a.isfinite().all()
+
+
+def _outputs(call: Call, inputs: Sequence[Tensor], flags: Any) -> list[Tensor] | None:
+    """What the model returns for inputs, without a graph or a trace; None if it raises, or returns something else."""
+    state = call.state
+    with (
+        torch.no_grad(),
+        no_fast_path(),
+        call.autocast.restored(),
+        forked_rng(call.rng),
+        call.attributes_as_screened(inputs),
+        state.restored_flags(flags),
+        state.untouched(),
+    ):
+        try:
+            result, args = call.run_again([leaf.detach() for leaf in inputs])
+            return call.outputs_in(result, args, call.left(), check=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model may check its inputs, and raise anything where they are misread
+            return None

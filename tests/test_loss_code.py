@@ -1,0 +1,429 @@
+"""Delight seen in the loss code: rows that move, scales of nested terms, what is no policy, parameters used outside."""
+
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Bernoulli
+from torch.utils.flop_counter import FlopCounterMode
+
+import kondo_hooks as kondo
+from kondo_hooks.trace import find_sources
+from tests.reference import copies, grads, kept_mask, largest_relative_difference
+
+B, X, K = 12, 5, 6
+
+
+def pick(table, actions):
+    return table.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.fixture
+def data():
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(B, X, dtype=torch.float64, generator=g)
+    return x, torch.randint(K, (B,), generator=g), torch.randn(B, dtype=torch.float64, generator=g)
+
+
+def delight_of(model, x, a, u):
+    return (-u * pick(model(x).log_softmax(-1), a)).detach()
+
+
+def same_ranking(ours, theirs):
+    torch.testing.assert_close(ours / ours.norm(), theirs / theirs.norm())
+
+
+# Pairs.
+
+
+def halves(t):
+    return t[: B // 2] + t[B // 2 :]
+
+
+PAIRED = {
+    "gather": lambda gate, logits, a, u: -(pick(logits.log_softmax(-1), a) * u).mean(),
+    "indexing": lambda gate, logits, a, u: -(logits.log_softmax(-1)[torch.arange(B), a] * u).mean(),
+    "cross_entropy": lambda gate, logits, a, u: (F.cross_entropy(logits, a, reduction="none") * u).mean(),
+    "marked": lambda gate, logits, a, u: -(gate.logp(pick(logits.log_softmax(-1), a)) * u).mean(),
+    "categorical": lambda gate, logits, a, u: -(torch.distributions.Categorical(logits=logits).log_prob(a) * u).mean(),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_pairs_are_row_i_and_the_row_half_a_batch_below(name, data):
+    x, a, u = data
+    model, reference = copies(nn.Linear(X, K).double())
+    with kondo.gated(model, rate=0.34, pairs=True) as gate:
+        PAIRED[name](gate, model(x), a, u).backward()
+    torch.testing.assert_close(gate.last.delight, halves(delight_of(reference, x, a, u)))
+    (-pick(reference(x).log_softmax(-1), a) * u * gate.last.factors().repeat(2)).mean().backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+@pytest.mark.parametrize("cut", [lambda t: t.chunk(2), lambda t: (t[: B // 2], t[B // 2 :])], ids=["chunk", "slice"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_pairs_whose_halves_are_taken_apart(cut, marked, data):
+    x, a, _ = data
+    model, reference = copies(nn.Linear(X, K).double())
+
+    def loss(chosen, rejected, w=1.0):
+        return -(F.logsigmoid(0.3 * (chosen - rejected)) * w).mean()
+
+    with kondo.gated(model, rate=0.34, pairs=True) as gate:
+        parts = [pick(y, b) for y, b in zip(cut(model(x).log_softmax(-1)), a.chunk(2), strict=True)]
+        loss(*(map(gate.logp, parts) if marked else parts)).backward()
+    chosen, rejected = pick(reference(x).log_softmax(-1), a).chunk(2)
+    u = 0.3 * torch.sigmoid(-0.3 * (chosen - rejected)).detach()
+    same_ranking(gate.last.delight, (-u * chosen + u * rejected).detach())
+    loss(chosen, rejected, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+# Scales.
+
+
+def nest(rng, terms):
+    """The sum of the terms in any order and nesting, divided and multiplied again on the way."""
+    terms = list(terms)
+    rng.shuffle(terms)
+    while len(terms) > 1:
+        n = rng.randint(2, len(terms))
+        group, terms = terms[:n], terms[n:]
+        how = rng.choice(["add", "sum", "stack", "mean", "sub", "weights", "cat"])
+        if how == "add":
+            joined = group[0]
+            for term in group[1:]:
+                joined = term + joined if rng.random() < 0.5 else joined + term
+        elif how == "sum":
+            joined = sum(group) / len(group) * len(group)
+        elif how == "stack":
+            joined = torch.stack(group).sum()
+        elif how == "cat":
+            joined = torch.cat([term.view(1) for term in group]).sum()
+        elif how == "mean":
+            joined = n * torch.stack(group).mean()
+        elif how == "weights":
+            weights = torch.rand(n, dtype=torch.float64) + 0.5
+            joined = torch.stack([term / w for term, w in zip(group, weights, strict=True)]) @ weights
+        else:
+            joined = group[0] - sum(-term for term in group[1:])
+        c = rng.choice([1.0, 4, torch.tensor(0.3, dtype=torch.float64)])
+        terms.append(rng.choice([lambda t, c=c: t, lambda t, c=c: t / c * c, lambda t, c=c: -(-c * t) / c])(joined))
+        rng.shuffle(terms)
+    return terms[0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+def test_the_scale_is_that_of_the_policy_term_in_any_order_sign_division_and_nesting(seed, data):
+    x, a, u = data
+    rng = random.Random(seed)
+
+    class ActorCritic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pi, self.v = nn.Linear(X, K), nn.Linear(X, 1)
+
+        def forward(self, x):
+            return self.pi(x), self.v(x).flatten()
+
+    model, reference = copies(ActorCritic().double())
+    old = torch.randn(B, dtype=torch.float64) - 2
+
+    def terms(m):
+        logits, value = m(x)
+        logp_all = logits.log_softmax(-1)
+        logp = pick(logp_all, a)
+        kl = ((old - logp).exp() - (old - logp) - 1).mean()
+        yield rng.choice([-(logp * u).mean(), (-logp * u).sum() / B, -torch.dot(logp, u) / B, -(logp @ u) * (1 / B)])
+        yield 0.04 * kl
+        yield -0.01 * -(logp_all.exp() * logp_all).sum(-1).mean()
+        yield 0.5 * F.mse_loss(value, u)
+
+    factor = rng.choice([1.0, 1 / 8, 65536.0])
+    with kondo.gated(model, rate=0.5) as gate:
+        (nest(rng, terms(model)) * factor).backward()
+    logp = pick(reference.pi(x).log_softmax(-1), a).detach()
+    expected = (u - 0.04 * (1 - (old - logp).exp())) * -logp
+    torch.testing.assert_close(gate.last.delight, expected)
+    assert gate.last.scale == pytest.approx(factor / B)
+
+
+def warned(run):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in told if isinstance(w.message, kondo.KondoWarning)]
+
+
+@pytest.mark.parametrize("coefficient", [0.04, 1.0, 0.0])
+@pytest.mark.parametrize("marked", [True, False])
+def test_terms_of_different_scales_on_one_log_prob_are_told_once_and_only_these(coefficient, marked, data):
+    x, a, u = data
+    model = nn.Linear(X, K).double()
+
+    def run():
+        with kondo.gated(model, rate=0.5) as gate:
+            for _ in range(3):
+                logp = pick(model(x).log_softmax(-1), a)
+                pg = -((gate.logp(logp) if marked else logp) * u).mean()
+                (coefficient * (logp + 2).pow(2).mean() + pg).backward()
+
+    told = [message for message in warned(run) if "different scales" in message]
+    assert len(told) == (coefficient == 0.04 and not marked)
+
+
+@pytest.mark.parametrize("loss", [lambda t: t / 2, lambda t: 3 * t, lambda t: (t / 4).sum()])
+def test_a_dispatch_mode_around_the_step_changes_nothing(loss, data):
+    x, a, u = data
+    model, reference = copies(nn.Linear(X, K).double())
+    with kondo.gated(model, rate=0.5) as gate, FlopCounterMode(display=False):
+        loss(-(pick(model(x).log_softmax(-1), a) * u).mean()).backward()
+    torch.testing.assert_close(gate.last.delight, delight_of(reference, x, a, u))
+
+
+# Rows that move.
+
+perm = torch.randperm(B, generator=torch.Generator().manual_seed(1))
+
+
+def into(buffer, write):
+    def moved(y):
+        place = buffer(y)
+        return place if (result := write(place, y)) is None else result
+
+    return moved
+
+
+def zeros(y):
+    return torch.zeros_like(y)
+
+
+MOVED = {
+    "index_put": into(zeros, lambda b, y: b.__setitem__(perm, y)),
+    "slices": into(
+        zeros, lambda b, y: (b.__setitem__(slice(0, 4), y[8:]), b.__setitem__(slice(4, B), y[:8]))[2:] or None
+    ),
+    "index_copy": into(zeros, lambda b, y: b.index_copy(0, perm, y)),
+    "index_copy_": into(zeros, lambda b, y: b.index_copy_(0, perm, y)),
+    "index_add": into(zeros, lambda b, y: b.index_add(0, perm, y)),
+    "scatter": into(zeros, lambda b, y: b.scatter(0, perm[:, None].expand(-1, K), y)),
+    "permuted": lambda y: y[perm],
+    "flipped": lambda y: y.flip(0),
+    "rolled": lambda y: y.roll(1, 0),
+    "selected": lambda y: y.index_select(0, perm),
+    "sorted": lambda y: y.sort(0).values,
+    "halves_swapped": lambda y: torch.cat([y[6:], y[:6]]),
+    "whole_and_flipped": lambda y: y + 0.1 * y.flip(0),
+    "transposed_into_rows": lambda y: y.T.reshape(B, K),
+    "softmax_over_rows": lambda y: y.log_softmax(0),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_rows_that_move_are_not_followed(name, data):
+    model = nn.Linear(X, K).double()
+    with kondo.gated(model, rate=0.25):
+        y = model(data[0])
+        assert find_sources(MOVED[name](y)) is None
+        assert find_sources(y)[0].row_axis == 0
+
+
+@pytest.mark.parametrize("name", ["index_put", "slices", "index_copy_", "scatter", "permuted", "flipped", "rolled"])
+def test_delight_of_rows_that_move_is_that_of_the_rows_they_are(name, data):
+    x, a, u = data
+    model, reference = copies(nn.Linear(X, K).double())
+    order = MOVED[name](torch.arange(B, dtype=torch.float64)[:, None].expand(-1, K).clone())[:, 0].long()
+    with kondo.gated(model, rate=0.25) as gate:
+        logp = pick(MOVED[name](model(x)).log_softmax(-1), a[order])
+        (-logp * u[order]).mean().backward()
+    same_ranking(gate.last.delight, delight_of(reference, x, a, u))
+
+
+STAYED = {
+    "copied_whole": (into(zeros, lambda b, y: b.copy_(y)), 0),
+    "masked_in_place": (into(lambda y: y.clone(), lambda b, y: b.__setitem__((slice(None), 0), -1e9)), 0),
+    "masked_by_index": (into(lambda y: y.clone(), lambda b, y: b.__setitem__(b > 9, 0.0)), 0),
+    "in_a_column": (lambda y: torch.stack([y, 2 * y], 1), 0),
+    "stacked_in_front": (lambda y: torch.stack([y, 2 * y]), 1),
+    "joined_on_another_axis": (lambda y: torch.cat([y, y], 1), 0),
+    "with_a_constant_column": (lambda y: torch.cat([torch.zeros(B, 1).double(), y], 1), 0),
+    "across_others": (lambda y: y.sum(-1) * torch.ones(B, 1).double(), 1),
+    "flipped_in_the_row": (lambda y: y.flip(1), 0),
+    "cut_in_the_row": (lambda y: y.split([2, 4], 1)[1], 0),
+    "unbound": (lambda y: y.view(B, 2, 3).unbind(1)[1], 0),
+    "behind_another_axis": (lambda y: y.view(B, 2, 3).permute(2, 0, 1), 1),
+    "centred": (lambda y: y - y.max(-1, keepdim=True).values, 0),
+    "normed_over_rows": (lambda y: y - y.mean(0), 0),
+    "in_order": (lambda y: y[torch.arange(B), torch.arange(B) % K], 0),
+    "some_columns": (lambda y: y[:, [0, 2]], 0),
+}
+
+
+@pytest.mark.parametrize("name", STAYED)
+def test_rows_that_stay_are_followed(name, data):
+    move, axis = STAYED[name]
+    model = nn.Linear(X, K).double()
+    with kondo.gated(model, rate=0.25):
+        y = model(data[0])
+        (source,) = find_sources(move(y))
+        assert source.row_axis == axis and source.call.batch == B
+
+
+def test_rows_of_one_across_rows_of_another_are_not_followed(data):
+    model = nn.Linear(X, K).double()
+    with kondo.gated(model, rate=0.25):
+        y = model(data[0]).sum(-1)
+        assert find_sources(y[:, None] - y[None, :]) is None
+        assert find_sources(y[:, None] * y[None, :].detach())[0].row_axis == 0
+
+
+def test_a_head_outside_in_chunks_of_positions_is_followed_to_its_tokens():
+    T, V = 6, 7  # noqa: N806
+    body, reference = copies(nn.Linear(X, 4).double())
+    head = nn.Linear(4, V, bias=False).double()
+    x, ids, u = torch.randn(B, T, X).double(), torch.randint(V, (B, T)), torch.randn(B, T).double()
+
+    def log_probs(m):
+        pieces = zip(m(x).chunk(3, 1), ids.chunk(3, 1), strict=True)
+        return torch.cat([pick(head(h).log_softmax(-1), i) for h, i in pieces], 1)
+
+    with kondo.gated(body, rate=0.25, unit="token") as gate:
+        (-u * gate.logp(log_probs(body))).mean().backward()
+    torch.testing.assert_close(gate.last.delight, (-u * log_probs(reference)).detach().flatten())
+    (-u * log_probs(reference) * gate.last.factors().view(B, T)).mean().backward()
+    assert largest_relative_difference(grads(body), grads(reference)) < 1e-10
+
+
+def test_several_choices_a_position_are_no_tokens():
+    model = nn.Linear(X, 2 * K).double()
+    x, a, u = torch.randn(B, 4, X).double(), torch.randint(K, (B, 4, 2)), torch.randn(B, 4, 1).double()
+    with kondo.gated(model, rate=0.25, unit="token"), pytest.raises(kondo.DelightError, match="which position"):
+        logp = pick(model(x).view(B, 4, 2, K).log_softmax(-1), a)
+        (-u * logp).mean().backward()
+
+
+# What is no policy.
+
+
+class Old(nn.Module):
+    """Returns log-probs of old under a name that says so, without a graph."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.pi, self.name = nn.Linear(X, K), name
+
+    def forward(self, x, a):
+        y = self.pi(x)
+        return {"scores": y, self.name: pick(y.log_softmax(-1), a).detach()}
+
+
+@pytest.mark.parametrize("name", ["log_probs", "per_token_logps", "nll", "logp"])
+def test_an_output_without_a_graph_is_a_constant_whatever_its_name(name, data):
+    x, a, u = data
+    model, reference = copies(Old(name).double())
+    with kondo.gated(model, rate=0.25) as gate:
+        out = model(x, a)
+        (-(pick(out["scores"].log_softmax(-1), a) - out[name]).exp() * u).mean().backward()
+    torch.testing.assert_close(gate.last.delight, delight_of(reference.pi, x, a, u))
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_one_logit_is_no_policy(shape, data):
+    x, _, u = data
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v = nn.Linear(X, 1)
+
+        def forward(self, x):
+            return {"logits": self.v(x).view(-1, *shape)}
+
+    def loss(m, w=1.0):
+        return ((m(x)["logits"].view(-1) - u) ** 2 * w).mean()
+
+    model, reference = copies(Critic().double())
+    with kondo.gated(model, rate=0.25, priority="uniform") as gate:
+        loss(model).backward()
+    loss(reference, kept_mask(gate.last.kept, B, torch.float64)).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    with kondo.gated(model, rate=0.25), pytest.raises(kondo.DelightError, match="no policy was found"):
+        loss(model).backward()
+
+
+def test_an_entropy_and_soft_labels_of_a_bernoulli_are_no_actions(data):
+    x, a, u = data
+    model = nn.Linear(X, 1).double()
+    bits = (a > 2).double()
+    with kondo.gated(model, rate=0.25) as gate:
+        logits = model(x)[:, 0]
+        policy = Bernoulli(logits=logits)
+        soft = F.binary_cross_entropy_with_logits(logits, torch.full_like(bits, 0.3))
+        logp = policy.log_prob(bits)
+        (-(logp * u).mean() - 0.5 * policy.entropy().mean() + 0.2 * soft).backward()
+    torch.testing.assert_close(gate.last.delight, (-u * logp).detach())
+
+
+# Parameters of the gated model in the loss code.
+
+
+class Gaussian(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(X, 2), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return self.mean(x)
+
+
+def gaussian(y, log_std, u):
+    return -(torch.distributions.Normal(y, log_std.exp()).log_prob(torch.ones(B, 2).double()).sum(-1) * u).mean()
+
+
+USES = {
+    "in_a_density": lambda m, y, u: gaussian(y, m.log_std, u),
+    "added_to_rows": lambda m, y, u: gaussian(y, fixed, u) + (y + m.log_std).pow(2).mean(),
+    "as_a_head": lambda m, y, u: gaussian(y, fixed, u) + (y @ m.mean.weight).pow(2).mean(),
+    "times_a_reduced_loss": lambda m, y, u: gaussian(y, fixed, u) * m.log_std.sum().exp(),
+}
+fixed = torch.zeros(2).double()
+
+
+PENALTIES = {
+    "weight_decay": lambda m: 0.1 * sum(p.pow(2).sum() for p in m.parameters()),
+    "entropy_of_the_std": lambda m: -0.01 * m.log_std.sum(),
+    "mean": lambda m: m.log_std.exp().mean() / 3,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_parameter_that_meets_rows_in_the_loss_is_told_once_and_named(name, data):
+    x, _, u = data
+    model = Gaussian().double()
+
+    def run():
+        with kondo.gated(model, rate=0.25):
+            for _ in range(2):
+                USES[name](model, model(x), u).backward()
+
+    (told,) = [message for message in warned(run) if "still reach" in message]
+    assert ("mean.weight" if name == "as_a_head" else "log_std") in told
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_on_parameters_is_right_as_it_is(name, data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+
+    def run():
+        with kondo.gated(model, rate=0.25) as gate:
+            (gaussian(model(x), fixed, u) + PENALTIES[name](model)).backward()
+        w = kept_mask(gate.last.kept, B, torch.float64)
+        (gaussian(reference(x), fixed, u * w) + PENALTIES[name](reference)).backward()
+
+    assert not [message for message in warned(run) if "still reach" in message]
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
