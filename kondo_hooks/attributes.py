@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from kondo_hooks.tree import attributes, is_atom, set_attribute, shallow_copy
 
+# Of torch, and of ZeRO, whose hooks count in the modules what a backward has still to do.
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
+_INTERNAL |= {"applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "all_parameters"}
 _PLAIN = (type, nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 # Their objects are configurations, engines, optimizers and the like.
 _FOREIGN = {"torch", "numpy", "transformers", "peft", "trl", "datasets", "deepspeed", "accelerate", "lightning"}
@@ -203,7 +205,9 @@ def _put(record: Record, content: Content) -> None:
 
 def _put_attributes(module: nn.Module, content: Any) -> None:
     own = module.__dict__
-    for name in [n for n, value in own.items() if n not in _INTERNAL and n not in content and not _is_parameter(value)]:
+    for name in [
+        n for n, value in own.items() if not _is_internal(n) and n not in content and not _is_parameter(value)
+    ]:
         del own[name]
     for name, value in content.items():
         now = own.get(name, _MISSING)
@@ -211,6 +215,10 @@ def _put_attributes(module: nn.Module, content: Any) -> None:
         late = now is _MISSING and any(name in kind for kind in (module._parameters, module._buffers, module._modules))
         if now is not value and not late and not _is_parameter(now):
             own[name] = value
+
+
+def _is_internal(name: str) -> bool:
+    return name in _INTERNAL or name.startswith("ds_")
 
 
 def _is_parameter(value: Any) -> bool:
@@ -338,7 +346,7 @@ class Attributes:
 
     def _read_module(self, i: int, name: str, module: nn.Module) -> Record:
         own = module.__dict__
-        content = {n: value for n, value in own.items() if n not in _INTERNAL and not _is_parameter(value)}
+        content = {n: value for n, value in own.items() if not _is_internal(n) and not _is_parameter(value)}
         plain = all(map(_is_plain, content.values()))
         record = self._known[i] = Record(name, module, content, True, plain)
         self._starts[i] = len(own) - len(content)
