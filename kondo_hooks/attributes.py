@@ -24,6 +24,7 @@ from kondo_hooks.tree import attributes, is_atom, set_attribute, shallow_copy
 # Of torch, and of ZeRO, whose hooks count in the modules what a backward has still to do.
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 _INTERNAL |= {"applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "all_parameters"}
+_INTERNAL |= {"_external_params", "_original_parameters"}
 _PLAIN = (type, nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 # Their objects are configurations, engines, optimizers and the like.
 _FOREIGN = {"torch", "numpy", "transformers", "peft", "trl", "datasets", "deepspeed", "accelerate", "lightning"}
