@@ -121,6 +121,8 @@ def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState |
     ours = _gradients(done[0], parameters)
     if theirs is None or ours is None:
         return True
+    if not all(g is None or bool(g.isfinite().all()) for g in ours):
+        return False  # a loss scaled too high: the next decision tells
     dtype = alone[0].call.autocast.lowest(next(iter(done[0].all_outputs.values())))
     apart, worst = _distance(ours, theirs)
     if apart <= _GRADIENT[dtype]:
@@ -191,7 +193,8 @@ def _gradients(replayed: Replayed, parameters: list[nn.Parameter]) -> list[Tenso
     if not replayed.outputs or _has_reentrant_checkpoint(replayed.outputs):
         return None
     with as_in_screen([replayed]):
-        return list(torch.autograd.grad(replayed.outputs, parameters, replayed.grads, allow_unused=True))
+        grads = torch.autograd.grad(replayed.outputs, parameters, replayed.grads, allow_unused=True)
+    return [g if g is None or not g.is_sparse else g.to_dense() for g in grads]
 
 
 @contextlib.contextmanager
@@ -222,12 +225,14 @@ def _distance(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) ->
 
     A gradient that vanishes but for rounding (the bias of attention's keys) is held against the model's largest.
     """
-    dense = ([g if g is None or not g.is_sparse else g.to_dense() for g in each] for each in (ours, theirs))
-    pairs = list(zip(*dense, strict=True))
-    size = [max((float(g.abs().max()) for g in pair if g is not None), default=0.0) for pair in pairs]
+    pairs = list(zip(ours, theirs, strict=True))
+    size = [
+        max((float(g.nan_to_num(0, 0, 0).abs().max()) for g in pair if g is not None), default=0.0) for pair in pairs
+    ]
     floor = 1e-3 * max(size, default=0.0)
     apart = [
-        0.0 if a is None or b is None else float((a - b).abs().max()) / max(s, floor, 1e-30)
+        # Zero times what others' rows overflow to is NaN, and none of these rows' gradient.
+        0.0 if a is None or b is None else float((a - b).abs().nan_to_num(0, 0, 0).max()) / max(s, floor, 1e-30)
         for (a, b), s in zip(pairs, size, strict=True)
     ]
     worst = max(range(len(apart)), key=apart.__getitem__)

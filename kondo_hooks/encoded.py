@@ -80,7 +80,7 @@ def encode_rows(rows: Sequence[Any]) -> Encoded:
             ("plain", kind),
         )
     width = 2 if len(rows) != 2 else 3  # an axis that is never taken for the rows'
-    index = torch.arange(len(rows)).view(-1, 1).expand(-1, width).clone()
+    index = torch.arange(len(rows), device="cpu").view(-1, 1).expand(-1, width).clone()
     return Encoded(index, lambda part, memo: kind(rows[i] for i in part[:, 0].tolist()), rows)
 
 

@@ -78,8 +78,9 @@ class Tape(TorchFunctionMode):
         if result.dim() == 0 or (result.numel() <= _FEW and self._of_scalars(args, kwargs)):
             leaves = flatten((args, kwargs))[1]
             autocast = Autocast.current({leaf.device for leaf in leaves})
-            # A function in place has counted up its first argument by now.
-            versions = [version_of(leaf) - (leaf is result) for leaf in leaves]
+            # A function in place has counted up its first argument by now; others may return it as it is (``to``).
+            counted = _in_place(getattr(func, "__name__", ""))
+            versions = [version_of(leaf) - (counted and leaf is result) for leaf in leaves]
             self.steps.append(Step(func, (args, kwargs), result, autocast, versions))
             self._made.add(_key(result))
         return result
@@ -87,6 +88,10 @@ class Tape(TorchFunctionMode):
     def _of_scalars(self, args: Any, kwargs: Any) -> bool:
         floats = [leaf for leaf in flatten((args, kwargs))[1] if leaf.is_floating_point()]
         return bool(floats) and all(_key(leaf) in self._made for leaf in floats)
+
+
+def _in_place(name: str) -> bool:
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _key(tensor: Tensor) -> Any:
@@ -196,7 +201,8 @@ class InnerLoss:
                 replaced[path] = made[j] if j is not None else live[n].view(self._given[n].shape)  # type: ignore[index]
             made[i], same = step.run(replaced)
             self._stale |= not same
-        losses = {path: made[i].view_as(made[i]) for path, i in self.ends.items()}
+        # Copies: a view that a Trainer divides in place would leave its hook behind.
+        losses = {path: made[i].clone() for path, i in self.ends.items()}
         for path, loss in losses.items():
             self._values[path] = (self._values[path][0], loss.detach().clone())
             if loss.requires_grad:
@@ -228,7 +234,7 @@ class InnerLoss:
             ReplayMismatchError: if that run computed its losses otherwise, or from more than these tensors.
         """
         if check and not self._reached:
-            return [torch.empty(0) for _ in self.cuts]
+            return [torch.empty(0, device="cpu") for _ in self.cuts]
         if len(steps) != self._length:
             raise ReplayMismatchError(
                 f"gated: the model computed its {_plain(next(iter(self.ends)))} in {self._length} operations for the "

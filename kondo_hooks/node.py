@@ -446,7 +446,7 @@ class Call:
         paths = self.paths[: self._returned]
         for path in (*paths, *self._aliases):
             if path.startswith(_LEFT) and path not in found:
-                found[path] = found.get(self._aliases.get(path, ""), torch.empty(0))
+                found[path] = found.get(self._aliases.get(path, ""), torch.empty(0, device="cpu"))
         if missing := [path for path in paths if path not in found]:
             raise ReplayMismatchError(
                 f"gated: the model returned {missing[0] or 'a tensor'} for the whole batch and not for the kept rows; "

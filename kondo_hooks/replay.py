@@ -245,7 +245,8 @@ def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
 
 def find_graphs(call: Call, learned: Learned) -> None:
     """Run a row with a graph, to see which of the tensors that the screen left in attributes have one."""
-    rows = torch.arange(call.batch if call.whole else 1)
+    device = next((leaf.device for leaf in call.inputs), None)
+    rows = torch.arange(call.batch if call.whole else 1, device=device)
     part = Part(call, rows, [])
     # If it cannot run one row, the replay will say why; until then they are taken to have one.
     with contextlib.suppress(ReplayMismatchError):
