@@ -79,7 +79,7 @@ class KondoCallback(Callback):
         """Look for the module, which ``configure_model`` may have made only now."""
         if trainer.model is not pl_module:
             self._refuse(f"the strategy has put a {type(trainer.model).__name__} around the LightningModule")
-        self._make(pl_module)
+        self._make(pl_module).discard()
 
     def _refuse(self, reason: str) -> None:
         if self._enabled:

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from kondo_hooks.tree import attributes, is_atom, set_attribute, shallow_copy
+from kondo_hooks.tree import attributes, is_atom, resized, set_attribute, shallow_copy
 
 # Of torch, and of ZeRO, whose hooks count in the modules what a backward has still to do.
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
@@ -123,8 +124,15 @@ class Snapshot:
 
     def substitute(self, replaced: Mapping[int, Any]) -> None:
         """Put objects in the place of others, by the ids of these, where nothing else has moved since."""
-        for record in self.records:
-            if not record.plain and (content := _replaced(record.content, replaced)) is not record.content:
+        shapes: dict[int, torch.Size] = {}
+        for record in reversed(self.records):  # what is inside comes first
+            if record.plain:
+                continue
+            content = _replaced(record.content, replaced)
+            if isinstance(record.place, Distribution) and isinstance(record.content, dict):
+                content = _with_shape(record.content, content, shapes)
+                shapes[id(record.place)] = content["_batch_shape"]
+            if content is not record.content:
                 _put(record, content)
 
     def replace(self, replaced: Mapping[int, Any]) -> "Snapshot":
@@ -137,6 +145,16 @@ class Snapshot:
                 record = Record(record.path, place, content, record.named, record.plain)
             records.append(record)
         return Snapshot(records)
+
+
+def _with_shape(before: dict[str, Any], after: Any, shapes: Mapping[int, torch.Size]) -> dict[str, Any]:
+    """A distribution's attributes with the batch shape of its new parameters, or of the distribution in it."""
+    size = before["_batch_shape"]
+    new = resized(size, before, after)
+    for value in before.values():
+        if isinstance(value, Distribution) and (inner := shapes.get(id(value))) is not None:
+            new = torch.Size([*inner[: len(size)]])
+    return after if new == size else {**after, "_batch_shape": new}
 
 
 def _is_computed(path: str, parameters: Mapping[str, Any]) -> bool:

@@ -187,14 +187,15 @@ class Backward:
     def _check_leaves(self, roots: list[Any], leaves: list[Tensor]) -> None:
         """Tell of a parameter of the model that the loss code multiplies with rows: dropped rows reach it, too."""
         names = {id(p): name for name, p in self.state.named_parameters()} if leaves else {}
-        for leaf in leaves:
-            if id(leaf) in names and self._warn.is_new("outside") and mixed_with_rows(roots, leaf):
-                self._warn(
-                    "outside",
-                    f"gated: the loss code uses the model's parameter {names[id(leaf)]} together with its outputs, so "
-                    "rows that are dropped still reach that parameter. Return it from forward, expanded to the batch, "
-                    "and use what forward returned.",
-                )
+        mine = [id(leaf) for leaf in leaves if id(leaf) in names]
+        if mine and self._warn.is_new("outside") and mixed_with_rows(roots, mine):
+            name = next(names[leaf] for leaf in mine if mixed_with_rows(roots, [leaf]))
+            self._warn(
+                "outside",
+                f"gated: the loss code uses the model's parameter {name} together with its outputs, so rows that are "
+                "dropped still reach that parameter. Return it from forward, expanded to the batch, and use what "
+                "forward returned.",
+            )
 
     def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
         """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.

@@ -217,14 +217,21 @@ def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int, pairs: bool = 
     """Readings of which inputs hold rows, the likeliest first.
 
     A shared tensor whose size happens to equal the batch size looks like rows. A reading that is wrong
-    does not reproduce the screen's outputs, so the caller tries the next.
+    does not reproduce the screen's outputs, so the caller tries the next. Some input has its rows on ``batch_dim``:
+    positions that are as many are no rows, even if a model treats them alike.
     """
     candidates = [candidate_rows(leaf, batch, batch_dim, pairs) for leaf in inputs]
     first = [options[0] for options in candidates]
     yield first
-    for i, options in enumerate(candidates):
-        for other in options[1:]:
-            yield [other if j == i else rows for j, rows in enumerate(first)]
-    for i, options in enumerate(candidates):
-        if options[0] is not None:
-            yield [rows if j == i else None for j, rows in enumerate(first)]
+    others = [
+        [other if j == i else rows for j, rows in enumerate(first)]
+        for i, options in enumerate(candidates)
+        for other in options[1:]
+    ]
+    others += [[rows if j == i else None for j, rows in enumerate(first)] for i, where in enumerate(first) if where]
+    expected = _has_rows_on(first, batch_dim)
+    yield from (layout for layout in others if not expected or _has_rows_on(layout, batch_dim) or not any(layout))
+
+
+def _has_rows_on(layout: Layout, axis: int) -> bool:
+    return any(rows is not None and rows.axis == axis for rows in layout)

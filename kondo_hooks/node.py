@@ -367,10 +367,10 @@ class Call:
             self._ragged.add(path)
         return encoded
 
-    def _find_rowwise(self, tree: Tree, inputs: bool) -> set[str]:
+    def _find_rowwise(self, tree: Tree, inputs: bool, rows: int | None = None) -> set[str]:
         """Paths of the lists, outermost, that have an entry a row."""
         paths: set[str] = set()
-        n = self.batch * (2 if self.pairs else 1)
+        n = rows or self.batch * (2 if self.pairs else 1)
 
         def look(path: str, value: Any) -> None:
             objects = is_array(value) and value.dtype.hasobject
@@ -379,8 +379,14 @@ class Call:
             if len(value) != n or (inputs and len(path) <= 3) or any(map(path.startswith, paths)):
                 return
             leaves = flatten(list(value))[1]
-            if any(leaf.requires_grad or n in leaf.shape[self.batch_dim : self.batch_dim + 1] for leaf in leaves):
+            if any(leaf.requires_grad for leaf in leaves):
                 return
+            # Tensors of n rows each. One alone may be a row that is as long by chance.
+            batched = [n in leaf.shape[self.batch_dim : self.batch_dim + 1] for leaf in leaves]
+            if any(batched) and (all(batched) or len({(leaf.dim(), leaf.dtype) for leaf in leaves}) > 1):
+                return
+            if leaves and all(leaf.dim() > 2 and leaf.shape[1] == n for leaf in leaves):
+                return  # an LSTM's states (layers, B, H)
             if not inputs and not (not objects and are_alike(value) and differentiable(value[0])):
                 return
             # A tuple of numbers is a shape, or the like.
@@ -391,16 +397,32 @@ class Call:
         Walk(lambda _path, leaf: leaf, encode=look)(tree)
         return paths
 
+    def expect(self, batch: int, batch_dim: int) -> None:
+        """Say how many rows the call has, before it is run: lists with an entry a row are then rows."""
+        self.batch, self.batch_dim = batch, batch_dim
+        self._cut_input_lists()
+
+    def refuse_row_lists(self, result: Tree, rows: int) -> None:
+        """Refuse what a run of some rows returned if a list in it has an entry for each: the others have none."""
+        if not isinstance(result, Tensor) and (paths := self._find_rowwise(result, inputs=False, rows=rows)):
+            raise RuntimeError(
+                f"gated: after screen() the model returned {min(paths) or 'its output'} as a list with an entry a row, "
+                "in which the dropped rows have none: pad or stack it, or leave screen() away"
+            )
+
     def _cut_lists(self, result: Tree) -> None:
         """Take lists with an entry a row as rows, among the inputs and the outputs."""
+        self._cut_input_lists()
+        if not isinstance(result, Tensor):
+            self._rowwise_outputs = self._find_rowwise(result, inputs=False)
+
+    def _cut_input_lists(self) -> None:
         if self._has_lists and (paths := self._find_rowwise(self.args, inputs=True)):
             self._rowwise = paths
             self.input_paths, self.inputs = [], []
             self.args = Walk(self._note_input, fresh=True, wanted=paths, encode=self._encode_input)(self.args)
             self._arguments = len(self.inputs)
             self._input_versions = [version_of(leaf) for leaf in self.inputs]
-        if not isinstance(result, Tensor):
-            self._rowwise_outputs = self._find_rowwise(result, inputs=False)
 
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
@@ -422,7 +444,11 @@ class Call:
         """Run the model on the kept rows alone, after ``screen()``; refuses one that writes into its arguments."""
         result, args = self.run_again(inputs)
         known = {id(leaf) for leaf in inputs}
-        written = [path for path, leaf in zip(*flatten(args), strict=True) if id(leaf) not in known]
+        written = [
+            path
+            for path, leaf in zip(*flatten(args), strict=True)
+            if id(leaf) not in known and not path.startswith(tuple(self._rowwise))
+        ]
         if self._may_write and written:
             raise RuntimeError(
                 f"gated: after screen() the kept rows run alone, and the model writes {_argument(written[0])} into its "

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, rows_between
+from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, layouts, rows_between
 from kondo_hooks.errors import no_batch_axis
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
-from kondo_hooks.readings import Learned
+from kondo_hooks.readings import Learned, settle_outputs
 from kondo_hooks.replay import AmbiguousRowsError, replay
 from kondo_hooks.state import forked_rng, rng_state_now, same_rng_state
 from kondo_hooks.trace import silence
@@ -30,6 +30,7 @@ class _Spread(torch.autograd.Function):
         ctx: Any, kept: Tensor, where: Rows, rows: Tensor, source: Tensor, factors: Tensor | None, valid: Tensor
     ) -> Tensor:
         ctx.where, ctx.rows, ctx.factors, ctx.valid = where, rows, factors, valid
+        ctx.kondo_rows = True
         return where.take(kept, source)
 
     @staticmethod
@@ -91,6 +92,7 @@ class Screened:
                 f"gated: screen() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
                 f"(inputs: {shapes})"
             )
+        call.expect(batch, batch_dim)
         rows = kept_rows(self.factors)
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
         nothing = not len(rows)
@@ -106,26 +108,35 @@ class Screened:
         ]
         if len(rows) == batch and bool((self.factors == 1).all()):
             return call.run_given()
+        before = call.state.attributes.before()
         result = call.run_kept(taken)
+        call.refuse_row_lists(result, len(rows))
+        change = call.state.attributes.compare(before, lambda _: False)
+        paths, leaves = flatten(result)
+        returned = len(leaves)
+        paths += [f"the attribute {path}" for path in change.new]
+        leaves += change.new.values()
         if nothing:
-            outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
+            outputs = [leaf for leaf in leaves if leaf.grad_fn is not None]
             self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))
-        wheres = self._outputs(call, result, rows, layout, batch_dim, learned_outputs)
+        wheres = self._outputs(call, paths, leaves, rows, layout, batch_dim, learned_outputs)
 
         source = fill_index(rows, batch)
         factors = self.factors[rows]
         plain = bool((factors == 1).all())
-        spread = []
-        for path, leaf, where in zip(*flatten(result), wheres, strict=True):
-            if where is None:
-                if leaf.requires_grad and not self.shared_loss:
-                    leaf = leaf.view_as(leaf)  # a hook on a parameter would outlive the call
-                    leaf.register_hook(_refuse(path, batch))
-                spread.append(leaf)
-            else:
+        spread: dict[int, Tensor] = {}
+        for path, leaf, where in zip(paths, leaves, wheres, strict=True):
+            if id(leaf) in spread:
+                continue
+            if where is not None:
                 weights = None if plain else factors
-                spread.append(_Spread.apply(leaf, where, rows, source, weights, self.valid))
-        return unflatten(result, spread)
+                spread[id(leaf)] = _Spread.apply(leaf, where, rows, source, weights, self.valid)
+            elif leaf.requires_grad and not self.shared_loss:
+                spread[id(leaf)] = leaf.view_as(leaf)  # a hook on a parameter would outlive the call
+                spread[id(leaf)].register_hook(_refuse(path, batch))
+        if change.after is not None:
+            change.after.substitute({id(leaf): spread[id(leaf)] for leaf in change.new.values() if id(leaf) in spread})
+        return unflatten(result, [spread.get(id(leaf), leaf) for leaf in leaves[:returned]])
 
     def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: Learned) -> Layout:
         batch = len(self.factors)
@@ -140,17 +151,25 @@ class Screened:
         # The readings are told apart as a replay tells them: by what comes out.
         with forked_rng(call.rng), call.state.untouched():
             call.screen(batch_dim, record=True, copy=False)
+            settle_outputs(call, {}, False, learned.warn, True)
             if call.whole is None and call.batch == batch:
                 everywhere = [
                     None if call.is_left(i) else torch.ones_like(output) for i, output in enumerate(call.outputs)
                 ]
                 replay([Part.of(call, rows, everywhere)], learned)
-        return learned.known(call, batch) or [options[0] for options in candidates]
+        # The screen may have taken lists apart.
+        return learned.known(call, batch) or [candidate_rows(leaf, batch, batch_dim)[0] for leaf in call.inputs]
 
     def _outputs(
-        self, call: Call, result: Tree, rows: Tensor, inputs: Layout, batch_dim: int, learned: dict[str, Rows]
+        self,
+        call: Call,
+        paths: list[str],
+        leaves: list[Tensor],
+        rows: Tensor,
+        inputs: Layout,
+        batch_dim: int,
+        learned: dict[str, Rows],
     ) -> Layout:
-        paths, leaves = flatten(result)
         layout: Layout = []
         other: dict[str, Tensor] | None = None
         for path, leaf in zip(paths, leaves, strict=True):
@@ -167,24 +186,40 @@ class Screened:
                 layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
                 if other is None:
-                    other = self._run_otherwise(call, rows, inputs)
+                    other = self._run_otherwise(call, rows, inputs, batch_dim)
                 where = None if path not in other else self._rows_of(call, path, leaf, other[path], rows)
                 if where is not None:
                     learned[path] = where
                 layout.append(where)
         return layout
 
-    def _run_otherwise(self, call: Call, rows: Tensor, inputs: Layout) -> dict[str, Tensor]:
+    def _run_otherwise(self, call: Call, rows: Tensor, inputs: Layout, batch_dim: int) -> dict[str, Tensor]:
         """Outputs of another number of rows, without a graph: of all, or of the first where all were run."""
-        given = call.inputs
-        if len(rows) == len(self.factors):
-            first = rows[:1]
-            given = [
-                leaf if where is None else where.take(leaf, first.to(leaf.device))
-                for leaf, where in zip(given, inputs, strict=True)
+        if len(rows) < len(self.factors):
+            return self._outputs_of(call, call.inputs)
+        # No replay has told the readings apart: a mask of (T, T) with T = B cannot be cut, and raises.
+        failure: Exception | None = None
+        for layout in (inputs, *layouts(call.inputs, len(self.factors), batch_dim)):
+            taken = [
+                leaf if where is None else where.take(leaf, rows[:1].to(leaf.device))
+                for leaf, where in zip(call.inputs, layout, strict=True)
             ]
+            try:
+                return self._outputs_of(call, taken)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                failure = failure or error
+        raise RuntimeError(
+            "gated: which axis of the outputs holds the rows could not be told: the model does not run on one row. "
+            "Give it a batch size that no other axis has, or leave screen() away"
+        ) from failure
+
+    def _outputs_of(self, call: Call, inputs: list[Tensor]) -> dict[str, Tensor]:
         with torch.no_grad(), forked_rng(call.rng), call.state.untouched():
-            return dict(zip(*flatten(call.run_again(given)[0]), strict=True))
+            outputs = dict(zip(*flatten(call.run_again(inputs)[0]), strict=True))
+            left = call.state.attributes.take().tensors()
+            return outputs | {f"the attribute {path}": tensor for path, tensor in left.items()}
 
     def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
         """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""

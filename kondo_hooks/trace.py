@@ -4,7 +4,7 @@ The graph's nodes are torch's own; their names and saved attributes are read her
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -640,7 +640,7 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
     stack: list[tuple[Node, tuple[Node, float] | None]] = [(root, None) for root in roots]
     while stack:
         node, top = stack.pop()
-        if node in seen or hasattr(node, "kondo_call"):
+        if node in seen or is_gated(node):
             continue
         seen.add(node)
         name, parents = node.name(), [parent for parent in node.next_functions if parent[0] is not None]
@@ -670,17 +670,26 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
     return list(probes.values()), leaves
 
 
-def mixed_with_rows(roots: Sequence[Node], leaf: Tensor) -> bool:
-    """Whether a loss mixes a leaf with rows of gated calls, so that each row has a share in the leaf's gradient.
+def is_gated(node: Node) -> bool:
+    """Whether the loss's graph ends here: at a gated call, or at rows that ran first."""
+    return hasattr(node, "kondo_call") or hasattr(node, "kondo_rows")
 
-    A penalty on the leaf that is added to a loss which has been reduced is none of that.
+
+def mixed_with_rows(roots: Sequence[Node], leaves: Collection[int]) -> bool:
+    """Whether a loss mixes leaves with rows of gated calls, so that each row has a share in their gradients.
+
+    A penalty on a leaf that is added to a loss which has been reduced is none of that.
+
+    Args:
+        roots: the loss's ``grad_fn``.
+        leaves: ids of the leaves.
     """
-    # Of each node, whether it comes from a call, and whether from the leaf.
+    # Of each node, whether it comes from a call, and whether from a leaf.
     origin: dict[Node, tuple[bool, bool]] = {}
     stack = list(roots)
     while stack:
         node = stack[-1]
-        edges = [] if hasattr(node, "kondo_call") else [edge for edge in node.next_functions if edge[0] is not None]
+        edges = [] if is_gated(node) else [edge for edge in node.next_functions if edge[0] is not None]
         missing = [parent for parent, _ in edges if parent not in origin]
         if node not in origin and missing:
             stack += missing
@@ -695,7 +704,7 @@ def mixed_with_rows(roots: Sequence[Node], leaf: Tensor) -> bool:
             if any(not adds or math.prod(_shape(edge)) > 1 for edge in with_rows):
                 return True
         rows, mine = (any(column) for column in zip(*each, strict=True)) if each else (False, False)
-        origin[node] = (rows or hasattr(node, "kondo_call"), mine or getattr(node, "variable", None) is leaf)
+        origin[node] = (rows or is_gated(node), mine or id(getattr(node, "variable", None)) in leaves)
     return False
 
 
@@ -727,7 +736,7 @@ class _Targets:
         while stack:
             node = stack[-1]
             parents = [parent for parent in node.next_functions if parent[0] is not None]
-            missing = [p for p, _ in parents if p not in self._below and not hasattr(p, "kondo_call")]
+            missing = [p for p, _ in parents if p not in self._below and not is_gated(p)]
             if node not in self._below and missing:
                 stack += missing
                 continue
@@ -740,7 +749,7 @@ class _Targets:
         found: frozenset[Target] = frozenset()
         for parent, nr in parents:
             call = getattr(parent, "kondo_call", None)
-            more = self._below[parent] if call is None else frozenset([(call, nr)])
+            more = self._below.get(parent, frozenset()) if call is None else frozenset([(call, nr)])
             found = found if more <= found else more if found <= more else found | more
         observation = node.metadata.get(OBSERVATION)
         return found if observation is None else found | {observation}

@@ -285,22 +285,24 @@ def _attributes_of(walk: Walk, tree: Any, result: Any, path: str) -> Any:
     if result is not tree:
         _resize(tree, result)
         if isinstance(tree, Distribution):
-            _follow_shape(tree, result)
+            result._batch_shape = resized(tree._batch_shape, vars(tree), vars(result))
     return result
 
 
-def _follow_shape(tree: Distribution, result: Distribution) -> None:
-    """The batch shape that a distribution keeps beside its parameters changes with theirs."""
-    size = tree._batch_shape
-    for name, old in vars(tree).items():
-        new = vars(result).get(name)
-        before, after = (
-            value._batch_shape if isinstance(value, Distribution) else getattr(value, "shape", ())
-            for value in (old, new)
-        )
-        if new is not old and before != after and len(before) == len(after) >= len(size):
-            result._batch_shape = torch.Size(a if b == n else n for n, b, a in zip(size, before, after, strict=False))
-            return
+def resized(size: torch.Size, before: Mapping[str, Any], after: Mapping[str, Any]) -> torch.Size:
+    """The batch shape that a distribution keeps beside its parameters, which changes with theirs.
+
+    Args:
+        size: its batch shape.
+        before: its attributes as they were.
+        after: as they are, a distribution among them with a shape that was put right.
+    """
+    for name, old in before.items():
+        new = after.get(name)
+        a, b = (v._batch_shape if isinstance(v, Distribution) else getattr(v, "shape", ()) for v in (new, old))
+        if new is not old and a != b and len(a) == len(b) >= len(size):
+            return torch.Size(x if y == n else n for n, x, y in zip(size, a, b, strict=False))
+    return size
 
 
 def _resize(tree: Any, result: Any) -> None:

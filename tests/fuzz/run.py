@@ -152,7 +152,7 @@ class _Both:
         batches: list[Any] = []
         for _ in range(p.option("window", 1)):
             group, losses, forwards = [], [], []
-            if p.force:
+            if p.force and p.route != "hook":
                 gate.force(torch.tensor([0]))
             decided = self._select(gate) if p.route == "select" else None
             for c in range(p.calls):
@@ -174,6 +174,8 @@ class _Both:
                 backward = _Backward(op)
                 group.append(backward)
                 self._remember(forwarding=False)
+                if p.force and p.route == "hook":
+                    gate.force(torch.tensor([0]))
                 total = sum(losses[f - forwards[0]] for f in op[1:]) + losses[op[0] - forwards[0]]
                 results.append(self._backward(total, [batches[f] for f in op], keep=p.backward == "twice"))
                 if p.route != "hook":
