@@ -185,7 +185,7 @@ def _in_company_of_copies(alone: list[Part]) -> list[Part] | None:
     n = len(alone[0])
     index = torch.arange(2 * n, device=alone[0].rows.device) % n
     weights = (torch.arange(2 * n, device=index.device) < n).to(torch.float32)
-    return [alone[0].select(index).weighted(weights, 0)]
+    return [alone[0].repeat(index).weighted(weights, 0)]
 
 
 def _gradients(replayed: Replayed, parameters: list[nn.Parameter]) -> list[Tensor | None] | None:

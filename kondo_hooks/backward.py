@@ -19,7 +19,7 @@ from kondo_hooks.idle import Idle
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, OutputProbe, find_scales, find_signal
-from kondo_hooks.readings import Learned, find_pooled
+from kondo_hooks.readings import Learned, find_positions
 from kondo_hooks.replay import AmbiguousRowsError, Replayed, find_graphs, have_graph, input_grads, replay
 from kondo_hooks.rounding import Checks
 from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
@@ -105,7 +105,7 @@ class Backward:
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._probed: dict[tuple[str, ...], OutputProbe] = {}
-        self._pooled: dict[str, bool] = {}
+        self._positions: dict[str, bool] = {}
         self._constants: dict[str, bool] = {}
 
     def flush(self) -> int:
@@ -388,7 +388,7 @@ class Backward:
             for observation in a.call.observations:
                 observation.release()
             if tokens and a.signal is not None:
-                self._find_pooled(a)
+                self._find_positions(a)
         for a, cause in unread:
             a.follow(b for b in arrivals if b.signal is not None)
             if a.follows is None:
@@ -421,24 +421,21 @@ class Backward:
         with self._model_running():
             self._audit(arrivals, self.selector.step, rate, self.engine, self.state, self.learned)
 
-    def _find_pooled(self, a: Arrival) -> None:
-        """Find out which outputs have no positions, though an axis is as long: pooled features, say."""
+    def _find_positions(self, a: Arrival) -> None:
+        """Find out which outputs have the positions of the signal's, and which an axis that is as long by chance."""
         call = a.call
         length, others = a.with_positions()
-        for i, shape in others.items():
-            if shape.count(length) > 1:
-                self._warn("positions", unknown_positions(call.output_name(i), shape, by_row=True))
-        plain = [i for i, shape in others.items() if shape.count(length) == 1]
-        if any(call.paths[i] not in self._pooled for i in plain):
+        if any(call.paths[i] not in self._positions for i in others):
             found: dict[int, bool] = {}
             if not self.engine.communicates:
                 with self._model_running(), self.engine.one_pass(False):
-                    found = find_pooled(call, plain, length)
-            for i in plain:
+                    found = find_positions(call, list(others), length)
+            for i, shape in others.items():
+                several = shape.count(length) > 1
                 if i not in found:
-                    self._warn("positions", unknown_positions(call.output_name(i), others[i], by_row=False))
-                self._pooled[call.paths[i]] = found.get(i, False)
-        a.by_row = frozenset(i for i in plain if self._pooled[call.paths[i]])
+                    self._warn("positions", unknown_positions(call.output_name(i), shape, by_row=several))
+                self._positions[call.paths[i]] = found.get(i, not several)
+        a.positions = {i: self._positions[call.paths[i]] for i in others}
 
     def _find_readings(self, arrivals: list[Arrival]) -> None:
         """Find out where inputs keep their rows, by a row of each call in doubt, before other rows are let go."""

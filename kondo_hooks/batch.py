@@ -105,15 +105,26 @@ def at_positions(factors: Tensor, shape: Sequence[int], offset: int) -> Tensor |
     return spread
 
 
-def carried_over(factors: Tensor, shape: Sequence[int]) -> Tensor:
+def carried_over(factors: Tensor, shape: Sequence[int], positions: bool | None = None) -> Tensor:
     """What ``at_positions`` gave for one output, for the rows of another, of this shape.
 
-    Rows without these positions as their first axis, and on no other, take their largest factor.
+    Rows that do not begin with these positions take their largest factor.
+
+    Args:
+        factors: (n,), (n, T) or (n, T, ...).
+        shape: of a row.
+        positions: whether it begins with the positions; None: if they are its first axis by their number, and no other.
     """
-    if factors.dim() == 1 or (tuple(shape[: factors.dim() - 1]) == factors.shape[1:] and factors.dim() > 2):
+    if factors.dim() == 1:
+        return factors
+    if positions is None and tuple(shape[: factors.dim() - 1]) == factors.shape[1:] and factors.dim() > 2:
         return factors
     each = factors.flatten(2).amax(2) if factors.dim() > 2 else factors
-    return each if shape and shape[0] == each.shape[1] and list(shape).count(shape[0]) == 1 else each.amax(1)
+    if positions is None:
+        positions = bool(shape) and shape[0] == each.shape[1] and list(shape).count(shape[0]) == 1
+    if positions and tuple(shape[: factors.dim() - 1]) == factors.shape[1:]:
+        return factors  # a scale beside its mean
+    return each if positions else each.amax(1)
 
 
 def kept_rows(factors: Tensor) -> Tensor:

@@ -33,6 +33,15 @@ def overwritten_input(name: str) -> str:
     )
 
 
+def unlike_first_input(batch: int, shape: tuple[int, ...], batch_dim: int) -> str:
+    """The message for a number of rows that is another axis of the first input."""
+    return (
+        f"gated: most tensors of this call have {batch} on axis {batch_dim}, which is taken for the number of rows, "
+        f"though the first input has shape {shape}. If the rows are {shape[batch_dim]}, keep what they share (a mask of "
+        "positions) out of the call, in a buffer say."
+    )
+
+
 def unbatched(features: int) -> str:
     """The message for a call whose only axis turned out to hold features."""
     return (

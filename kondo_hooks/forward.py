@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, infer_batch_size
 from kondo_hooks.engines import refuse_outer_wrapper
-from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched
+from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unlike_first_input
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
 from kondo_hooks.readings import settle_outputs
@@ -176,6 +176,8 @@ class Forward:
         if not self._backward.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
             if call.lacks_batch():
                 raise ReplayMismatchError(unbatched(call.batch))
+            if (first := call.outvoted()) is not None:
+                self._warn("batch", unlike_first_input(call.batch, tuple(call.inputs[first].shape), call.batch_dim))
             self._with_batch[tuple(call.input_paths)] = call.batch
         config = self._backward.selector.config
         with self._backward.engine.one_pass(False):
@@ -203,8 +205,11 @@ class Forward:
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
         """Pass straight through; only count, when a backward comes."""
+        attributes = self._backward.state.attributes
+        known = {id(leaf) for leaf in attributes.take().tensors().values()}
         result = original(*args, **kwargs)
         outputs = flatten(result)[1]
+        left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
         try:
             batch = infer_batch_size(inputs, outputs, self._batch_dim)
         except ValueError:
@@ -222,7 +227,7 @@ class Forward:
                 self._backward.selector.step += 1
                 self._backward.stats.steps += 1
 
-        for leaf in outputs:
+        for leaf in (*outputs, *left):
             if leaf.grad_fn is not None:
                 leaf.register_hook(count)
         return result

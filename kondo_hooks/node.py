@@ -563,6 +563,13 @@ class Call:
                 return True
         return False
 
+    def outvoted(self) -> int | None:
+        """The first input with an axis ``batch_dim`` if the number of rows stands on another one of it; else None."""
+        axis, n = self.batch_dim, self.batch * (2 if self.pairs else 1)
+        first = next((i for i in range(self._arguments) if self.inputs[i].dim() > axis), None)
+        shape = () if first is None else tuple(self.inputs[first].shape)
+        return first if n in shape and shape[axis] != n else None
+
     def readings(self) -> Iterator[Layout]:
         """Which inputs hold rows, the likeliest reading first; a state is cut as is likeliest, or at last not."""
         arguments, states = self.inputs[: self._arguments], self.inputs[self._arguments :]

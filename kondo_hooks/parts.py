@@ -1,6 +1,6 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +46,7 @@ class Part:
         grads: per output, None where the loss did not use it.
         held: set once the rows are no longer taken from the call.
         silent: stands in where no row is kept: its gradient is zero, whatever its activations are.
+        repeated: rows may stand in it more than once.
     """
 
     call: Call
@@ -53,6 +54,7 @@ class Part:
     grads: list[Gradient | None]
     held: Held | None = None
     silent: bool = False
+    repeated: bool = False
 
     @classmethod
     def of(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None]) -> "Part":
@@ -85,7 +87,7 @@ class Part:
     @property
     def all_rows(self) -> bool:
         """Whether it is the whole call."""
-        return self.held is None and len(self.rows) == self.call.batch
+        return self.held is None and not self.repeated and len(self.rows) == self.call.batch
 
     def input(self, i: int, where: Rows) -> Tensor:
         """Its rows of an input."""
@@ -113,6 +115,10 @@ class Part:
         where = self.call.rows[i]
         return None if where is None else measure(by_column(self.call.outputs[i], where.axis))
 
+    def repeat(self, index: Tensor) -> "Part":
+        """Its rows, by position, some of them more than once."""
+        return replace(self.select(index), repeated=True)
+
     def select(self, index: Tensor) -> "Part":
         """Some of its rows, by position."""
         grads = [_take(self.call, i, grad, index, len(index) / len(self)) for i, grad in enumerate(self.grads)]
@@ -130,7 +136,7 @@ class Part:
         return replace(self, rows=self.rows[index], grads=grads, held=held)
 
     def weighted(
-        self, factors: Tensor, offset: int = 0, source: int | None = None, by_row: Collection[int] = ()
+        self, factors: Tensor, offset: int = 0, source: int | None = None, positions: Mapping[int, bool] | None = None
     ) -> "Part":
         """Its gradients times factors.
 
@@ -138,7 +144,7 @@ class Part:
             factors: (n,), or (n, P) for positions of output ``source``.
             offset: the first of these positions.
             source: the output that the positions were read from; the first with a gradient where that is not known.
-            by_row: outputs without positions, whatever their shape.
+            positions: of other outputs, whether their rows begin with these positions, where that is known.
 
         Raises:
             DelightError: if the output does not have these positions.
@@ -164,7 +170,7 @@ class Part:
             if grad is None or where is None or shape is None:
                 grads.append(grad)
                 continue
-            mine = factors if i == source else carried_over(factors, () if i in by_row else shape)
+            mine = factors if i == source else carried_over(factors, shape, (positions or {}).get(i))
             grads.append(grad.weighted(mine) if isinstance(grad, RankOne) else where.weighted(grad, mine))
         return replace(self, grads=grads)
 
@@ -184,7 +190,7 @@ class Part:
             else:
                 assert isinstance(grad, Tensor)
                 grads.append(where.put(torch.zeros_like(output, dtype=grad.dtype), self.rows, grad))
-        return replace(self, rows=torch.arange(self.call.batch, device=self.rows.device), grads=grads)
+        return replace(self, rows=torch.arange(self.call.batch, device=self.rows.device), grads=grads, repeated=False)
 
     def hold(self, layout: Layout) -> "Part":
         """The same with its own copy of what a replay needs, in the least space that is exact."""

@@ -1,7 +1,7 @@
 """One backward's population: what arrived at its calls' nodes, read as delight and cut into kept rows."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Arrival:
         signal: (B, P) what is known of its samples, once it was read.
         offset: position on the outputs' second axis where the signal starts.
         source: the output that the signal was read from, if that is known.
-        by_row: outputs without positions, which have as many features by chance.
+        positions: of outputs whose rows begin with an axis as long as the signal's, whether it is the positions'.
         scale: the loss's own scale, which was divided out of the signal.
         forced: (B,) rows that are kept whatever their delight; None if there are none.
         follows: the call of the same rows that holds their policy, where this one holds none: one decision is for both.
@@ -56,7 +56,7 @@ class Arrival:
     signal: Signal | None = None
     offset: int = 0
     source: int | None = None
-    by_row: frozenset[int] = frozenset()
+    positions: dict[int, bool] = field(default_factory=dict)
     scale: float = 1.0
     forced: Tensor | None = None
     follows: "Arrival | None" = None
@@ -152,7 +152,7 @@ class Arrival:
         rows = kept_rows(factors).to(self._device)
         if not len(rows):
             return None
-        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset, self.source, self.by_row)
+        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset, self.source, self.positions)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""

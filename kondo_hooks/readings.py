@@ -71,20 +71,20 @@ def _shaped(call: Call) -> Any:
 
 
 class Uses(TorchDispatchMode):
-    """Notes whether any operation is given a tensor, or a view of it.
+    """Notes whether any operation is given one of some tensors, or a view of it.
 
     Attributes:
         found: whether one was.
     """
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, *tensors: Tensor):
         super().__init__()
         self.found = False
-        self._memory = _memory(tensor)
+        self._memory = set(map(_memory, tensors))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is."""
-        self.found = self.found or any(_memory(leaf) == self._memory for leaf in flatten((args, kwargs or {}))[1])
+        self.found = self.found or any(_memory(leaf) in self._memory for leaf in flatten((args, kwargs or {}))[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -141,8 +141,8 @@ def _stay_in_doubt(call: Call, i: int, warn: WarnOnce) -> None:
     warn("axis", unknown_axis(call.output_name(i), shape, call.batch, where.axis))
 
 
-def find_pooled(call: Call, outputs: Sequence[int], length: int) -> dict[int, bool]:
-    """Whether outputs have as many features as positions by chance: they keep them when the inputs lose a position.
+def find_positions(call: Call, outputs: Sequence[int], length: int) -> dict[int, bool]:
+    """Whether outputs have positions or as many features by chance: these stay when the inputs lose a position.
 
     Args:
         call: screened.
@@ -150,7 +150,7 @@ def find_pooled(call: Call, outputs: Sequence[int], length: int) -> dict[int, bo
         length: that number.
 
     Returns:
-        By output; nothing where the model does not run on fewer positions.
+        By output; nothing where the model does not run on fewer positions, or another axis has them.
     """
     n, shortened, inputs = min(2, call.batch), False, []
     for leaf, where in zip(call.inputs, next(call.readings()), strict=True):
@@ -163,8 +163,16 @@ def find_pooled(call: Call, outputs: Sequence[int], length: int) -> dict[int, bo
     part = _outputs(call, inputs, ([False] * len(training), requires_grad)) if shortened else None
     if part is None:
         return {}
-    lengths = {i: where.first(part[i]).shape[1] for i in outputs if i < len(part) and (where := call.rows[i])}
-    return {i: left == length for i, left in lengths.items()}
+    found: dict[int, bool] = {}
+    for i in outputs:
+        if i >= len(part) or (where := call.rows[i]) is None:
+            continue
+        rows = part[i].movedim(where.axis, 0)
+        shape = rows.shape[1:] if where.repeat == 1 else torch.Size([len(rows) // n, *rows.shape[1:]])
+        full = where.first(call.outputs[i]).shape[1:]
+        if len(rows) % n == 0 and len(shape) == len(full) and (shape == full or shape[0] == length - 1):
+            found[i] = shape != full
+    return found
 
 
 Found = dict[str, Rows | ValueError | None]

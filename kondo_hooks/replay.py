@@ -103,7 +103,7 @@ def _twice(group: list[Part]) -> Part | None:
     if any(call.is_shared(i) for i in range(len(call.rows))):
         return None
     device = part.rows.device
-    twice = part.select(torch.zeros(2, dtype=torch.long, device=device))
+    twice = part.repeat(torch.zeros(2, dtype=torch.long, device=device))
     return twice.weighted(torch.tensor([1.0, 0.0], device=device), 0)
 
 
@@ -132,6 +132,8 @@ def _replay(group: list[Part], learned: Learned) -> Replayed:
             raise
         except Exception as error:  # a model may check its inputs, and raise anything where they are misread
             failure = failure or error
+            continue
+        if layout not in (readings[0], known) and not _is_anchored(group, layout):
             continue
         if not everything and known != layout and any(part.tells() for part in group):
             if (doubtful := _read_otherwise(group, layout, readings)) is not None:
@@ -183,6 +185,22 @@ def _read_otherwise(group: list[Part], layout: Layout, readings: list[Layout]) -
             if uses.found:
                 return differs[0]
     return None
+
+
+def _is_anchored(group: list[Part], layout: Layout) -> bool:
+    """Whether an input that the model uses has its rows on ``batch_dim``, if any has rows there.
+
+    Where none has, positions were taken for rows, or the whole batch ran beside rows of what nobody reads.
+    """
+    call = group[0].call
+    expected = next(call.readings())
+    if call.batch_dim not in (rows.axis for rows in expected if rows is not None):
+        return True
+    inputs, _ = assemble(group, layout)
+    there = [leaf for leaf, rows in zip(inputs, layout, strict=True) if rows and rows.axis == call.batch_dim]
+    with uncompiled(), Uses(*there) as uses:
+        forward(group, inputs)
+    return uses.found
 
 
 def assemble(group: list[Part], layout: Layout) -> tuple[list[Tensor], list[tuple[Tensor, Rows | None]]]:

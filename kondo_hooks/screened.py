@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, layouts, rows_between
-from kondo_hooks.errors import no_batch_axis
+from kondo_hooks.errors import no_batch_axis, unknown_positions
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.readings import Learned, settle_outputs
@@ -130,6 +130,9 @@ class Screened:
                 continue
             if where is not None:
                 weights = None if plain else factors
+                shape = tuple(where.first(leaf).shape[1:])
+                if leaf.requires_grad and factors.dim() == 2 and shape.count(factors.shape[1]) > 1 < factors.shape[1]:
+                    learned.warn("positions", unknown_positions(path or "the output", shape, by_row=False))
                 spread[id(leaf)] = _Spread.apply(leaf, where, rows, source, weights, self.valid)
             elif leaf.requires_grad and not self.shared_loss:
                 spread[id(leaf)] = leaf.view_as(leaf)  # a hook on a parameter would outlive the call

@@ -35,6 +35,7 @@ class Observation:
         raw: picked from raw logits, which a value loss does too: believed only if the boundary agrees.
         position_axis: the axis of what was picked from that holds positions, unless they are flattened into the rows.
         values_axis: the axis of the values that holds positions, if that is another.
+        picked_axis: the axis of what was picked from that the actions are on, if there is one.
         paths: the ways from the loss that a backward takes to it, found as that starts.
     """
 
@@ -45,6 +46,7 @@ class Observation:
     raw: bool = False
     position_axis: int = 1
     values_axis: int | None = None
+    picked_axis: int | None = None
     grad: Tensor | None = None
     task: int = -1
     paths: list[Path] = field(default_factory=list)
@@ -84,6 +86,8 @@ class Observation:
     def offset(self, call: Any) -> int | None:
         """Where on the output's positions those of ``signal`` start; None if that cannot be told."""
         source = next(source for source in self.sources if source.call is call)
+        if source.position_axis == self.picked_axis is not None and self.signal(call).valid.shape[1] > 1:
+            return None  # what looks like positions are the actions, and the positions are elsewhere
         return None if source.position_axis not in (source.row_axis, self.position_axis) else source.offset
 
     def output(self, call: Any) -> int:
@@ -274,7 +278,7 @@ def _pick(result: Tensor, input: Tensor, dim: int) -> None:
         observation = Observation(lambda g: (g, values), sources)
     else:
         observation = _pick_unknown(values, input.detach(), dim, sources)
-    observation.position_axis = 0 if axis == 1 else 1
+    observation.position_axis, observation.picked_axis = 0 if axis == 1 else 1, dim
     observation.attach(result)
 
 
@@ -340,6 +344,7 @@ def _indexed_loss(
     observation = Observation(read, sources, own_scale)
     # (B, V, T): the classes are on axis 1.
     observation.position_axis, observation.values_axis = (2 if input.dim() > 2 else 1), 1
+    observation.picked_axis = 1
     observation.attach(result)
 
 

@@ -73,6 +73,11 @@ class Program:
         """Whether there are positions where the policy's head stands."""
         return self.inputs in ("sequence", "ids") and not any(b in POOLS for b in self.blocks)
 
+    @property
+    def chooses_parts(self) -> bool:
+        """Whether the gate may choose parts of an action one by one."""
+        return self.option("unit") == "token" and self.head in ("bits", "bernoulli", "normal", "mean_std")
+
     def option(self, name: str, default: Any = None) -> Any:
         return dict(self.options).get(name, default)
 
@@ -248,7 +253,7 @@ def normal(p: Program) -> Program:
         pooled = pooled or block in POOLS
     blocks = kept
     if p.route != "hook":
-        blocks = [b for b in blocks if b not in (*_RANDOM, "batch_norm", "running_mean", "left_behind", *COUPLED)]
+        blocks = [b for b in blocks if b not in (*_RANDOM, "batch_norm", "running_mean", "left_behind", "transformer", *COUPLED)]
         new.update(backward="backward" if p.backward == "inputs" else p.backward, force=False, mark=False)
         options.pop("pairs", None)
         if p.backward == "twice":
@@ -278,7 +283,9 @@ def normal(p: Program) -> Program:
     new["pick"] = p.pick if p.pick in picks else picks[0]
     p = dataclasses.replace(p, **new)
     new = {}
-    if p.shift:
+    if p.chooses_parts:
+        new["shift"] = False
+    if p.shift and not p.chooses_parts:
         new["arrangement"] = "BT"
     floats = p.inputs != "ids"
     new["numpy"] = p.numpy and p.passing != "object" and floats
@@ -309,7 +316,7 @@ def normal(p: Program) -> Program:
         flat = {"rows": "masked", "rowsum": "sum"}
         terms = [dataclasses.replace(t, reduction=flat.get(t.reduction, t.reduction)) for t in terms]
     if p.combine == "inside":
-        if any(t.kind == "ce" for t in terms) or (p.shift and any(t.kind in ("z", "entropy") for t in terms)):
+        if p.chooses_parts or any(t.kind == "ce" for t in terms) or (p.shift and any(t.kind in ("z", "entropy") for t in terms)):
             new["combine"] = "plus"
         else:
             terms = [dataclasses.replace(t, reduction=terms[0].reduction) for t in terms]

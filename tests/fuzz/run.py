@@ -22,8 +22,10 @@ _INEXACT = (
     "carry no gradient",
     "not exact",
     "far from a policy",
+    "taken for the number of rows",
+    "which axis holds the tokens",
 )
-_TOLERANCE = {"float64": 1e-9, "float32": 3e-4}
+_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 
 
 @dataclass
@@ -97,7 +99,10 @@ def run(p: Program, names: dict[str, Any] | None = None) -> Verdict:
 
 def _run(p: Program, names: dict[str, Any]) -> Verdict:
     torch.manual_seed(p.seed)
-    model = names["Model"]().to(getattr(torch, p.dtype))
+    try:
+        model = names["Model"]().to(getattr(torch, p.dtype))
+    except Exception as error:  # a size that a layer does not take, tried by the shrinking
+        return Verdict("invalid", str(error))
     reference = copy.deepcopy(model)
     if p.inner:
         reference.__class__ = names["Masked"]
@@ -133,12 +138,12 @@ class _Both:
 
     def __init__(self, p: Program, names: dict[str, Any], model: nn.Module, reference: nn.Module):
         self.p, self.names, self.model, self.reference = p, names, model, reference
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3 / p.scale)
         self.made = 0
         self.start = copy.deepcopy(reference)
         self.safe: tuple[Any, ...] = ()
         self.forwarding = False
-        self.tolerance = 5e-2 if p.autocast else _TOLERANCE[p.dtype]
+        self.tolerance = 0.1 if p.autocast else _TOLERANCE[p.dtype]
 
     # The gated program.
 
@@ -268,12 +273,12 @@ class _Both:
                 n = round(len(batches[f].x) * each)
                 backward.weights[f] = self._in_shape(factors[start : start + n], batches[f], len(batches[f].x))
                 start += n
-        if self.p.force and not factors[0]:
+        if self.p.force and not factors[0] and self.p.option("unit") != "token":  # no token where the gradient is zero
             raise _DifferenceError("a forced row was dropped")
         backwards[-1].delight = decision.delight
 
     def _in_shape(self, factors: Tensor, b: Any, rows: int) -> Tensor:
-        """Factors as the loss takes them: (B,) or (B, T)."""
+        """Factors as the loss takes them: (B,) or (B, T), or with parts of an action (B, K) or (B, T, K)."""
         shape = list(b.advantages.shape)
         shape[1:] = [shape[1] - self.p.shift] if len(shape) > 1 else []
         factors = factors.to(b.advantages.dtype)
@@ -282,6 +287,8 @@ class _Both:
         factors = factors.reshape(rows, -1)
         if factors.shape[1] == 1:
             return factors.expand(shape) if len(shape) > 1 else factors.squeeze(1)
+        if self.p.chooses_parts and factors[0].numel() == b.actions[0].numel():
+            return factors.view(b.actions.shape)
         if len(shape) < 2 or factors.shape[1] not in (shape[1], shape[1] + self.p.shift):
             raise _DifferenceError(f"the decision has {factors.shape[1]} positions a row, the loss {shape[1:]}")
         return factors[:, : shape[1]]
@@ -340,7 +347,8 @@ class _Both:
         p = self.p
         found = [b.delight for group in groups for b in group if b.delight is not None]
         alone = p.option("priority") != "uniform" and p.option("unit") != "token" and p.option("reduction") is None
-        unseen = p.pick in ("one_hot", "cross_entropy", "nll_loss")  # the latter on an axis that is not the rows'
+        # What is not followed is read off the boundary: sums of products, losses on an axis that is not the rows', parts.
+        unseen = p.pick in ("one_hot", "cross_entropy", "nll_loss", "flipped", "halves")
         extra = any(t.kind in ("z", "entropy") for t in p.terms) and unseen
         if len(found) != 1 or not alone or extra or p.inner or not expected or p.autocast:
             return
@@ -366,7 +374,7 @@ class _Both:
         grads = [(f"the gradient of {name}", a.grad, b.grad) for (name, a), (_, b) in pairs]
         for mine, theirs in zip(results, expected, strict=True):
             grads += [("the gradient of x", a, b) for a, b in zip(mine, theirs, strict=True)]
-        floor = 1e-4 * max((b.abs().max().item() for _, _, b in grads if b is not None and b.numel()), default=0.0)
+        floor = (1.0 if self.p.autocast else 1e-4) * max((b.abs().max().item() for _, _, b in grads if b is not None and b.numel()), default=0.0)
         for name, a, b in grads:
             if (a is None) != (b is None):
                 raise _DifferenceError(f"{name} is {'None' if a is None else 'there'}, by a masked backward it is not")

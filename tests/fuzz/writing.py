@@ -36,10 +36,19 @@ def source(p: Program) -> str:
     ]
     if p.inner:
         lines += [*_model(p, "Masked", "Model", masked=True), "", ""]
+    lines += [*_CUT, "", ""] if p.chooses_parts else []
     lines += _loss(p, "masked_loss", masked=True)
     return "\n".join(lines) + "\n"
 
 
+_CUT = [
+    "def cut(policy, w):",
+    "    if isinstance(policy, Normal):",
+    "        return Normal(cut(policy.loc, w), cut(policy.scale, w))",
+    "    if isinstance(policy, Bernoulli):",
+    "        return Bernoulli(logits=cut(policy.logits, w))",
+    "    return policy * w + policy.detach() * (1 - w)",
+]
 _SHAPES = {
     "BB": "batch, batch",
     "B": "batch,",
@@ -425,6 +434,12 @@ def _loss_lines(p: Program, masked: bool) -> list[str]:
         change = {"flat": ".flatten(0, 1)", "TB": ".transpose(0, 1)"}.get(p.arrangement)
         if change:
             lines += [f"{name} = {name}{change}" for name in [*names, *(["w"] if masked else [])]]
+    w = "w"
+    if masked and p.chooses_parts:
+        w = "whole"
+        lines += ["parts, whole = w, w", "if w.dim() == actions.dim():", "    w = w.amax(-1)"]
+        lines += ["    whole, policy = torch.ones_like(w), cut(policy, parts)"]
+        lines += ["    std = cut(std, parts)"] if p.head == "mean_std" else []
     only_ce = any(t.kind == "ce" for t in p.terms)
     if not (only_ce and not masked):
         lines += _pick_lines(p)
@@ -446,7 +461,8 @@ def _loss_lines(p: Program, masked: bool) -> list[str]:
             probes.append(f"{term.coef} * p{i}")
             scales.append(f"{term.coef} * {_reduction_scale(p, term.reduction)}")
         if term.kind != "ce" or masked:
-            lines.append(f"t{i} = {_reduce(p, f't{i} * w' if masked else f't{i}', term.reduction)}")
+            factor = w if term.kind not in ("value", "huber", "feature") else "w"
+            lines.append(f"t{i} = {_reduce(p, f't{i} * {factor}' if masked else f't{i}', term.reduction)}")
         results.append((term.coef, f"t{i}"))
     if inside:
         total = " + ".join(f"{t.coef} * t{i}" if t.coef != 1 else f"t{i}" for i, t in enumerate(p.terms))
@@ -454,7 +470,7 @@ def _loss_lines(p: Program, masked: bool) -> list[str]:
             on_logp = " + ".join(f"{t.coef} * t{i}" for i, t in enumerate(p.terms) if t.kind in ON_LOGP)
             probes.append(_reduce(p, f"({on_logp})", p.terms[0].reduction))
             scales.append(_reduction_scale(p, p.terms[0].reduction))
-        lines.append(f"loss = {_reduce(p, f'({total}) * w' if masked else f'({total})', p.terms[0].reduction)}")
+        lines.append(f"loss = {_reduce(p, f'({total}) * {w}' if masked else f'({total})', p.terms[0].reduction)}")
     else:
         lines.append(f"loss = {_combined(p.combine, results)}")
     if masked:
