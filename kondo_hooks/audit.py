@@ -76,11 +76,14 @@ class Audit:
             with engine.one_pass(False):
                 if engine.communicates:
                     _compare_values(alike[0], rate, learned)
-                    looked = True
+                    looked: bool | None = True
                 else:
                     looked = _compare_gradients(alike, rate, state if engine.takes_gradients else None, learned)
             if looked:
                 passed.add(structure)
+            elif looked is None:
+                for arrival in alike:  # what was not looked at runs as it ran
+                    arrival.call.whole = "which axis of an input holds the rows cannot be told"
 
 
 def _structure(call: Call) -> Any:
@@ -100,8 +103,10 @@ def _compare_values(arrival: Arrival, rate: float, learned: Learned) -> None:
     verify_company(Replayed([part], [], [], [], outputs, reading(part, learned)))
 
 
-def _compare_gradients(arrivals: list[Arrival], rate: float, state: ModuleState | None, learned: Learned) -> bool:
-    """Run some rows alone and in company; False if there was nothing to look at."""
+def _compare_gradients(
+    arrivals: list[Arrival], rate: float, state: ModuleState | None, learned: Learned
+) -> bool | None:
+    """Run some rows alone and in company; False if there was nothing to look at, None if they do not run alone."""
     picked = _alone_and_in_company(arrivals, rate)
     if picked is None:
         return False
@@ -109,10 +114,10 @@ def _compare_gradients(arrivals: list[Arrival], rate: float, state: ModuleState 
         return _compare_groups(*picked, state, learned)
 
 
-def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState | None, learned: Learned) -> bool:
+def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState | None, learned: Learned) -> bool | None:
     done = run_checked(alone, learned)
     if len(done) != 1 or done[0].layout is None or list(map(len, done[0].group)) != list(map(len, alone)):
-        return False
+        return None
     verify_company(done[0])
     if state is None:
         return True

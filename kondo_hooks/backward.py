@@ -427,9 +427,9 @@ class Backward:
         length, others = a.with_positions()
         if any(call.paths[i] not in self._positions for i in others):
             found: dict[int, bool] = {}
-            if not self.engine.communicates:
+            if a.source is not None and not self.engine.communicates:
                 with self._model_running(), self.engine.one_pass(False):
-                    found = find_positions(call, list(others), length)
+                    found = find_positions(call, list(others), a.source, length)
             for i, shape in others.items():
                 several = shape.count(length) > 1
                 if i not in found:

@@ -33,11 +33,11 @@ def overwritten_input(name: str) -> str:
     )
 
 
-def unlike_first_input(batch: int, shape: tuple[int, ...], batch_dim: int) -> str:
-    """The message for a number of rows that is another axis of the first input."""
+def unknown_batch(batch: int, sizes: list[int], batch_dim: int) -> str:
+    """The message for inputs of several sizes, where no run of one row shows which is the number of rows."""
     return (
-        f"gated: most tensors of this call have {batch} on axis {batch_dim}, which is taken for the number of rows, "
-        f"though the first input has shape {shape}. If the rows are {shape[batch_dim]}, keep what they share (a mask of "
+        f"gated: the inputs of this call have sizes {', '.join(map(str, sizes))} on axis {batch_dim}; {batch}, which "
+        "most of its tensors share, is taken for the number of rows. If that is wrong, keep what rows share (a mask of "
         "positions) out of the call, in a buffer say."
     )
 

@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 from kondo_hooks.backward import Backward
 from kondo_hooks.batch import Rows, infer_batch_size
 from kondo_hooks.engines import refuse_outer_wrapper
-from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unlike_first_input
+from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unknown_batch
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
-from kondo_hooks.readings import settle_outputs
+from kondo_hooks.readings import find_anchor, is_batch_doubtful, settle_outputs
 from kondo_hooks.screened import Screened
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import find_sources
@@ -71,6 +71,7 @@ class Forward:
         self._outputs_learned: dict[str, Rows] = {}
         self._settled: dict[str, Rows] = {}
         self._record = True
+        self._anchors: dict[tuple[str, ...], int | None] = {}
         self._with_batch: dict[tuple[str, ...], int] = {}
         self._learned_tape = False
         self._ungated_task = -1
@@ -149,6 +150,9 @@ class Forward:
         call.syncs = self._backward.engine.syncs()
         copy = self._backward.copy_outputs
         probe = None if self._backward.engine.communicates else self._backward.find_graphs
+        key = tuple(call.input_paths)
+        if (anchor := self._anchors.get(key)) is not None:
+            call.expect(call.inputs[anchor].shape[self._batch_dim], self._batch_dim)
         result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
         state = self._backward.state
         # What this forward made for good, layers or hooks, is there from the start for the one that counts.
@@ -167,6 +171,13 @@ class Forward:
                 result = call.screen(self._batch_dim, self._record, copy, Tape(), probe)
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
+        if key not in self._anchors and call.outputs and is_batch_doubtful(call):
+            anchor = self._anchors[key] = self._find_anchor(call)
+            if anchor is not None and (rows := call.inputs[anchor].shape[self._batch_dim]) != call.size:
+                self._backward.state.attributes.undo(call.change)
+                with forked_rng(call.rng), call.buffers.restored():
+                    call.expect(rows, self._batch_dim)
+                    result = call.screen(self._batch_dim, True, copy, Tape() if self.tape else None, probe)
         self._check_reach(call, result)
         if not call.outputs:
             return result, None, ()
@@ -176,8 +187,6 @@ class Forward:
         if not self._backward.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
             if call.lacks_batch():
                 raise ReplayMismatchError(unbatched(call.batch))
-            if (first := call.outvoted()) is not None:
-                self._warn("batch", unlike_first_input(call.batch, tuple(call.inputs[first].shape), call.batch_dim))
             self._with_batch[tuple(call.input_paths)] = call.batch
         config = self._backward.selector.config
         with self._backward.engine.one_pass(False):
@@ -202,6 +211,20 @@ class Forward:
         if self._named is not None:
             call.named = self._resolve(live, outputs)
         return live, call, outputs
+
+    def _find_anchor(self, call: Call) -> int | None:
+        """Which input has the rows on ``batch_dim``, where the inputs have several sizes there."""
+        if self._backward.engine.communicates:
+            found = None
+            doubtful = call.arguments[0].shape[call.batch_dim : call.batch_dim + 1] != (call.size,)
+        else:
+            with self._backward.engine.one_pass(False):
+                found = find_anchor(call)
+            doubtful = found is None
+        if doubtful:
+            sizes = dict.fromkeys(leaf.shape[call.batch_dim] for leaf in call.arguments if leaf.dim() > call.batch_dim)
+            self._warn("batch", unknown_batch(call.size, list(sizes), call.batch_dim))
+        return found
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
         """Pass straight through; only count, when a backward comes."""

@@ -132,6 +132,17 @@ class Call:
         self._left_paths: list[str] = []
         self._left_live: dict[int, Tensor] = {}
         self._returned = 0
+        self._expected = 0
+
+    @property
+    def size(self) -> int:
+        """Of the axis that holds the rows."""
+        return self.batch * (2 if self.pairs else 1)
+
+    @property
+    def arguments(self) -> list[Tensor]:
+        """The inputs but for states in attributes."""
+        return self.inputs[: self._arguments]
 
     def _note_input(self, path: str, leaf: Tensor) -> Tensor:
         self._ids.add(id(leaf))
@@ -184,6 +195,7 @@ class Call:
             tape: notes how the model computes a loss of its own.
             probe: finds out which of the tensors that the forward left in attributes have a graph.
         """
+        self.draws = Draws()
         self.buffers = self.state.buffers_before()
         attributes = self.state.attributes.before()
         before = [version_of(leaf) for leaf in self.inputs]
@@ -225,7 +237,7 @@ class Call:
         self._writes = self._may_write and self._has_written()
         outputs = [leaf for _, leaf in self._every(result, {})]
         lengths = [*self._list_lengths(self.args), *self._list_lengths(result)] if self._has_lists else []
-        self.batch = infer_batch_size(self.inputs[: self._arguments], outputs, batch_dim, lengths)
+        self.batch = self._expected or infer_batch_size(self.arguments, outputs, batch_dim, lengths)
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
         self.batch //= 2 if self.pairs else 1
@@ -399,7 +411,7 @@ class Call:
 
     def expect(self, batch: int, batch_dim: int) -> None:
         """Say how many rows the call has, before it is run: lists with an entry a row are then rows."""
-        self.batch, self.batch_dim = batch, batch_dim
+        self.batch, self.batch_dim, self._expected = batch, batch_dim, batch
         self._cut_input_lists()
 
     def refuse_row_lists(self, result: Tree, rows: int) -> None:
@@ -562,13 +574,6 @@ class Call:
             if output.shape != first.shape or not (self.random or torch.allclose(output, first, 0.1, 1e-2)):
                 return True
         return False
-
-    def outvoted(self) -> int | None:
-        """The first input with an axis ``batch_dim`` if the number of rows stands on another one of it; else None."""
-        axis, n = self.batch_dim, self.batch * (2 if self.pairs else 1)
-        first = next((i for i in range(self._arguments) if self.inputs[i].dim() > axis), None)
-        shape = () if first is None else tuple(self.inputs[first].shape)
-        return first if n in shape and shape[axis] != n else None
 
     def readings(self) -> Iterator[Layout]:
         """Which inputs hold rows, the likeliest reading first; a state is cut as is likeliest, or at last not."""

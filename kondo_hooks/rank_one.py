@@ -33,14 +33,13 @@ class RankOne:
         if logits.dim() < 2 or logits.shape[-1] < 2 or not len(logits):
             return None
         y, g = _flat(logits), _flat(grad)
-        action = g.abs().argmax(-1, keepdim=True)
-        logp = (y.gather(-1, action) - y.logsumexp(-1, keepdim=True)).squeeze(-1)
-        g_a = g.gather(-1, action).squeeze(-1)
-        coefficient = torch.where(g_a != 0, g_a / torch.expm1(logp), 0)
-        found = cls(coefficient, action.squeeze(-1), logp, logits.shape, grad.dtype)
-        largest = float(g.abs().max())
-        residual = float((found.expand(y) - g).abs().max())
-        return found if residual <= 16 * torch.finfo(grad.dtype).eps * largest else None
+        every = y.log_softmax(-1)
+        action = _actions(g, every)
+        logp = every.gather(-1, action)
+        coefficient = _coefficients(g, action, logp)
+        found = cls(coefficient.squeeze(-1), action.squeeze(-1), logp.squeeze(-1), logits.shape, grad.dtype)
+        apart = found.expand(y).sub_(g)
+        return found if _is_rounding(apart, g, coefficient, every, logp, grad.dtype) else None
 
     def expand(self, logits: Tensor) -> Tensor:
         """The gradient at ``logits`` (n, P, K), in their type."""
@@ -73,6 +72,44 @@ class RankOne:
     def tensors(self) -> list[Tensor]:
         """What it holds."""
         return [self.coefficient, self.action, self.logp]
+
+
+def _actions(grad: Tensor, every: Tensor) -> Tensor:
+    """(n, P, 1) the entries that stand alone in their sign: the largest or the smallest, which foretells the other."""
+    ends = grad.argmax(-1, keepdim=True), grad.argmin(-1, keepdim=True)
+    apart = [
+        (_coefficients(grad, one, every.gather(-1, one)) * every.gather(-1, other).exp() - grad.gather(-1, other)).abs()
+        for one, other in (ends, ends[::-1])
+    ]
+    return torch.where(apart[0] <= apart[1], *ends)
+
+
+def _coefficients(grad: Tensor, action: Tensor, logp: Tensor) -> Tensor:
+    g = grad.gather(-1, action)
+    return torch.where(g != 0, g / torch.expm1(logp), 0)
+
+
+def _is_rounding(
+    apart: Tensor, grad: Tensor, coefficient: Tensor, every: Tensor, logp: Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether (n, P, K) differences from a gradient are its type's rounding and nothing else.
+
+    Another term (a z-loss, an entropy) may be less than the rounding of each value. Rounding has no direction; so the
+    differences' sums along the directions of such terms are held against what rounding leaves of them.
+    """
+    eps, p = torch.finfo(dtype).eps, every.exp()
+    # A coefficient is as uncertain as the difference of its log-prob from zero.
+    unsure = 1 + 1 / torch.expm1(logp).abs().clamp_min(eps)
+    allowed = 2 * eps * ((unsure + every.abs()) * p * coefficient.abs() + grad.abs())
+    if not bool((apart.abs() <= allowed + torch.finfo(dtype).smallest_normal).all()):
+        return False
+    for direction in (torch.ones_like(p), p, p * every):
+        parts = apart * direction
+        along = (grad * direction).sum(-1, keepdim=True)
+        noise = (eps * unsure * along).square().sum() + (eps * (1 + every.abs()) * grad * direction).square().sum()
+        if bool(parts.sum().abs() > 4 * noise.sqrt()):
+            return False
+    return True
 
 
 def _flat(values: Tensor) -> Tensor:

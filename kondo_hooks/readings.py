@@ -5,6 +5,7 @@ where T is the batch size. Inputs are told apart by replays, which reproduce the
 apart by one more run of fewer rows.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kondo_hooks.batch import Layout, Rows, fits, rows_between
+from kondo_hooks.batch import Layout, Rows, fits, layouts, rows_between
 from kondo_hooks.errors import WarnOnce, rows_not_in_blocks, unknown_axis
-from kondo_hooks.node import Call, no_fast_path
+from kondo_hooks.node import Call, differentiable, no_fast_path, uncompiled
 from kondo_hooks.state import forked_rng
 from kondo_hooks.tree import flatten
 
@@ -74,17 +75,25 @@ class Uses(TorchDispatchMode):
     """Notes whether any operation is given one of some tensors, or a view of it.
 
     Attributes:
-        found: whether one was.
+        each: of each, whether it was given.
     """
 
     def __init__(self, *tensors: Tensor):
         super().__init__()
-        self.found = False
-        self._memory = set(map(_memory, tensors))
+        self.each = [False] * len(tensors)
+        self._memory = {_memory(tensor): i for i, tensor in enumerate(tensors)}
+
+    @property
+    def found(self) -> bool:
+        """Whether any was."""
+        return any(self.each)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is."""
-        self.found = self.found or any(_memory(leaf) in self._memory for leaf in flatten((args, kwargs or {}))[1])
+        if not all(self.each):
+            for leaf in flatten((args, kwargs or {}))[1]:
+                if (i := self._memory.get(_memory(leaf))) is not None:
+                    self.each[i] = True
         return func(*args, **(kwargs or {}))
 
 
@@ -93,6 +102,58 @@ def _memory(tensor: Tensor) -> Any:
         return tensor.untyped_storage().data_ptr() or id(tensor)
     except (NotImplementedError, RuntimeError):  # a layout without a storage
         return id(tensor)
+
+
+def is_batch_doubtful(call: Call) -> bool:
+    """Whether the inputs of a call have several sizes on ``batch_dim``, one of which is the number of rows."""
+    return len({leaf.shape[call.batch_dim] for leaf in call.arguments if leaf.dim() > call.batch_dim}) > 1
+
+
+def find_anchor(call: Call) -> int | None:
+    """An input whose size on ``batch_dim`` is the number of rows, as a run of one row shows; None if none is found.
+
+    Most tensors of a call may have another size there: the layers of a recurrent state, the positions of a mask.
+    """
+    axis, each = call.batch_dim, 2 if call.pairs else 1
+    training, requires_grad = call.flags
+    flags = [False] * len(training), requires_grad
+    full = _outputs(call, call.inputs, flags, everything=True)
+    sizes = dict.fromkeys(leaf.shape[axis] for leaf in call.arguments if leaf.dim() > axis)
+    for size in sizes if full else ():
+        if size < 2 * each or size % each:
+            continue
+        for layout in layouts(call.inputs, size // each, axis, call.pairs):
+            if (anchor := _anchor(call, layout, flags, full or [], size // each)) is not None:
+                return anchor
+    return None
+
+
+def _anchor(call: Call, layout: Layout, flags: Any, full: list[Tensor], batch: int) -> int | None:
+    """The first input with rows on ``batch_dim`` that the model uses, if it runs on the first of so many rows."""
+    taken = [
+        leaf if where is None else where.take(leaf, torch.zeros(1, dtype=torch.long, device=leaf.device))
+        for leaf, where in zip(call.inputs, layout, strict=True)
+    ]
+    there = [i for i, where in enumerate(layout) if where is not None and where.axis == call.batch_dim]
+    with uncompiled():
+        uses = Uses(*(taken[i] for i in there))
+        part = _outputs(call, taken, flags, uses, everything=True)
+    used = [i for i, found in zip(there, uses.each, strict=True) if found]
+    return used[0] if part is not None and used and _has_rows(full, part, batch, call.pairs) else None
+
+
+def _has_rows(full: Sequence[Tensor], part: Sequence[Tensor], batch: int, pairs: bool) -> bool:
+    """Whether every output changes with the number of rows, but for constants, and the first row stays as it is."""
+    several = 0
+    for a, b in zip(full, part, strict=False):
+        where = rows_between(a.shape, b.shape, batch, 1, pairs)
+        if where is None and a.shape != b.shape:
+            return False
+        if where is not None:
+            several += 1
+            if not _alike(where.take(a, torch.zeros(1, dtype=torch.long, device=a.device)), b):
+                return False
+    return several > 0
 
 
 def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: WarnOnce, alone: bool) -> None:
@@ -141,13 +202,14 @@ def _stay_in_doubt(call: Call, i: int, warn: WarnOnce) -> None:
     warn("axis", unknown_axis(call.output_name(i), shape, call.batch, where.axis))
 
 
-def find_positions(call: Call, outputs: Sequence[int], length: int) -> dict[int, bool]:
+def find_positions(call: Call, outputs: Sequence[int], source: int, length: int) -> dict[int, bool]:
     """Whether outputs have positions or as many features by chance: these stay when the inputs lose a position.
 
     Args:
         call: screened.
         outputs: whose rows' first axis is as long as there are positions.
-        length: that number.
+        source: the output that the positions were read from.
+        length: their number.
 
     Returns:
         By output; nothing where the model does not run on fewer positions, or another axis has them.
@@ -164,7 +226,7 @@ def find_positions(call: Call, outputs: Sequence[int], length: int) -> dict[int,
     if part is None:
         return {}
     found: dict[int, bool] = {}
-    for i in outputs:
+    for i in (source, *outputs):
         if i >= len(part) or (where := call.rows[i]) is None:
             continue
         rows = part[i].movedim(where.axis, 0)
@@ -172,7 +234,7 @@ def find_positions(call: Call, outputs: Sequence[int], length: int) -> dict[int,
         full = where.first(call.outputs[i]).shape[1:]
         if len(rows) % n == 0 and len(shape) == len(full) and (shape == full or shape[0] == length - 1):
             found[i] = shape != full
-    return found
+    return found if found.pop(source, False) else {}
 
 
 Found = dict[str, Rows | ValueError | None]
@@ -219,9 +281,20 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= 2e-2 * largest).all()) or not a.isfinite().all()
 
 
-def _outputs(call: Call, inputs: Sequence[Tensor], flags: Any) -> list[Tensor] | None:
-    """What the model returns for inputs, without a graph or a trace; None if it raises, or returns something else."""
+def _outputs(
+    call: Call, inputs: Sequence[Tensor], flags: Any, uses: Uses | None = None, everything: bool = False
+) -> list[Tensor] | None:
+    """What the model returns for inputs, without a graph or a trace; None if it raises, or returns something else.
+
+    Args:
+        call: that was screened.
+        inputs: others in place of its own.
+        flags: of the modules.
+        uses: notes what the model uses.
+        everything: all tensors that it returns as they are, instead of the call's outputs.
+    """
     state = call.state
+    given = [leaf.detach() for leaf in inputs]
     with (
         torch.no_grad(),
         no_fast_path(),
@@ -232,8 +305,13 @@ def _outputs(call: Call, inputs: Sequence[Tensor], flags: Any) -> list[Tensor] |
         state.untouched(),
     ):
         try:
-            result, args = call.run_again([leaf.detach() for leaf in inputs])
-            return call.outputs_in(result, args, call.left(), check=False)
+            with uses or contextlib.nullcontext():
+                result, args = call.run_again(given)
+            left = call.left()
+            if everything:
+                tensors = [*flatten(result)[1], *left.values()]
+                return [tensor for tensor in tensors if differentiable(tensor)]
+            return call.outputs_in(result, args, left, check=False)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model may check its inputs, and raise anything where they are misread

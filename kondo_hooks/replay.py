@@ -95,16 +95,21 @@ def replay(group: list[Part], learned: Learned) -> Replayed:
 
 
 def _twice(group: list[Part]) -> Part | None:
-    """A single row beside itself with a gradient of zero, for models that take one row for none: ``squeeze()``."""
+    """A single row beside copies with a gradient of zero, for models that take one row for none: ``squeeze()``.
+
+    They are as many as no other axis of the outputs is long.
+    """
     part = group[0]
     call = part.call
     if len(group) > 1 or len(part) != 1 or part.all_rows or call.decides_at_once:
         return None
     if any(call.is_shared(i) for i in range(len(call.rows))):
         return None
-    device = part.rows.device
-    twice = part.repeat(torch.zeros(2, dtype=torch.long, device=device))
-    return twice.weighted(torch.tensor([1.0, 0.0], device=device), 0)
+    device, sizes = part.rows.device, {size for output in call.outputs for size in output.shape}
+    n = next(n for n in range(2, len(sizes) + 3) if n not in sizes)
+    weights = torch.zeros(n, device=device)
+    weights[0] = 1
+    return part.repeat(torch.zeros(n, dtype=torch.long, device=device)).weighted(weights, 0)
 
 
 def _replay(group: list[Part], learned: Learned) -> Replayed:

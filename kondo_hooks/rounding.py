@@ -25,16 +25,16 @@ class Checks:
     reruns: bool = True
     noise: dict[str, float] = field(default_factory=dict)
 
-    def limit(self, path: str, dtype: torch.dtype, usual: float, is_policy: bool) -> "Limit":
+    def limit(self, path: str, dtype: torch.dtype, usual: float, log_probs: bool) -> "Limit":
         """What may differ in an output.
 
         Args:
             path: of the output.
             dtype: the least precise type that it was computed in.
             usual: relative difference that is usual for it.
-            is_policy: it holds log-probs or logits, whose differences count in nats.
+            log_probs: it holds log-probs or their negative, whose differences count in nats.
         """
-        absolute = _NATS[dtype] if is_policy else 0.0
+        absolute = _NATS[dtype] if log_probs else 0.0
         if self.tolerance is not None:
             return Limit(self.tolerance, absolute, 0.0)
         most = max(_MOST[dtype], 10 * usual)

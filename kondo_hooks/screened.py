@@ -109,7 +109,13 @@ class Screened:
         if len(rows) == batch and bool((self.factors == 1).all()):
             return call.run_given()
         before = call.state.attributes.before()
-        result = call.run_kept(taken)
+        try:
+            result = call.run_kept(taken)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            error.add_note(f"gated: after screen() the model was run on {len(rows)} of the {batch} rows of this call.")
+            raise
         call.refuse_row_lists(result, len(rows))
         change = call.state.attributes.compare(before, lambda _: False)
         paths, leaves = flatten(result)
@@ -131,8 +137,9 @@ class Screened:
             if where is not None:
                 weights = None if plain else factors
                 shape = tuple(where.first(leaf).shape[1:])
-                if leaf.requires_grad and factors.dim() == 2 and shape.count(factors.shape[1]) > 1 < factors.shape[1]:
-                    learned.warn("positions", unknown_positions(path or "the output", shape, by_row=False))
+                if leaf.requires_grad and factors.dim() == 2 and not _has_positions(shape, factors.shape[1]):
+                    by_row = shape[0] < factors.shape[1]
+                    learned.warn("positions", unknown_positions(path or "the output", shape, by_row=by_row))
                 spread[id(leaf)] = _Spread.apply(leaf, where, rows, source, weights, self.valid)
             elif leaf.requires_grad and not self.shared_loss:
                 spread[id(leaf)] = leaf.view_as(leaf)  # a hook on a parameter would outlive the call
@@ -239,6 +246,11 @@ class Screened:
                 "told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
             )
         return where
+
+
+def _has_positions(shape: tuple[int, ...], tokens: int) -> bool:
+    """Whether rows of an output have the tokens on their first axis, or on none."""
+    return tokens == 1 or tokens not in shape[1:] or (shape[0] >= tokens and tokens not in shape)
 
 
 def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) -> bool:

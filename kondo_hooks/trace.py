@@ -557,7 +557,7 @@ class Path:
     addition: Probe | None
     reduction: Probe | None
     share: float = 1.0
-    each: float = 1.0
+    each: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -584,10 +584,12 @@ def read_scales(paths: Sequence[Sequence[Path]]) -> list[list[Scale]]:
     """The scales along each of the paths that the backward took, after it; one synchronisation for all of them."""
     probes = {id(p): p for each in paths for path in each for p in (path.addition, path.reduction) if p is not None}
     reached = {key: probe.grad for key, probe in probes.items() if probe.grad is not None}
+    # How many labels a mean counts is on the device, too.
+    reached |= {id(path): path.each for one in paths for path in one if isinstance(path.each, Tensor)}
     values: dict[int, float] = {}
     if reached:
         device = next(iter(reached.values())).device
-        each = [grad.reshape(-1)[:1].to(device, torch.float64) for grad in reached.values()]
+        each = [grad.detach().reshape(-1)[:1].to(device, torch.float64) for grad in reached.values()]
         values = dict(zip(reached, torch.cat(each).abs().tolist(), strict=True))
     return [[scale for path in each if (scale := _scale(path, values)) is not None] for each in paths]
 
@@ -602,7 +604,7 @@ def _scale(path: Path, values: dict[int, float]) -> Scale | None:
         above = whole
     if not (0 < whole < math.inf and 0 < above < math.inf):
         return None
-    return Scale(above, whole / above, path.each)
+    return Scale(above, whole / above, values[id(path)] if isinstance(path.each, Tensor) else path.each)
 
 
 def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
@@ -636,36 +638,45 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
 
     below = _Targets()
     seen: set[Node] = set()
-    # A node, and the first addition above it with the share of its terms.
-    stack: list[tuple[Node, tuple[Node, float] | None]] = [(root, None) for root in roots]
+    # A node, the first addition above it with the share of its terms, and the last sum of scalars put side by side.
+    stack: list[tuple[Node, _Sum, _Sum]] = [(root, None, None) for root in roots]
+
+    def unreduced(target: Target, top: _Sum, joined: _Sum) -> None:
+        """Note a target with no sum over samples above it, but for one of scalars that were put side by side."""
+        addition, share = (None, 1.0) if top is None else (probe(top[0]), top[1])
+        reduction, each = (None, 1.0) if joined is None else (probe(joined[0]), joined[1])
+        note(target, Path(addition, reduction, share, each))
+
     while stack:
-        node, top = stack.pop()
+        node, top, joined = stack.pop()
         if node in seen or is_gated(node):
             continue
         seen.add(node)
         name, parents = node.name(), [parent for parent in node.next_functions if parent[0] is not None]
         share = 1.0 if top is None else top[1]
         if (observation := node.metadata.get(OBSERVATION)) is not None:
-            addition = None if top is None else probe(top[0])
             if observation.own_scale is not None:
+                addition = None if top is None else probe(top[0])
                 note(observation, Path(addition, probe(node), share, observation.own_scale))
                 continue
-            # Not reduced at all: a scalar factor on a single log-prob is its advantage.
-            note(observation, Path(addition, None, share))
+            # A scalar factor on a single log-prob is its advantage.
+            unreduced(observation, top, joined)
         is_scalar = math.prod(_shape((node, 0))) == 1
-        if is_scalar and (reduced := _reduced(name, node, parents)) is not None:
-            each = 1 / reduced if "Mean" in name else 1.0
-            if (terms := _terms(parents)) is not None:
-                stack += [(term, top or (node, each)) for term, _ in terms]
+        if is_scalar and (each := _each_of(name, node, parents)) is not None:
+            if isinstance(each, float) and (terms := _terms(parents)) is not None:
+                stack += [(term, top or (node, each), (node, each)) for term, _ in terms]
                 continue
             addition = None if top is None else probe(top[0])
             for target in below.of(node):
                 own = getattr(target, "own_scale", None)
-                note(target, Path(addition, probe(node), share, each * (1.0 if own is None else own)))
+                note(target, Path(addition, probe(node), share, each if own is None else each * own))
             continue
         if name in ("AddBackward0", "SubBackward0") and is_scalar and top is None:
             top = (node, 1.0)
-        stack += [(parent, top) for parent, _ in parents]
+        for parent, nr in parents:
+            if top is not None and (call := getattr(parent, "kondo_call", None)) is not None:
+                unreduced((call, nr), top, joined)
+            stack.append((parent, top, joined))
     leaves = [node.variable for node in {*seen, *below.seen} if hasattr(node, "variable")]
     return list(probes.values()), leaves
 
@@ -707,6 +718,9 @@ def mixed_with_rows(roots: Sequence[Node], leaves: Collection[int]) -> bool:
         origin[node] = (rows or is_gated(node), mine or id(getattr(node, "variable", None)) in leaves)
     return False
 
+
+_Sum = tuple[Node, float] | None
+"""A sum or mean, and the share of each of its terms."""
 
 Target = Any
 """An observation, or a call and the number of one of its outputs."""
@@ -755,13 +769,19 @@ class _Targets:
         return found if observation is None else found | {observation}
 
 
-def _reduced(name: str, node: Node, parents: list[Edge]) -> int | None:
-    """How many values a sum, mean or product over samples makes one of; None if the node is none of these."""
+def _each_of(name: str, node: Node, parents: list[Edge]) -> float | Tensor | None:
+    """The share of each value in a sum, mean or product over samples; None if the node is none of these."""
+    if name.startswith(("NllLoss", "BinaryCrossEntropy")):
+        mean = node._saved_reduction == 1
+        counted = getattr(node, "_saved_total_weight", None)
+        return 1.0 if not mean else 1 / node._saved_self.numel() if counted is None else 1 / counted
     if not name.startswith(_REDUCTIONS):
         return None
     if (sizes := getattr(node, "_saved_self_sym_sizes", None)) is not None:
-        return math.prod(sizes) if len(sizes) else None
-    return max((math.prod(_shape(parent)) for parent in parents if _shape(parent)), default=None)
+        reduced = math.prod(sizes) if len(sizes) else None
+    else:
+        reduced = max((math.prod(_shape(parent)) for parent in parents if _shape(parent)), default=None)
+    return None if reduced is None else 1 / reduced if "Mean" in name else 1.0
 
 
 def _terms(parents: list[Edge]) -> list[Edge] | None:

@@ -127,7 +127,9 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
 
 def _limit(call: Call, i: int, output: Tensor) -> Limit:
     lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
-    return call.checks.limit(call.paths[i], lowest, usual, i in call.policy)
+    # Log-probs near zero come of logits that are not; logits are their own measure.
+    log_probs = i in call.policy and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all())
+    return call.checks.limit(call.paths[i], lowest, usual, log_probs)
 
 
 def _is_rounding(replayed: "Replayed", compared: _Compared, limit: Limit) -> bool:

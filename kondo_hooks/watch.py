@@ -86,7 +86,8 @@ class Observation:
     def offset(self, call: Any) -> int | None:
         """Where on the output's positions those of ``signal`` start; None if that cannot be told."""
         source = next(source for source in self.sources if source.call is call)
-        if source.position_axis == self.picked_axis is not None and self.signal(call).valid.shape[1] > 1:
+        signal = self.signal(call)
+        if source.position_axis == self.picked_axis is not None and signal is not None and signal.valid.shape[1] > 1:
             return None  # what looks like positions are the actions, and the positions are elsewhere
         return None if source.position_axis not in (source.row_axis, self.position_axis) else source.offset
 

@@ -27,26 +27,10 @@ LARGE = Program(
 )
 
 
-def pending(p: Program) -> bool:
-    """What is known to be wrong still, and is generated around here until it is mended."""
-    tokens = p.option("unit") == "token"
-    return (
-        (p.container == "attribute" and (p.route != "hook" or p.head == "mean_std"))
-        or (tokens and (p.head in ("bits", "bernoulli", "normal", "mean_std") or p.layout != "plain" or not p.sequence))
-        or (p.layout in ("time_first", "time_flat") and p.length == p.batch)
-        or p.pick == "halves"
-        or (p.inputs == "image" and p.head == "logp")
-        or p.force
-        or (p.layout == "time_flat" and p.batch == 2)
-    )
-
-
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_programs_have_the_gradient_of_a_masked_backward_or_are_told_why_not(chunk):
     for number in range(chunk, PROGRAMS, CHUNKS):
         p = numbered(SEED, number)
-        if pending(p):
-            continue
         verdict = run(p)
         if verdict.is_finding:
             small = shrink(p, verdict, limit=200)

@@ -266,6 +266,28 @@ def test_rank_one_is_refused_where_it_is_not_exact():
     assert RankOne.of(logits.detach(), logits.grad) is None
 
 
+@pytest.mark.parametrize("sharpness", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rank_one_takes_rounding_and_no_small_term_for_it(dtype, sharpness):
+    def form(extra, seed):
+        generator = torch.Generator().manual_seed(seed)
+        logits = (sharpness * torch.randn(8, 32, 50, generator=generator)).to(dtype).requires_grad_()
+        logp = logits.float().log_softmax(-1)
+        action = torch.randint(0, 50, (8, 32, 1), generator=generator)
+        loss = -(logp.gather(-1, action) * torch.randn(8, 1, 1, generator=generator)).sum()
+        (loss + extra(logits.float(), logp)).backward()
+        return RankOne.of(logits.detach(), logits.grad)
+
+    terms = {
+        "z": lambda y, logp: 1e-3 * y.logsumexp(-1).square().sum(),
+        "entropy": lambda y, logp: 1e-2 * (logp.exp() * logp).sum(),
+        "teacher": lambda y, logp: -1e-2 * (y.detach().flip(-1).softmax(-1) * logp).sum(),
+    }
+    for seed in range(5):
+        assert form(lambda y, logp: 0, seed) is not None
+        assert not [name for name, term in terms.items() if form(term, seed) is not None]
+
+
 def test_a_larger_backward_than_expected_keeps_what_is_still_held_and_says_so():
     model = mlp()
     batches = [*micro_batches(2, rows=4), *micro_batches(1, rows=400, seed=9)]

@@ -41,6 +41,7 @@ def source(p: Program) -> str:
     return "\n".join(lines) + "\n"
 
 
+_VOCABULARY = 99  # rows that are alike by chance could be misread
 _CUT = [
     "def cut(policy, w):",
     "    if isinstance(policy, Normal):",
@@ -70,7 +71,7 @@ def _data(p: Program) -> list[str]:
     x = {
         "vector": f"normal(batch, {hidden})",
         "sequence": f"normal(batch, {p.length}, {hidden})",
-        "ids": f"torch.randint(0, {hidden}, (batch, {p.length}), generator=g)",
+        "ids": f"torch.randint(0, {_VOCABULARY}, (batch, {p.length}), generator=g)",
         "image": "normal(batch, 1, 5, 5)",
     }[p.inputs]
     if _is_normal(p):
@@ -197,7 +198,7 @@ def _layers(p: Program) -> tuple[list[str], list[str]]:
     init, forward = {
         "vector": ([f"self.embed = nn.Linear({n}, {n})"], ["h = self.embed(x)"]),
         "sequence": ([f"self.embed = nn.Linear({n}, {n})"], ["h = self.embed(x)"]),
-        "ids": ([f"self.embed = nn.Embedding({n}, {n})"], ["h = self.embed(x)"]),
+        "ids": ([f"self.embed = nn.Embedding({_VOCABULARY}, {n})"], ["h = self.embed(x)"]),
         "image": (
             ["self.conv = nn.Conv2d(1, 2, 3)", f"self.embed = nn.Linear(18, {n})"],
             ["h = self.embed(torch.relu(self.conv(x)).flatten(1))"],
