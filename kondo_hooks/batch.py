@@ -239,6 +239,11 @@ def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int, pairs: bool = 
         for i, options in enumerate(candidates)
         for other in options[1:]
     ]
+    # Tensors that are alike are read alike: the states of an LSTM.
+    for shape in {leaf.shape: None for leaf in inputs if sum(leaf.shape == other.shape for other in inputs) > 1}:
+        alike = [i for i, leaf in enumerate(inputs) if leaf.shape == shape]
+        for other in candidates[alike[0]][1:]:
+            others.append([other if j in alike else rows for j, rows in enumerate(first)])
     others += [[rows if j == i else None for j, rows in enumerate(first)] for i, where in enumerate(first) if where]
     expected = _has_rows_on(first, batch_dim)
     yield from (layout for layout in others if not expected or _has_rows_on(layout, batch_dim) or not any(layout))

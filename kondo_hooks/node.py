@@ -391,7 +391,7 @@ class Call:
             if len(value) != n or (inputs and len(path) <= 3) or any(map(path.startswith, paths)):
                 return
             leaves = flatten(list(value))[1]
-            if any(leaf.requires_grad for leaf in leaves):
+            if inputs and any(leaf.requires_grad for leaf in leaves):
                 return
             # Tensors of n rows each. One alone may be a row that is as long by chance.
             batched = [n in leaf.shape[self.batch_dim : self.batch_dim + 1] for leaf in leaves]

@@ -110,7 +110,7 @@ def is_batch_doubtful(call: Call) -> bool:
 
 
 def find_anchor(call: Call) -> int | None:
-    """An input whose size on ``batch_dim`` is the number of rows, as a run of one row shows; None if none is found.
+    """An input whose size on ``batch_dim`` is the number of rows, as a run of the last shows; None if none is found.
 
     Most tensors of a call may have another size there: the layers of a recurrent state, the positions of a mask.
     """
@@ -119,21 +119,20 @@ def find_anchor(call: Call) -> int | None:
     flags = [False] * len(training), requires_grad
     full = _outputs(call, call.inputs, flags, everything=True)
     sizes = dict.fromkeys(leaf.shape[axis] for leaf in call.arguments if leaf.dim() > axis)
-    for size in sizes if full else ():
-        if size < 2 * each or size % each:
-            continue
-        for layout in layouts(call.inputs, size // each, axis, call.pairs):
-            if (anchor := _anchor(call, layout, flags, full or [], size // each)) is not None:
-                return anchor
+    batches = [size // each for size in sizes if size >= 2 * each and size % each == 0] if full else []
+    # What a model reads in the likeliest way for one number of rows is rarely its rows for another.
+    likeliest = [(batch, next(layouts(call.inputs, batch, axis, call.pairs))) for batch in batches]
+    others = [(batch, layout) for batch in batches for layout in layouts(call.inputs, batch, axis, call.pairs)]
+    for batch, layout in (*likeliest, *others):
+        if (anchor := _anchor(call, layout, flags, full or [], batch)) is not None:
+            return anchor
     return None
 
 
 def _anchor(call: Call, layout: Layout, flags: Any, full: list[Tensor], batch: int) -> int | None:
-    """The first input with rows on ``batch_dim`` that the model uses, if it runs on the first of so many rows."""
-    taken = [
-        leaf if where is None else where.take(leaf, torch.zeros(1, dtype=torch.long, device=leaf.device))
-        for leaf, where in zip(call.inputs, layout, strict=True)
-    ]
+    """The first input with rows on ``batch_dim`` that the model uses, if it runs on the last of so many rows."""
+    last = torch.tensor([batch - 1], device="cpu")
+    taken = [leaf if where is None else where.take(leaf, last) for leaf, where in zip(call.inputs, layout, strict=True)]
     there = [i for i, where in enumerate(layout) if where is not None and where.axis == call.batch_dim]
     with uncompiled():
         uses = Uses(*(taken[i] for i in there))
@@ -143,15 +142,15 @@ def _anchor(call: Call, layout: Layout, flags: Any, full: list[Tensor], batch: i
 
 
 def _has_rows(full: Sequence[Tensor], part: Sequence[Tensor], batch: int, pairs: bool) -> bool:
-    """Whether every output changes with the number of rows, but for constants, and the first row stays as it is."""
-    several = 0
+    """Whether every output changes with the number of rows, but for constants, and the last row stays as it is."""
+    several, last = 0, torch.tensor([batch - 1], device="cpu")
     for a, b in zip(full, part, strict=False):
         where = rows_between(a.shape, b.shape, batch, 1, pairs)
         if where is None and a.shape != b.shape:
             return False
         if where is not None:
             several += 1
-            if not _alike(where.take(a, torch.zeros(1, dtype=torch.long, device=a.device)), b):
+            if not _alike(where.take(a, last), b):
                 return False
     return several > 0
 
@@ -232,7 +231,11 @@ def find_positions(call: Call, outputs: Sequence[int], source: int, length: int)
         rows = part[i].movedim(where.axis, 0)
         shape = rows.shape[1:] if where.repeat == 1 else torch.Size([len(rows) // n, *rows.shape[1:]])
         full = where.first(call.outputs[i]).shape[1:]
-        if len(rows) % n == 0 and len(shape) == len(full) and (shape == full or shape[0] == length - 1):
+        if (
+            len(rows) % n == 0
+            and len(shape) == len(full)
+            and (shape == full or shape == torch.Size([length - 1, *full[1:]]))
+        ):
             found[i] = shape != full
     return found if found.pop(source, False) else {}
 

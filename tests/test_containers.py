@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 
 import kondo_hooks as kondo
 from kondo_hooks.tree import flatten, map_tensors
-from tests.reference import grads, kept_mask, largest_relative_difference
+from tests.reference import copies, grads, kept_mask, largest_relative_difference
 
 N, F, K = 16, 5, 4
 
@@ -948,3 +948,43 @@ def test_a_model_that_writes_into_its_input_is_told_so():
     with kondo.gated(model, rate=0.25, priority="uniform"), error:
         nll(model(torch.randn(N, F)), torch.ones(N)).backward()
     assert model.weight.grad is None
+
+
+# Lists with an entry a row, after screen().
+
+
+class OfLists(nn.Module):
+    def __init__(self, returns_list=False):
+        super().__init__()
+        self.layer, self.returns_list = nn.Linear(4, 5), returns_list
+
+    def forward(self, x, more):
+        logits = self.layer(x + torch.stack([rows.sum(0) for rows in more]))
+        return list(logits) if self.returns_list else logits
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_lists_with_an_entry_a_row_are_cut_after_a_screen(rows):
+    model, reference = copies(OfLists().double())
+    x, actions, advantages = torch.randn(rows, 4).double(), torch.randint(3, (rows,)), torch.randn(rows).double()
+    more = [torch.randn(i + 1, 4).double() for i in range(rows)]
+
+    def loss(model, w):
+        return (w * advantages * model(x, more).log_softmax(-1).gather(1, actions[:, None]).squeeze(1)).mean()
+
+    for _ in range(2):
+        model.zero_grad()
+        with kondo.gated(model, rate=0.4) as gate:
+            weights = gate.screen(delight=torch.rand(rows)).factors()
+            loss(model, 1.0).backward()
+        assert gate.stats.forwarded == gate.stats.kept
+    loss(reference, weights).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_a_list_with_an_entry_a_row_is_refused_after_a_screen():
+    model = OfLists(returns_list=True)
+    with kondo.gated(model, rate=0.4) as gate:
+        gate.screen(delight=torch.rand(7))
+        with pytest.raises(RuntimeError, match="a list with an entry a row"):
+            model(torch.randn(7, 4), [torch.randn(2, 4)] * 7)

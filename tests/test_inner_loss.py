@@ -1,5 +1,6 @@
 """Losses that a model computes itself: exact against a backward masked at its logits, over families of models."""
 
+import copy
 import gc
 import warnings
 
@@ -650,3 +651,35 @@ def test_a_compiled_model_runs_compiled():
         for _ in range(3):
             CE(model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
     assert_same(found, gradients(model), 1e-5)
+
+
+@pytest.mark.parametrize("change", ["none", "div_", "imul", "to"])
+def test_a_loss_that_is_changed_in_place_is_still_held_against_the_models(change):
+    """Trainers divide the loss that they were given in place; a model moves a count to where it is."""
+
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, labels, count):
+            logits = self.layer(x)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / count.to(loss_device)
+            return {"loss": loss.to(loss.dtype) if change == "to" else loss, "logits": logits}
+
+    loss_device = torch.device("cpu")
+    model = Counted().double()
+    reference = copy.deepcopy(model)
+    x, labels, count = torch.randn(6, 4).double(), torch.randint(3, (6,)), torch.tensor(6.0, dtype=torch.float64)
+    with kondo.gated(model, rate=0.5) as gate:
+        loss = model(x, labels, count)["loss"]
+        if change == "div_":
+            loss.div_(2)
+        elif change == "imul":
+            loss *= 0.5
+        loss.backward()
+    assert gate.stats.forwarded == 3
+    logits = reference.layer(x)
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * gate.last.factors()
+    (each.sum() / 6 * (1 if change in ("none", "to") else 0.5)).backward()
+    torch.testing.assert_close(model.layer.weight.grad, reference.layer.weight.grad)

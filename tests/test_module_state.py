@@ -547,3 +547,57 @@ def test_lazily_made_layers(batch):
         policy(reference(batch.x), batch, gate.last.factors().double()).backward()
         assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
         policy(model(batch.x), batch).backward()
+
+
+# After screen() the kept rows run alone, and what they leave has all rows again.
+
+
+class LeavesRows(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.make = nn.Linear(FEATURES, K), make
+
+    def forward(self, x):
+        self.left = {"policy": [self.make(self.layer(x))]}
+        return self.layer(x).sum(-1)
+
+
+@pytest.mark.parametrize("kept", ["some", "none", "all"])
+@pytest.mark.parametrize("kind", ["tensor", "Categorical", "Normal", "Independent"])
+def test_what_is_left_after_a_screen_has_all_rows(kind, kept, batch):
+    make = {
+        "tensor": lambda y: y,
+        "Categorical": lambda y: torch.distributions.Categorical(logits=y),
+        "Normal": lambda y: torch.distributions.Normal(y, torch.ones(K)),
+        "Independent": lambda y: torch.distributions.Independent(torch.distributions.Normal(y, y.exp()), 1),
+    }[kind]
+    values = torch.randn(12, K, dtype=torch.float64)
+
+    def loss(model, w):
+        model(batch.x)
+        left = model.left["policy"][0]
+        if kind == "tensor":
+            logp = left.log_softmax(-1).gather(-1, batch.actions[:, None]).squeeze(-1)
+        else:
+            logp = left.log_prob(batch.actions if kind == "Categorical" else values)
+        return (w * (logp.sum(-1) if logp.dim() > 1 else logp) * batch.advantages).mean()
+
+    model, reference = copies(LeavesRows(make).double())
+    delight = {"some": torch.rand(12), "none": -torch.ones(12), "all": torch.ones(12)}[kept]
+    with kondo.gated(model, price=0.5) as gate:
+        for _ in range(2):  # the second call finds what the first has left
+            model.zero_grad()
+            weights = gate.screen(delight=delight).factors()
+            loss(model, 1.0).backward()
+    loss(reference, weights).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_warmup_ends_where_a_loss_takes_its_tensors_from_attributes(batch):
+    model = LeavesRows(lambda y: y).double()
+    with kondo.gated(model, rate=0.25, warmup_steps=2) as gate:
+        for _ in range(3):
+            model.zero_grad()
+            model(batch.x)
+            reinforce(model.left["policy"][0], batch).backward()
+    assert gate.stats.steps == 3 and gate.stats.forwarded == 3 + 12 + 12

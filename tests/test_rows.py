@@ -577,3 +577,147 @@ def test_tokens_whose_positions_are_not_known_are_refused(case):
             bits = torch.randint(2, (B, T - 1, K)).double()
             loss = F.binary_cross_entropy_with_logits(y[:, 1:], bits, reduction="none")
         (loss * torch.randn(B, *[1] * (loss.dim() - 1)).double()).mean().backward()
+
+
+# How many rows there are, where the inputs have several sizes on that axis.
+
+
+class Recurrent(nn.Module):
+    """A policy and a value of an LSTM, which returns its states beside them."""
+
+    def __init__(self, layers, state_first):
+        super().__init__()
+        self.lstm = nn.LSTM(FEATURES, 8, layers, batch_first=True)
+        self.policy, self.value = nn.Linear(8, K), nn.Linear(8, 1)
+        self.state_first = state_first
+
+    def forward(self, *inputs):
+        states, x = inputs if self.state_first else inputs[::-1]
+        h, states = self.lstm(x, states)
+        return self.policy(h), self.value(h).squeeze(-1), states
+
+
+@pytest.mark.parametrize("state_first", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("rows", [5, 2])
+def test_recurrent_states_do_not_outvote_the_rows(rows, layers, state_first):
+    model, reference = copies(Recurrent(layers, state_first).double())
+    x, states = double(rows, 4, FEATURES), (double(layers, rows, 8), double(layers, rows, 8))
+    actions, advantages, returns = torch.randint(K, (rows, 4)), double(rows, 4), double(rows, 4)
+
+    def loss(model, w=1.0):
+        logits, value, _ = model(*((states, x) if state_first else (x, states)))
+        return policy_loss(logits, actions, advantages, w) + (w * (value - returns).square()).mean()
+
+    with told() as said, kondo.gated(model, rate=0.5) as gate:
+        loss(model).backward()
+    assert gate.stats.rows == rows and not said
+    loss(reference, gate.last.factors()[:, None]).backward()
+    assert_same_gradient(model, reference)
+
+
+class Layout(nn.Module):
+    """A policy by position, given back as ``layout`` has it, with masks that it may leave unused."""
+
+    def __init__(self, layout, uses=True):
+        super().__init__()
+        self.layer, self.layout, self.uses = nn.Linear(FEATURES, K), layout, uses
+
+    def forward(self, mask, x):
+        logits = self.layer(x)
+        if self.uses:
+            logits = torch.einsum("ts,bsk->btk", mask, logits)
+        return self.layout(logits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "uses"), [(5, 3, True), (3, 5, True), (5, 3, False), (3, 5, False), (4, 4, False)]
+)
+def test_a_mask_before_the_rows_does_not_outvote_them(rows, length, uses):
+    model, reference = copies(Layout(lambda logits: logits.transpose(0, 1), uses).double())
+    mask, x = double(length, length).tril(), double(rows, length, FEATURES)
+    actions, advantages = torch.randint(K, (length, rows)), double(length, rows)
+    with told() as said, kondo.gated(model, rate=0.5) as gate:
+        policy_loss(model(mask, x), actions, advantages).backward()
+    assert gate.stats.rows == rows and not said
+    policy_loss(reference(mask, x), actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+def test_sizes_of_which_no_run_shows_the_rows_are_told():
+    model = Layout(lambda logits: logits.transpose(0, 1).flatten(0, 1), uses=False).double()
+    x, actions, advantages = double(2, 3, FEATURES), torch.randint(K, (6,)), double(6)
+    with told() as said, kondo.gated(model, rate=0.5), contextlib.suppress(RuntimeError):
+        policy_loss(model(double(3, 3), x), actions, advantages).backward()
+    assert "sizes 3, 2 on axis 0" in said[0]
+
+
+# Positions are no rows.
+
+
+def test_positions_that_are_as_many_as_rows_are_not_taken_for_rows():
+    """The model treats both alike, and an input that nobody reads has its rows where they are expected."""
+    model = Layout(lambda logits: logits.transpose(0, 1).flatten(0, 1), uses=False).double()
+    x, actions, advantages = double(4, 4, FEATURES), torch.randint(K, (16,)), double(16)
+    with kondo.gated(model, rate=0.25), pytest.raises(kondo.ReplayMismatchError):
+        policy_loss(model(double(4, 4), x), actions, advantages).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_lone_row_of_two_is_not_the_whole_batch():
+    """A model of time-first terms, whose loss is its own: one row beside a copy has as many as the batch."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, K)
+
+        def forward(self, x, actions, advantages, w):
+            logits = self.layer(x).transpose(0, 1)
+            return (-advantages.t() * pick(logits, actions.t()) * w).mean()
+
+    model = Inner().double()
+    x, actions, advantages = double(2, 2, FEATURES), torch.randint(K, (2, 2)), double(2, 2)
+    with kondo.gated(model, rate=0.5), pytest.raises(kondo.ReplayMismatchError):
+        model(x, actions, advantages, 1.0).backward()
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_classes_before_positions_are_no_tokens(length):
+    """(B, K, T) logits whose gradient would be cut along the classes."""
+    model = nn.Sequential(nn.Linear(FEATURES, K)).double()
+    x, actions, advantages = double(B, length, FEATURES), torch.randint(K, (B * length,)), double(B * length)
+
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = model
+
+        def forward(self, x):
+            return self.layer(x).transpose(1, 2)
+
+    with kondo.gated(model := Classes(), rate=0.25, unit="token"), pytest.raises(kondo.DelightError, match="positions"):
+        policy_loss(model(x).transpose(1, 2).flatten(0, 1), actions, advantages).backward()
+
+
+def test_features_as_many_as_positions_are_cut_by_position():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy, self.features = nn.Linear(FEATURES, K), nn.Linear(FEATURES, 4)
+
+        def forward(self, x):
+            return self.policy(x), self.features(x)
+
+    model, reference = copies(Both().double())
+    x, actions, advantages = double(B, 4, FEATURES), torch.randint(K, (B, 4)), double(B, 4)
+
+    def loss(model, w=1.0):
+        logits, features = model(x)
+        return policy_loss(logits, actions, advantages, w) + (features.square().mean(-1) * w).mean()
+
+    with told() as said, kondo.gated(model, rate=0.25, unit="token") as gate:
+        loss(model).backward()
+    assert not said
+    loss(reference, gate.last.factors().view(B, 4)).backward()
+    assert_same_gradient(model, reference)
