@@ -102,6 +102,8 @@ class Backward:
         self._hooks: list[Any] = []
         self._screened_first = False
         self.learned = Learned(warn)
+        self._without_grad: list[torch.nn.Parameter] = []
+        self._with_grad = False
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._probed: dict[tuple[str, ...], OutputProbe] = {}
@@ -683,7 +685,7 @@ class Backward:
                 # One pass at a time: a graph holds no more than one, and only the last reduces gradients.
                 for n, group in enumerate(planned.groups):
                     last = n == len(planned.groups) - 1
-                    with engine.one_pass(reduces and last):
+                    with engine.one_pass(reduces and last), self._taking_back(first=n == 0):
                         replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
                         with passes.as_in_screen(replayed):
                             self._backward(first, replayed)
@@ -701,6 +703,22 @@ class Backward:
                 )
         self.stats.replayed(sum(len(part) for r in done for part in r.group), 0)
         return input_grads(done[-1])
+
+    @contextlib.contextmanager
+    def _taking_back(self, first: bool) -> Iterator[None]:
+        """Around one of several passes: where it fails, the gradients that those before it made are gone, too."""
+        if first:
+            self._without_grad = [p for p in self.state.parameters() if p.grad is None]
+            self._with_grad = any(p.grad is not None for p in self.state.parameters())
+        try:
+            yield
+        except Exception as error:
+            if not first and not self.engine.wrappers:
+                for p in self._without_grad:
+                    p.grad = None
+                if self._with_grad:
+                    error.add_note("gated: earlier passes of this replay have added to the gradients: zero them.")
+            raise
 
     def _one_at_a_time(self, planned: passes.Plan) -> bool:
         """Whether each pass has a backward of its own."""

@@ -189,11 +189,24 @@ class Arrival:
 
 
 def same_rows(a: Call, b: Call) -> bool:
-    """Whether two calls were given the same rows: a tensor of rows that they have in common."""
+    """Whether two calls were given the same rows: all that one was given of them, or one tensor that tells them apart.
+
+    Masks of several batches are alike, too.
+    """
     if a.batch != b.batch:
         return False
     mine, theirs = ([leaf for leaf, where in zip(c.inputs, next(c.readings()), strict=True) if where] for c in (a, b))
-    return any(same_values(x, y) for x in mine for y in theirs if x.dtype == y.dtype and x.device == y.device)
+    if len(mine) > len(theirs):
+        mine, theirs = theirs, mine
+    if not mine:
+        return False
+    return any(
+        _is_same_memory(x, y) and len(x.flatten(1).unique(dim=0)) == len(x) for x in mine for y in theirs
+    ) or all(any(same_values(x, y) for y in theirs if x.dtype == y.dtype and x.device == y.device) for x in mine)
+
+
+def _is_same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() != 0 and (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
 
 
 @dataclass(frozen=True)
@@ -305,6 +318,13 @@ def _find(
     if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
         arrival.source = seen[0].output(call)
         return [o.signal(call) for o in seen], seen[0].offset(call), [o.paths for o in seen]
+    if boundaries and not any(bool(out.grad.any()) for out in boundaries):
+        # All is clipped or masked, or no row is better than another: no delight, whatever the outputs are.
+        first = boundaries[0]
+        arrival.source = first.index
+        nothing = first.grad.new_zeros(first.grad.shape[: 2 if first.has_positions and first.grad.dim() > 2 else 1])
+        nothing = nothing.float().view(len(nothing), -1)
+        return [Signal(nothing, nothing, nothing != 0)], 0, [[]]
     if terms := [out for out in boundaries if call.is_summed(out.index)]:
         arrival.source = terms[0].index
         return [read_terms(out) for out in terms], 0, _paths(call, terms)
