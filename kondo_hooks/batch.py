@@ -105,7 +105,7 @@ def at_positions(factors: Tensor, shape: Sequence[int], offset: int) -> Tensor |
     return spread
 
 
-def carried_over(factors: Tensor, shape: Sequence[int], positions: bool | None = None) -> Tensor:
+def carried_over(factors: Tensor, shape: Sequence[int], positions: bool | None = None, policy: bool = False) -> Tensor:
     """What ``at_positions`` gave for one output, for the rows of another, of this shape.
 
     Rows that do not begin with these positions take their largest factor.
@@ -114,16 +114,13 @@ def carried_over(factors: Tensor, shape: Sequence[int], positions: bool | None =
         factors: (n,), (n, T) or (n, T, ...).
         shape: of a row.
         positions: whether it begins with the positions; None: if they are its first axis by their number, and no other.
+        policy: whether the rows are parameters of the same policy: a scale beside its mean has the same parts.
     """
-    if factors.dim() == 1:
-        return factors
-    if positions is None and tuple(shape[: factors.dim() - 1]) == factors.shape[1:] and factors.dim() > 2:
+    if factors.dim() == 1 or (policy and tuple(shape[: factors.dim() - 1]) == factors.shape[1:]):
         return factors
     each = factors.flatten(2).amax(2) if factors.dim() > 2 else factors
     if positions is None:
         positions = bool(shape) and shape[0] == each.shape[1] and list(shape).count(shape[0]) == 1
-    if positions and tuple(shape[: factors.dim() - 1]) == factors.shape[1:]:
-        return factors  # a scale beside its mean
     return each if positions else each.amax(1)
 
 

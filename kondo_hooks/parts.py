@@ -170,7 +170,9 @@ class Part:
             if grad is None or where is None or shape is None:
                 grads.append(grad)
                 continue
-            mine = factors if i == source else carried_over(factors, shape, (positions or {}).get(i))
+            mine = factors
+            if i != source:
+                mine = carried_over(factors, shape, (positions or {}).get(i), i in self.call.policy)
             grads.append(grad.weighted(mine) if isinstance(grad, RankOne) else where.weighted(grad, mine))
         return replace(self, grads=grads)
 

@@ -89,7 +89,8 @@ class Arrival:
     def policy(self) -> frozenset[int]:
         """The outputs that hold the policy, as its delight was found."""
         call = self.call
-        seen = {s.output for o in call.observations if o.used_by(self.task) for s in o.sources if s.call is call}
+        used = [o for o in call.observations if o.used_by(self.task)]
+        seen = {s.output for o in used for s in (*o.sources, *o.parameters) if s.call is call}
         seen |= set() if call.named is None else {call.named[1]}
         boundaries = self.boundaries()
         found = seen | {out.index for out in boundaries if out.told or out.field or call.is_summed(out.index)}
@@ -246,6 +247,8 @@ def find_scales(paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int
     scales = iter(read_scales([path for call in paths for path in call]))
     found = []
     for call in paths:
+        if not call:
+            continue  # it has no delight to divide
         each = [next(scales) for _ in call]
         if any(one and not _alike([scale.product for scale in one], 1e-2) for one in each):
             warn(
@@ -256,9 +259,10 @@ def find_scales(paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int
         found.append(max((scale for one in each for scale in one), key=lambda scale: scale.product, default=None))
     known = [scale for scale in found if scale is not None]
     if len(known) < len(found) or not known:
-        return [assumed * (known[0].above if known else 1.0)] * len(found)
+        return [assumed * (known[0].above if known else 1.0)] * len(paths)
     weights = _alike([scale.product for scale in known]) or _alike([scale.below for scale in known])
-    return [scale.product if weights else scale.above * scale.reduction for scale in known]
+    products = iter([scale.product if weights else scale.above * scale.reduction for scale in known])
+    return [next(products) if call else 1.0 for call in paths]
 
 
 def _alike(values: Sequence[float], tolerance: float = 1e-5) -> bool:
@@ -322,9 +326,8 @@ def _find(
         # All is clipped or masked, or no row is better than another: no delight, whatever the outputs are.
         first = boundaries[0]
         arrival.source = first.index
-        nothing = first.grad.new_zeros(first.grad.shape[: 2 if first.has_positions and first.grad.dim() > 2 else 1])
-        nothing = nothing.float().view(len(nothing), -1)
-        return [Signal(nothing, nothing, nothing != 0)], 0, [[]]
+        nothing = torch.zeros(len(first.grad), 1, device=first.grad.device)
+        return [Signal(nothing, nothing, nothing != 0)], 0, []
     if terms := [out for out in boundaries if call.is_summed(out.index)]:
         arrival.source = terms[0].index
         return [read_terms(out) for out in terms], 0, _paths(call, terms)

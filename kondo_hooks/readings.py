@@ -117,8 +117,10 @@ def find_anchor(call: Call) -> int | None:
     axis, each = call.batch_dim, 2 if call.pairs else 1
     training, requires_grad = call.flags
     flags = [False] * len(training), requires_grad
-    full = _outputs(call, call.inputs, flags, everything=True)
     sizes = dict.fromkeys(leaf.shape[axis] for leaf in call.arguments if leaf.dim() > axis)
+    if next(iter(sizes)) == each > 1:
+        return None  # a single pair, which no run of fewer rows can tell
+    full = _outputs(call, call.inputs, flags, everything=True)
     batches = [size // each for size in sizes if size >= 2 * each and size % each == 0] if full else []
     # What a model reads in the likeliest way for one number of rows is rarely its rows for another.
     likeliest = [(batch, next(layouts(call.inputs, batch, axis, call.pairs))) for batch in batches]
@@ -168,7 +170,9 @@ def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: 
     Raises:
         ValueError: if rows are flattened into another axis otherwise than in blocks, or that cannot be told.
     """
-    doubtful = [i for i, where in enumerate(call.rows) if where is not None and _is_doubtful(call, i, unchecked)]
+    doubtful = [
+        i for i, where in enumerate(call.rows) if where is not None and _is_doubtful(call, i, unchecked or alone)
+    ]
     if not doubtful:
         return
     keys = [f"{call.paths[i]} {call.outputs[i].dim()}" for i in doubtful]

@@ -106,7 +106,8 @@ def _twice(group: list[Part]) -> Part | None:
     if any(call.is_shared(i) for i in range(len(call.rows))):
         return None
     device, sizes = part.rows.device, {size for output in call.outputs for size in output.shape}
-    n = next(n for n in range(2, len(sizes) + 3) if n not in sizes)
+    each = 2 if call.pairs else 1
+    n = next(n for n in range(2, len(sizes) + 3) if n * each not in sizes)
     weights = torch.zeros(n, device=device)
     weights[0] = 1
     return part.repeat(torch.zeros(n, dtype=torch.long, device=device)).weighted(weights, 0)

@@ -36,6 +36,7 @@ class Observation:
         position_axis: the axis of what was picked from that holds positions, unless they are flattened into the rows.
         values_axis: the axis of the values that holds positions, if that is another.
         picked_axis: the axis of what was picked from that the actions are on, if there is one.
+        parameters: the calls whose outputs are parameters of the distribution that was asked.
         paths: the ways from the loss that a backward takes to it, found as that starts.
     """
 
@@ -49,6 +50,7 @@ class Observation:
     picked_axis: int | None = None
     grad: Tensor | None = None
     task: int = -1
+    parameters: list[Source] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
     signals: dict[int, Signal] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
@@ -204,9 +206,13 @@ class LossWatcher(TorchFunctionMode):
         if not self._on or log_probs.grad_fn is None or not log_probs.dim():
             return
         with torch._C.DisableTorchFunction():
-            if observe_logp(log_probs, False) is None and _observe_rows_of(distribution, log_probs) is None:
+            observation = observe_logp(log_probs, False) or _observe_rows_of(distribution, log_probs)
+            if observation is None:
                 for look in inside:
                     look()
+            else:
+                found = (find_sources(p) for p in parameters(distribution) if p.grad_fn is not None and p.dim())
+                observation.parameters = [source for sources in found for source in sources or ()]
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:

@@ -34,8 +34,8 @@ class Verdict:
 
     Attributes:
         kind: "exact", "told" (an error or a warning of the gate says what is not), "invalid" (plain PyTorch raises),
-            or a finding: "wrong" (a silent difference), "crash" (an error that is not the gate's), "changed"
-            (something is left behind).
+            "undecided" (the decision does not say which positions it is about), or a finding: "wrong" (a silent
+            difference), "crash" (an error that is not the gate's), "changed" (something is left behind).
         message: of the error, or what differs.
         warned: the gate's warnings.
         whole: every row was replayed without a word, though not all were kept.
@@ -69,6 +69,10 @@ class _Backward:
 
 class _DifferenceError(Exception):
     """The gated program differs."""
+
+
+class _UndecidedError(Exception):
+    """What the gated program did cannot be told from its decision."""
 
 
 def run(p: Program, names: dict[str, Any] | None = None) -> Verdict:
@@ -114,6 +118,8 @@ def _run(p: Program, names: dict[str, Any]) -> Verdict:
                 both.step(gate)
     except _DifferenceError as error:
         return Verdict("wrong", str(error))
+    except _UndecidedError:
+        return Verdict("undecided")
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         if left := both.changed() or _left_behind(before, _outside(model)):
@@ -267,6 +273,8 @@ class _Both:
         sizes = [len(batches[f].x) for backward in backwards for f in backward.forwards]
         factors = decision.factors()
         if len(factors) * (2 if self.p.option("pairs") else 1) % sum(sizes):
+            if self.p.option("unit") == "token" and self.p.calls > 1:
+                raise _UndecidedError  # a call whose gradient is zero has no positions that one could tell
             raise _DifferenceError(f"the decision has {len(factors)} entries for {sum(sizes)} rows")
         each = len(factors) / sum(sizes)
         start = 0
