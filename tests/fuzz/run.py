@@ -93,7 +93,8 @@ def run(p: Program, names: dict[str, Any] | None = None) -> Verdict:
             warnings.simplefilter("always")
             verdict = _run(p, names)
         verdict.warned = [str(w.message) for w in caught if issubclass(w.category, kondo.KondoWarning)]
-        if verdict.kind == "wrong" and any(word in text for text in verdict.warned for word in _INEXACT):
+        inexact = (*_INEXACT, *(["terms of different scales"] if verdict.message.startswith("delight") else []))
+        if verdict.kind == "wrong" and any(word in text for text in verdict.warned for word in inexact):
             verdict.kind = "told"
         return verdict
     finally:
@@ -359,6 +360,7 @@ class _Both:
         alone = p.option("priority") != "uniform" and p.option("unit") != "token" and p.option("reduction") is None
         # Not followed but read off the boundary: sums of products, losses on an axis that is not the rows', parts.
         unseen = p.pick in ("one_hot", "cross_entropy", "nll_loss", "flipped", "halves", "written")
+        unseen = unseen or (p.arrangement == "TB" and any(t.kind == "ce" for t in p.terms))
         extra = any(t.kind in ("z", "entropy") for t in p.terms) and unseen
         if len(found) != 1 or not alone or extra or p.inner or not expected or p.autocast:
             return
