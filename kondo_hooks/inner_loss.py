@@ -5,6 +5,7 @@ lead to a returned loss run again on the node's outputs, the last tensors before
 has a graph down to them, and the replay sends their rows' gradient to the same tensors of its own run.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,13 +215,16 @@ class InnerLoss:
     def check(self) -> None:
         """Refuse a loss that a backward came from and that did not come out as the model's own."""
         for path in self._reached:
-            theirs, ours = (value.double() for value in self._values[path])
+            theirs, ours = map(float, self._values[path])
             tolerance = _TOLERANCE.get(self._values[path][0].dtype, 2e-2)
-            if self._stale or not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-9, equal_nan=True):
+            same = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=1e-9) or (
+                math.isnan(ours) and math.isnan(theirs)
+            )
+            if self._stale or not same:
                 raise RuntimeError(
-                    f"gated: the model's {_plain(path)} is {theirs.item():.6g}, but taken apart it is "
-                    f"{ours.item():.6g}, or the forward changed what it was made of afterwards: its rows cannot be "
-                    "told. Compute this loss outside of the model."
+                    f"gated: the model's {_plain(path)} is {theirs:.6g}, but taken apart it is {ours:.6g}, or the "
+                    "forward changed what it was made of afterwards: its rows cannot be told. Compute this loss "
+                    "outside of the model."
                 )
 
     def in_replay(self, steps: Sequence[Step], check: bool = True) -> list[Tensor]:
