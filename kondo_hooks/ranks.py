@@ -117,17 +117,28 @@ class Ranks:
         if self.alone:
             return
         _synchronise(devices)
-        announced = f"{self._key()}/1"
-        _looks[self._prefix] += 1
-        if not self._store.check([announced]):
-            return
-        first = self._store.get(announced).decode()
+        first = self._first_failure()
         mine, self._failed = self._failed, None
+        if first is None:
+            if mine is not None:
+                raise mine
+            return
         advice = "Gradients of this step are incomplete: zero them before another."
         if mine is not None:
             mine.add_note(f"Every rank stops here; the first to fail was {first.split(':')[0]}. {advice}")
             raise mine
         raise RankError(f"gated: {first}\nEvery rank stops here. {advice}")
+
+    def _first_failure(self) -> str | None:
+        """What was announced for this look, if anything."""
+        announced = f"{self._key()}/1"
+        _looks[self._prefix] += 1
+        try:
+            return self._store.get(announced).decode() if self._store.check([announced]) else None
+        except dist.DistNetworkError:
+            # The process that keeps the store has looked and ended: after its last step, or this rank would not be
+            # here but in the collective that the two have just left.
+            return None
 
     def raise_own(self) -> None:
         """Raise what this rank still holds."""

@@ -25,16 +25,17 @@ class Checks:
     reruns: bool = True
     noise: dict[str, float] = field(default_factory=dict)
 
-    def limit(self, path: str, dtype: torch.dtype, usual: float, log_probs: bool) -> "Limit":
+    def limit(self, path: str, dtype: torch.dtype, usual: float, holds: str) -> "Limit":
         """What may differ in an output.
 
         Args:
             path: of the output.
             dtype: the least precise type that it was computed in.
             usual: relative difference that is usual for it.
-            log_probs: it holds log-probs or their negative, whose differences count in nats.
+            holds: "log-probs" (or their negative), which come of logits that are larger, or "logits"; their
+                differences count in nats.
         """
-        absolute = _NATS[dtype] if log_probs else 0.0
+        absolute = {"log-probs": _NATS[dtype], "logits": 4 * torch.finfo(dtype).eps}.get(holds, 0.0)
         if self.tolerance is not None:
             return Limit(self.tolerance, absolute, 0.0)
         most = max(_MOST[dtype], 10 * usual)

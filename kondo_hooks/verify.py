@@ -12,7 +12,7 @@ what, the cheapest first:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -127,9 +127,10 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
 
 def _limit(call: Call, i: int, output: Tensor) -> Limit:
     lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
-    # Log-probs near zero come of logits that are not; logits are their own measure.
-    log_probs = i in call.policy and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all())
-    return call.checks.limit(call.paths[i], lowest, usual, log_probs)
+    holds: Literal["", "logits", "log-probs"] = "logits" if i in call.policy else ""
+    if holds and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
+        holds = "log-probs"
+    return call.checks.limit(call.paths[i], lowest, usual, holds)
 
 
 def _is_rounding(replayed: "Replayed", compared: _Compared, limit: Limit) -> bool:

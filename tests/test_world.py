@@ -1,11 +1,15 @@
 """Plans that all ranks make alike: who replays how many rows, and which move."""
 
+import contextlib
+
+import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kondo_hooks import world
-from kondo_hooks.ranks import _unwrap, _wrap
+from kondo_hooks.ranks import Ranks, _unwrap, _wrap
 
 
 @st.composite
@@ -67,3 +71,40 @@ def test_tensors_of_any_shape_and_type_travel_as_bytes():
         for a, b in zip(sent, got, strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
     assert _unwrap(_wrap([], torch.device("cpu"))) == []
+
+
+class _Store:
+    """Of a process that has ended, or of one that goes on."""
+
+    def __init__(self, ended=False):
+        self.ended, self.values = ended, {}
+
+    def check(self, keys):
+        if self.ended:
+            raise dist.DistNetworkError("Connection reset by peer")
+        return all(key in self.values for key in keys)
+
+    def add(self, key, n):
+        return n
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        return self.values[key]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_rank_that_looks_last_does_not_need_the_one_that_keeps_the_store(ended, failed):
+    """The other has finished its last step and its program; what this rank has to say is still said."""
+    ranks = Ranks()
+    ranks.size, ranks._store, ranks._prefix = 2, _Store(), f"test/{ended}/{failed}"
+    if failed:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "get_rank", lambda: 1)
+            ranks.announce(ValueError("mine"))
+    ranks._store.ended = ended
+    with pytest.raises(ValueError, match="mine") if failed else contextlib.nullcontext():
+        ranks.raise_failures()
+    assert not ranks.failed
