@@ -189,14 +189,9 @@ class Forward:
                 raise ReplayMismatchError(unbatched(call.batch))
             self._with_batch[tuple(call.input_paths)] = call.batch
         config = self._backward.selector.config
+        unchecked = call.whole is not None or not config.hard or config.weight != "pg" or config.unit == "token"
         with self._backward.engine.one_pass(False):
-            settle_outputs(
-                call,
-                self._settled,
-                call.whole is not None or not config.hard or config.weight != "pg",
-                self._warn,
-                not self._backward.engine.communicates,
-            )
+            settle_outputs(call, self._settled, unchecked, self._warn, not self._backward.engine.communicates)
         self._check_outputs(call)
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
             self._warn(

@@ -170,9 +170,7 @@ def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: 
     Raises:
         ValueError: if rows are flattened into another axis otherwise than in blocks, or that cannot be told.
     """
-    doubtful = [
-        i for i, where in enumerate(call.rows) if where is not None and _is_doubtful(call, i, unchecked or alone)
-    ]
+    doubtful = [i for i, where in enumerate(call.rows) if where is not None and _is_doubtful(call, i, unchecked, alone)]
     if not doubtful:
         return
     keys = [f"{call.paths[i]} {call.outputs[i].dim()}" for i in doubtful]
@@ -191,12 +189,12 @@ def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: 
             call.rows[i] = Rows(where.axis, call.outputs[i].shape[where.axis] // call.batch, call.pairs)
 
 
-def _is_doubtful(call: Call, i: int, unchecked: bool) -> bool:
+def _is_doubtful(call: Call, i: int, unchecked: bool, alone: bool) -> bool:
     where, shape, each = call.rows[i], call.outputs[i].shape, 2 if call.pairs else 1
     assert where is not None
-    if call.makes_loss(i) or call.batch == 1:
+    if call.batch == 1 or (call.makes_loss(i) and not unchecked):
         return False
-    return list(shape).count(call.batch * each) > 1 or (where.repeat > each and unchecked)
+    return list(shape).count(call.batch * each) > 1 or (where.repeat > each and (unchecked or alone))
 
 
 def _stay_in_doubt(call: Call, i: int, warn: WarnOnce) -> None:
@@ -312,13 +310,14 @@ def _outputs(
         state.untouched(),
     ):
         try:
-            with uses or contextlib.nullcontext():
+            tape = None if everything else call.tape()
+            with uses or contextlib.nullcontext(), tape or contextlib.nullcontext():
                 result, args = call.run_again(given)
             left = call.left()
             if everything:
                 tensors = [*flatten(result)[1], *left.values()]
                 return [tensor for tensor in tensors if differentiable(tensor)]
-            return call.outputs_in(result, args, left, check=False)
+            return call.outputs_in(result, args, left, tape, check=False)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model may check its inputs, and raise anything where they are misread

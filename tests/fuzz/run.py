@@ -24,6 +24,7 @@ _INEXACT = (
     "far from a policy",
     "taken for the number of rows",
     "which axis holds the tokens",
+    "could not find out which holds the rows",
 )
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 
