@@ -170,22 +170,22 @@ def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: 
     Raises:
         ValueError: if rows are flattened into another axis otherwise than in blocks, or that cannot be told.
     """
-    doubtful = [i for i, where in enumerate(call.rows) if where is not None and _is_doubtful(call, i, unchecked, alone)]
-    if not doubtful:
-        return
-    keys = [f"{call.paths[i]} {call.outputs[i].dim()}" for i in doubtful]
-    if any(key not in settled for key in keys):
+    rows = [i for i, where in enumerate(call.rows) if where is not None]
+    keys = {i: f"{call.paths[i]} {call.outputs[i].dim()}" for i in rows}
+    doubtful = [i for i in rows if keys[i] not in settled and _is_doubtful(call, i, unchecked, alone)]
+    if doubtful:
         found = _look(call) if alone else None
         # Where ranks have to make the same passes the replay tells, if it is of fewer rows: by an error.
-        for i, key in zip(doubtful, keys, strict=True) if alone or unchecked else ():
+        for i in doubtful if alone or unchecked else ():
             if found is None or (where := found.get(call.paths[i])) is None:
                 _stay_in_doubt(call, i, warn)
             elif isinstance(where, ValueError):
                 raise where
             else:
-                settled[key] = where
-    for i, key in zip(doubtful, keys, strict=True):
-        if (where := settled.get(key)) is not None:
+                settled[keys[i]] = where
+    for i in rows:
+        where = settled.get(keys[i])
+        if where is not None and call.outputs[i].shape[where.axis] % call.batch == 0:
             call.rows[i] = Rows(where.axis, call.outputs[i].shape[where.axis] // call.batch, call.pairs)
 
 
@@ -194,6 +194,8 @@ def _is_doubtful(call: Call, i: int, unchecked: bool, alone: bool) -> bool:
     assert where is not None
     if call.batch == 1 or (call.makes_loss(i) and not unchecked):
         return False
+    if where.axis == 1 and len(shape) == 2 and unchecked and shape[0] % (call.batch * each) == 0:
+        return True  # (T * B, K) with K = B, of a time-first model
     return list(shape).count(call.batch * each) > 1 or (where.repeat > each and (unchecked or alone))
 
 
