@@ -119,9 +119,9 @@ def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState |
     if len(done) != 1 or done[0].layout is None or list(map(len, done[0].group)) != list(map(len, alone)):
         return None
     verify_company(done[0])
-    if state is None:
+    parameters = [] if state is None else [p for p in state.parameters() if p.requires_grad]
+    if state is None or not parameters:
         return True
-    parameters = [p for p in state.parameters() if p.requires_grad]
     theirs = _gradients(run(company, done[0].layout), parameters)
     ours = _gradients(done[0], parameters)
     if theirs is None or ours is None:
@@ -152,9 +152,12 @@ def _alone_and_in_company(arrivals: list[Arrival], rate: float) -> tuple[list[Pa
     largest = max(arrivals, key=lambda a: a.call.batch)
     kept, others = _pick(largest, rate)
     if len(kept) and len(others):
-        rows = torch.cat([kept, others]).sort().values
+        # Others before and after them: rows may be tied to the first or the last.
+        half = (len(others) + 1) // 2
+        rows = torch.cat([others[:half], kept, others[half:]])
         weights = torch.isin(rows, kept).to(torch.float32)
-        return [_part(largest, kept)], [_part(largest, rows).weighted(weights, 0)]
+        company = _part(largest, rows).repeat(torch.arange(len(rows), device=rows.device))
+        return [_part(largest, kept)], [company.weighted(weights, 0)]
     # An episode of calls of one row: other calls are the company.
     live = [a for a in arrivals if not stands_alone(a.call) and len(_pick(a, rate)[0])][: 2 * _ROWS]
     if len(live) < 2:
@@ -176,7 +179,7 @@ def _pick(arrival: Arrival, rate: float) -> tuple[Tensor, Tensor]:
     live = int((size.isfinite() & (size > 0)).sum())
     count = min(live, max(1, call.batch // 2), max(1, round(rate * call.batch)), _ROWS)
     order = size.nan_to_num(0, posinf=0).sort(descending=True).indices
-    return order[:count].sort().values, order[count : 2 * count].sort().values
+    return order[:count].sort().values, order[count : count + max(count, 2)].sort().values
 
 
 def _part(arrival: Arrival, rows: Tensor) -> Part:

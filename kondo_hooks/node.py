@@ -440,7 +440,10 @@ class Call:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
         remaining = iter(inputs)
         args = Walk(lambda _path, _leaf: next(remaining), fresh=True, everything=self._writes, decode=True)(self.args)
-        return self.run(*args[0], **args[1]), args
+        result = self.run(*args[0], **args[1])
+        if not isinstance(result, Tensor) and (change := getattr(self, "change", None)) is not None and change.paths:
+            result = Walk(lambda _path, leaf: leaf, fresh=True)(result)  # it may be the module's, which is put back
+        return result, args
 
     def widened(self, i: int, output: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
         """Output ``i`` of a replay, padded as widely as any of ``shapes``, if its rows are padded at all."""

@@ -176,6 +176,8 @@ def _read_otherwise(group: list[Part], layout: Layout, readings: list[Layout]) -
     """
     call = group[0].call
     doubtful = call.doubtful()
+    if (repeated := _twice(group)) is not None:
+        group = [repeated]  # one row goes with all that is shared
     for other in readings:
         differs = [i for i, (a, b) in enumerate(zip(layout, other, strict=True)) if a != b]
         if len(differs) == 1 and doubtful[differs[0]] and any(other):
@@ -314,11 +316,27 @@ def with_gradients(
         if call.rows[i] is None:
             continue
         output = call.widened(i, output, [grad.shape for part in group if (grad := part.grads[i]) is not None])
+        output = _lengthened(group, i, output)
         replayed.all_outputs[i] = output
         if output.requires_grad:
             replayed.outputs.append(output)
             replayed.grads.append(_gradient(group, i, output))
     return replayed
+
+
+def _lengthened(group: list[Part], i: int, output: Tensor) -> Tensor:
+    """Output ``i`` of rows that are shorter together than the batch was, padded where the loss sent no gradient."""
+    where, grads = group[0].call.rows[i], [part.grads[i] for part in group]
+    assert where is not None
+    for grad in grads:
+        if not isinstance(grad, Tensor) or grad.dim() != output.dim():
+            continue
+        sizes = [n if axis == where.axis else min(n, grad.shape[axis]) for axis, n in enumerate(output.shape)]
+        inside = tuple(slice(None) if axis == where.axis else slice(n) for axis, n in enumerate(sizes))
+        shape = [n if axis == where.axis else max(n, grad.shape[axis]) for axis, n in enumerate(output.shape)]
+        if shape != list(output.shape) and where.repeat == 1 and grad[inside].count_nonzero() == grad.count_nonzero():
+            output = pad_to(output, shape)
+    return output
 
 
 def _gradient(group: list[Part], i: int, output: Tensor) -> Tensor:
