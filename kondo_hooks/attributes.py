@@ -339,6 +339,7 @@ class Attributes:
         self._written: set[str] = set()
         self._not_written: set[str] = set()
         self._graphs: dict[str, bool] = {}
+        self._unread: set[str] = set()
         self.counts = False
 
     def take(self, also: Iterable[Record] = ()) -> Snapshot:
@@ -400,6 +401,20 @@ class Attributes:
             if without_indices(path) not in self._not_written and tensor.numel() * tensor.element_size() <= _MOST_BYTES:
                 copies[path] = tensor.detach().clone()
         return Before(snapshot, tensors, [version_of(tensor) for tensor in tensors.values()], copies)
+
+    def with_graphs(self, before: Before) -> dict[str, Tensor]:
+        """Tensors with a graph that stand there before a forward, but for those that it is known not to read."""
+        return {
+            path: tensor
+            for path, tensor in before.tensors.items()
+            if tensor.grad_fn is not None and without_indices(path) not in self._unread
+        }
+
+    def read_of(self, carried: Iterable[str], read: Sequence[bool]) -> list[str]:
+        """Paths of those that the forward has read; the others are not looked at again."""
+        each = dict(zip(carried, read, strict=True))
+        self._unread |= {without_indices(path) for path, found in each.items() if not found}
+        return [path for path, found in each.items() if found]
 
     def compare(self, before: Before, has_rows: Callable[[Tensor], bool]) -> Change:
         """After the forward.

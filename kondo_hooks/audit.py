@@ -152,12 +152,16 @@ def _alone_and_in_company(arrivals: list[Arrival], rate: float) -> tuple[list[Pa
     largest = max(arrivals, key=lambda a: a.call.batch)
     kept, others = _pick(largest, rate)
     if len(kept) and len(others):
-        # Others before and after them: rows may be tied to the first or the last.
+        # Others before and after them: rows may be tied to the first or the last. Not all rows of the batch, whose
+        # random numbers would be drawn in the batch's order.
+        if len(kept) + len(others) == largest.call.batch:
+            others = others[:-1] if len(others) > 1 else others
         half = (len(others) + 1) // 2
         rows = torch.cat([others[:half], kept, others[half:]])
+        if len(rows) == largest.call.batch:
+            rows = rows.sort().values
         weights = torch.isin(rows, kept).to(torch.float32)
-        company = _part(largest, rows).repeat(torch.arange(len(rows), device=rows.device))
-        return [_part(largest, kept)], [company.weighted(weights, 0)]
+        return [_part(largest, kept)], [_part(largest, rows).weighted(weights, 0)]
     # An episode of calls of one row: other calls are the company.
     live = [a for a in arrivals if not stands_alone(a.call) and len(_pick(a, rate)[0])][: 2 * _ROWS]
     if len(live) < 2:

@@ -694,6 +694,12 @@ class Backward:
         if not any(has_graph):
             self._raise_or_announce(RuntimeError(_NO_GRAPH))
         for call in {id(part.call): part.call for r in done for part in r.group}.values():
+            if call.in_buffers:
+                self._warn(
+                    "buffer",
+                    f"gated: the model's forward puts a tensor with a graph into its buffer {call.in_buffers[0]}. No "
+                    "gradient goes through it: return the tensor, or keep it in an attribute that is no buffer.",
+                )
             if call.left_behind:
                 self._warn(
                     "attribute",

@@ -6,7 +6,7 @@ screen of a model that calls it inside. Only the outermost call counts, for a di
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -118,6 +118,7 @@ _KEEPING = (
     *("sum", "stack", "cat", "concat", "concatenate", "add", "__add__", "__radd__", "reshape", "view", "squeeze"),
     *("unsqueeze", "flatten", "contiguous", "clone", "to", "float", "double", "type_as"),
 )
+_NEGATING = ("neg", "negative", "__neg__")
 # A density's change of variables: log-probs minus what the samples were stretched by.
 _CORRECTING = ("sub", "__sub__")
 
@@ -131,6 +132,7 @@ class LogProbs(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._found: dict[int, Tensor] = {}
+        self._negative: set[int] = set()
 
     def __enter__(self) -> "LogProbs":
         self._end = listen(self._note)
@@ -141,8 +143,11 @@ class LogProbs(TorchFunctionMode):
         if self._found:
             take_off(self)
 
-    def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._found
+    def kind(self, tensor: Tensor) -> Literal["logp", "nll"] | None:
+        """What a tensor holds: "logp", their negative "nll", or something else."""
+        if id(tensor) not in self._found:
+            return None
+        return "nll" if id(tensor) in self._negative else "logp"
 
     def _note(self, _: Distribution, log_probs: Tensor) -> None:
         if not self._found and not torch.compiler.is_compiling():
@@ -153,11 +158,13 @@ class LogProbs(TorchFunctionMode):
         """Run ``func`` as it is; note what it made of log-probs."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if isinstance(result, Tensor) and result.is_floating_point() and name in (*_KEEPING, *_CORRECTING):
+        if isinstance(result, Tensor) and result.is_floating_point() and name in (*_KEEPING, *_CORRECTING, *_NEGATING):
             given = (
                 args[0] if args and isinstance(args[0], (tuple, list)) else args[:1] if name in _CORRECTING else args
             )
-            tensors = [value for value in given if isinstance(value, Tensor)]
-            if tensors and all(value in self for value in tensors):
+            kinds = {self.kind(value) for value in given if isinstance(value, Tensor)}
+            if len(kinds) == 1 and None not in kinds and not (name in _CORRECTING and "nll" in kinds):
                 self._found[id(result)] = result
+                if (name in _NEGATING) != ("nll" in kinds):
+                    self._negative.add(id(result))
         return result

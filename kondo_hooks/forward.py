@@ -68,7 +68,7 @@ class Forward:
         self._batch_dim = reading.batch_dim
         self._warmup_steps = reading.warmup_steps
         self._warn = warn
-        self._outputs_learned: dict[str, Rows] = {}
+        self._outputs_learned: dict[str, Rows | None] = {}
         self._settled: dict[str, Rows] = {}
         self._record = True
         self._anchors: dict[tuple[str, ...], int | None] = {}
@@ -193,6 +193,13 @@ class Forward:
         with self._backward.engine.one_pass(False):
             settle_outputs(call, self._settled, unchecked, self._warn, not self._backward.engine.communicates)
         self._check_outputs(call)
+        if call.carried:
+            self._warn(
+                "chain",
+                f"gated: this call reads the attribute {call.carried[0]}, where an earlier one has left a tensor with "
+                "its graph (features that two methods share, a recurrent state?). No gradient goes through it, for a "
+                "replay runs one call. Do both in one call (method=), or detach what is carried over.",
+            )
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
             self._warn(
                 "chain",

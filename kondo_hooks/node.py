@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from kondo_hooks.state import (
 )
 from kondo_hooks.trace import Path
 from kondo_hooks.tree import Tree, Walk, flatten, map_tensors, unflatten
+from kondo_hooks.uses import Uses, memory_of
 
 _serial = itertools.count()
 _GIVEN = "the input "
@@ -124,10 +125,12 @@ class Call:
         self._output_versions: list[int] = []
         self.random = False
         self.writes_into: str | None = None
-        self.log_probs: set[int] = set()
+        self.log_probs: dict[int, Literal["logp", "nll"]] = {}
         self.loss_paths: dict[int, list[Path]] = {}
         self.returned: list[Tensor] = []
         self.left_behind: list[str] = []
+        self.carried: list[str] = []
+        self.in_buffers: list[str] = []
         self._arguments = len(self.inputs)
         self._left_paths: list[str] = []
         self._left_live: dict[int, Tensor] = {}
@@ -199,16 +202,23 @@ class Call:
         self.buffers = self.state.buffers_before()
         attributes = self.state.attributes.before()
         before = [version_of(leaf) for leaf in self.inputs]
+        carried = self.state.attributes.with_graphs(attributes)
+        if carried:
+            own = {memory_of(leaf) for leaf in (*self.state.parameters(), *self.inputs)}
+            carried = {path: leaf for path, leaf in carried.items() if memory_of(leaf) not in own}
+        uses = Uses(*carried.values()) if carried else None
         with (
             torch.no_grad(),
             no_fast_path(),
             self.state.plain_dropout(),
-            uncompiled() if record else contextlib.nullcontext(),
+            uncompiled() if record or uses else contextlib.nullcontext(),
+            uses or contextlib.nullcontext(),
             RecordDraws(self.draws, self.rng) if record else contextlib.nullcontext(),
             tape or contextlib.nullcontext(),
             LogProbs() as log_probs,
         ):
             result = self.run_given()
+        self.carried = self.state.attributes.read_of(carried, uses.each) if uses else []
         self.state.note_changes(self.buffers)
         self._input_versions = [version_of(leaf) for leaf in self.inputs]
         changed = enumerate(zip(before, self._input_versions, strict=True))
@@ -268,7 +278,7 @@ class Call:
         if self.inner is not None:
             kept += [(self.inner.name(i), tensor) for i, tensor in enumerate(self.inner.tensors)]
         self.paths = [path for path, _ in kept]
-        self.log_probs = {i for i, (_, leaf) in enumerate(kept) if leaf in log_probs}
+        self.log_probs = {i: kind for i, (_, leaf) in enumerate(kept) if (kind := log_probs.kind(leaf)) is not None}
         # Aliases that are no views: the user may write into what is returned, and `detach` shares the
         # version counter, which tells that it was done.
         self.returned = [leaf.data for _, leaf in kept]
@@ -416,6 +426,19 @@ class Call:
 
     def refuse_row_lists(self, result: Tree, rows: int) -> None:
         """Refuse what a run of some rows returned if a list in it has an entry for each: the others have none."""
+        packed: list[str] = []
+
+        def look(path: str, value: Any) -> None:
+            if encode_output(value) is not None:
+                packed.append(path)
+
+        if type(result) is not Tensor or result.is_nested or result.layout is not torch.strided:
+            Walk(lambda _path, leaf: leaf, encode=look)(result)
+        if packed:
+            raise RuntimeError(
+                f"gated: after screen() the model returned {packed[0] or 'its output'} packed or jagged, where the "
+                "dropped rows have no place: pad it, or leave screen() away"
+            )
         if not isinstance(result, Tensor) and (paths := self._find_rowwise(result, inputs=False, rows=rows)):
             raise RuntimeError(
                 f"gated: after screen() the model returned {min(paths) or 'its output'} as a list with an entry a row, "
@@ -630,6 +653,7 @@ class Call:
     def learn_left(self) -> dict[str, Tensor]:
         """The same after a run with a graph, which shows what has one."""
         left = self.left()
+        self.in_buffers = self.state.buffers_with_graph()
         if left:
             graphs = self.state.attributes.learn(self.change, left)
             self.left_behind = [path for path in graphs if path not in self._left_paths]

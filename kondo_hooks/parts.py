@@ -46,7 +46,7 @@ class Part:
         grads: per output, None where the loss did not use it.
         held: set once the rows are no longer taken from the call.
         silent: stands in where no row is kept: its gradient is zero, whatever its activations are.
-        repeated: rows may stand in it more than once, or in another order.
+        repeated: rows may stand in it more than once.
     """
 
     call: Call
@@ -116,7 +116,7 @@ class Part:
         return None if where is None else measure(by_column(self.call.outputs[i], where.axis))
 
     def repeat(self, index: Tensor) -> "Part":
-        """Its rows, by position, in any order and some of them more than once."""
+        """Its rows, by position, some of them more than once."""
         return replace(self.select(index), repeated=True)
 
     def select(self, index: Tensor) -> "Part":

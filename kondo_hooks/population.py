@@ -122,7 +122,7 @@ class Arrival:
     def boundaries(self) -> list[Boundary]:
         """The outputs that the loss used, rows first."""
         call = self.call
-        told: dict[int, Kind] = dict.fromkeys(call.log_probs, "logp")
+        told: dict[int, Kind] = dict(call.log_probs)
         if call.named is not None:
             told = {call.named[1]: call.named[0]}
         return [

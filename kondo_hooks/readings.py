@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kondo_hooks.batch import Layout, Rows, fits, layouts, rows_between
 from kondo_hooks.errors import WarnOnce, rows_not_in_blocks, unknown_axis
 from kondo_hooks.node import Call, differentiable, no_fast_path, uncompiled
 from kondo_hooks.state import forked_rng
 from kondo_hooks.tree import flatten
+from kondo_hooks.uses import Uses
 
 Key = tuple[str, ...]
 _LONGEST_WAIT = 64
@@ -69,39 +69,6 @@ class Learned:
 
 def _shaped(call: Call) -> Any:
     return tuple(call.input_paths), tuple(leaf.shape for leaf in call.inputs)
-
-
-class Uses(TorchDispatchMode):
-    """Notes whether any operation is given one of some tensors, or a view of it.
-
-    Attributes:
-        each: of each, whether it was given.
-    """
-
-    def __init__(self, *tensors: Tensor):
-        super().__init__()
-        self.each = [False] * len(tensors)
-        self._memory = {_memory(tensor): i for i, tensor in enumerate(tensors)}
-
-    @property
-    def found(self) -> bool:
-        """Whether any was."""
-        return any(self.each)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` as it is."""
-        if not all(self.each):
-            for leaf in flatten((args, kwargs or {}))[1]:
-                if (i := self._memory.get(_memory(leaf))) is not None:
-                    self.each[i] = True
-        return func(*args, **(kwargs or {}))
-
-
-def _memory(tensor: Tensor) -> Any:
-    try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (NotImplementedError, RuntimeError):  # a layout without a storage
-        return id(tensor)
 
 
 def is_batch_doubtful(call: Call) -> bool:

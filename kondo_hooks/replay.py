@@ -14,8 +14,9 @@ from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call, uncompiled
 from kondo_hooks.parts import Part, reading
 from kondo_hooks.rank_one import RankOne
-from kondo_hooks.readings import Learned, Uses
+from kondo_hooks.readings import Learned
 from kondo_hooks.tree import Tree, flatten
+from kondo_hooks.uses import Uses
 from kondo_hooks.verify import rows_of, verify
 
 

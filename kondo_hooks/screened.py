@@ -76,7 +76,7 @@ class Screened:
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
-    def run(self, call: Call, batch_dim: int, learned: Learned, learned_outputs: dict[str, Rows]) -> Tree:
+    def run(self, call: Call, batch_dim: int, learned: Learned, learned_outputs: dict[str, Rows | None]) -> Tree:
         """Call the model on the kept rows, with a graph; returns its outputs in full size.
 
         Args:
@@ -86,13 +86,13 @@ class Screened:
             learned_outputs: where outputs do, by path; updated.
         """
         batch = len(self.factors)
+        call.expect(batch, batch_dim)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
             shapes = [tuple(leaf.shape) for leaf in call.inputs]
             raise ValueError(
                 f"gated: screen() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
                 f"(inputs: {shapes})"
             )
-        call.expect(batch, batch_dim)
         rows = kept_rows(self.factors)
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
         nothing = not len(rows)
@@ -114,8 +114,11 @@ class Screened:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            error.add_note(f"gated: after screen() the model was run on {len(rows)} of the {batch} rows of this call.")
-            raise
+            raise RuntimeError(
+                f"gated: after screen() the kept rows run alone, and on {len(rows)} of the {batch} rows of this call "
+                f"the model failed: {type(error).__name__}: {error}. If it keeps a state of all rows, or needs "
+                "several, leave screen() away."
+            ) from error
         call.refuse_row_lists(result, len(rows))
         change = call.state.attributes.compare(before, lambda _: False)
         paths, leaves = flatten(result)
@@ -178,40 +181,42 @@ class Screened:
         rows: Tensor,
         inputs: Layout,
         batch_dim: int,
-        learned: dict[str, Rows],
+        learned: dict[str, Rows | None],
     ) -> Layout:
         layout: Layout = []
         other: dict[str, Tensor] | None = None
+        sizes: set[int] | None = None
         for path, leaf in zip(paths, leaves, strict=True):
-            axes = [axis for axis, size in enumerate(leaf.shape) if size == len(rows)]
             known = learned.get(path)
-            if leaf.dim() == 0 or isinstance(leaf, nn.Parameter):
+            if leaf.dim() == 0 or isinstance(leaf, nn.Parameter) or (known is None and path in learned):
                 layout.append(None)
-            elif axes == [batch_dim]:
-                layout.append(Rows(batch_dim))
             elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
                 layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
             elif self.one_pass or len(self.factors) == 1:
                 fits_axis = leaf.dim() > batch_dim and leaf.shape[batch_dim] % len(rows) == 0
                 layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
+                sizes = _other_sizes(call, inputs) if sizes is None else sizes
+                axes = [axis for axis, size in enumerate(leaf.shape) if size == len(rows)]
+                if axes == [batch_dim] and len(rows) not in sizes:
+                    layout.append(Rows(batch_dim))
+                    continue
                 if other is None:
                     other = self._run_otherwise(call, rows, inputs, batch_dim)
                 where = None if path not in other else self._rows_of(call, path, leaf, other[path], rows)
-                if where is not None:
-                    learned[path] = where
+                learned[path] = where
                 layout.append(where)
         return layout
 
     def _run_otherwise(self, call: Call, rows: Tensor, inputs: Layout, batch_dim: int) -> dict[str, Tensor]:
-        """Outputs of another number of rows, without a graph: of all, or of the first where all were run."""
-        if len(rows) < len(self.factors):
-            return self._outputs_of(call, call.inputs)
-        # No replay has told the readings apart: a mask of (T, T) with T = B cannot be cut, and raises.
+        """Outputs of one row more, without a graph: a copy of the first, so that nothing else changes."""
+        more = torch.cat([rows, rows[:1]])
+        # Where all were run no replay has told the readings apart: a mask of (T, T) with T = B raises if it is cut.
+        others = layouts(call.inputs, len(self.factors), batch_dim) if len(rows) == len(self.factors) else ()
         failure: Exception | None = None
-        for layout in (inputs, *layouts(call.inputs, len(self.factors), batch_dim)):
+        for layout in (inputs, *others):
             taken = [
-                leaf if where is None else where.take(leaf, rows[:1].to(leaf.device))
+                leaf if where is None else where.take(leaf, more.to(leaf.device))
                 for leaf, where in zip(call.inputs, layout, strict=True)
             ]
             try:
@@ -221,8 +226,8 @@ class Screened:
             except Exception as error:
                 failure = failure or error
         raise RuntimeError(
-            "gated: which axis of the outputs holds the rows could not be told: the model does not run on one row. "
-            "Give it a batch size that no other axis has, or leave screen() away"
+            "gated: which axis of the outputs holds the rows could not be told: the model does not run on one row "
+            "more. Give it a batch size that no other axis has, or leave screen() away"
         ) from failure
 
     def _outputs_of(self, call: Call, inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -233,19 +238,26 @@ class Screened:
 
     def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
         """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""
-        batch = len(self.factors)
-        large, small, rows = (other, leaf, rows) if len(rows) < batch else (leaf, other, rows[:1])
-        where = rows_between(large.shape, small.shape, batch, len(rows))
+        where = rows_between(other.shape, leaf.shape, len(rows) + 1, len(rows))
         drew = not same_rng_state(call.rng, rng_state_now(call.rng))
         if where is None or where.repeat == 1 or drew:
             return where
-        apart = (where.take(large, rows.to(large.device)) - small).detach().abs().max()
-        if apart > call.autocast.tolerance(leaf) * large.detach().abs().max():
+        first = torch.arange(len(rows), device=other.device)
+        apart = (where.take(other, first) - leaf).detach().abs().max()
+        if apart > call.autocast.tolerance(leaf) * other.detach().abs().max():
             raise RuntimeError(
-                f"gated: after screen() the rows of output {path or 'of the model'} {tuple(large.shape)} could not be "
+                f"gated: after screen() the rows of output {path or 'of the model'} {tuple(leaf.shape)} could not be "
                 "told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
             )
         return where
+
+
+def _other_sizes(call: Call, inputs: Layout) -> set[int]:
+    """Sizes that an axis of an output may have without any rows: of parameters, and of inputs' other axes."""
+    sizes = {size for parameter in call.state.parameters() for size in parameter.shape}
+    for leaf, where in zip(call.inputs, inputs, strict=True):
+        sizes |= {size for axis, size in enumerate(leaf.shape) if where is None or axis != where.axis}
+    return sizes
 
 
 def _has_positions(shape: tuple[int, ...], tokens: int) -> bool:

@@ -84,6 +84,11 @@ class ModuleState:
         """The buffers, as they are now."""
         return [buffer for m in self._modules if m._buffers for buffer in m._buffers.values() if buffer is not None]
 
+    def buffers_with_graph(self) -> list[str]:
+        """Names, in their modules, of the buffers that hold what a graph leads to."""
+        every = (item for m in self._modules if m._buffers for item in m._buffers.items())
+        return [name for name, buffer in every if buffer is not None and buffer.grad_fn is not None]
+
     def devices(self) -> set[torch.device]:
         """Where parameters and buffers are now."""
         return {tensor.device for tensor in (*self._parameters, *self.buffers())}

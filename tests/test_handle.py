@@ -430,7 +430,7 @@ def test_after_screen_rows_that_are_flattened_in_another_order_are_refused():
     model, x = LaidOut("time_flat").double(), torch.randn(4, 3, 3).double()
     with kondo.gated(model, rate=0.5) as gate:
         gate.screen(kept=torch.tensor([1.0, 0, 0.5, 0]))
-        with pytest.raises(RuntimeError, match=r"output of the model \(12, 7\) could not be told.*another order"):
+        with pytest.raises(RuntimeError, match=r"of the model \(6, 7\) could not be told.*another order"):
             model(x)
 
 
