@@ -56,7 +56,12 @@ class Replayed:
             leaf if rows is None else rows.take(leaf, index) for leaf, rows in zip(inputs, self.layout, strict=True)
         ]
         outputs = call.run_without_graph(inputs)
-        return {i: where.take(outputs[i], part.rows) for i in self.all_outputs if (where := call.rows[i]) is not None}
+        found = {}
+        for i in self.all_outputs:
+            if (where := call.rows[i]) is not None:
+                rows = where.take(outputs[i], part.rows)
+                found[i] = pad_to(rows, _as_long(rows, where, call.outputs[i].shape))
+        return found
 
     def summary(self) -> "Replayed":
         """Without its graph."""
@@ -325,17 +330,22 @@ def with_gradients(
     return replayed
 
 
+def _as_long(output: Tensor, where: Rows, shape: torch.Size) -> list[int]:
+    """The output's shape, but as long on other axes than the rows' as ``shape`` is."""
+    if output.dim() != len(shape):
+        return list(output.shape)
+    return [n if axis == where.axis else max(n, shape[axis]) for axis, n in enumerate(output.shape)]
+
+
 def _lengthened(group: list[Part], i: int, output: Tensor) -> Tensor:
     """Output ``i`` of rows that are shorter together than the batch was, padded where the loss sent no gradient."""
-    where, grads = group[0].call.rows[i], [part.grads[i] for part in group]
+    where = group[0].call.rows[i]
     assert where is not None
-    for grad in grads:
-        if not isinstance(grad, Tensor) or grad.dim() != output.dim():
+    for grad in (part.grads[i] for part in group):
+        if not isinstance(grad, Tensor) or (shape := _as_long(output, where, grad.shape)) == list(output.shape):
             continue
-        sizes = [n if axis == where.axis else min(n, grad.shape[axis]) for axis, n in enumerate(output.shape)]
-        inside = tuple(slice(None) if axis == where.axis else slice(n) for axis, n in enumerate(sizes))
-        shape = [n if axis == where.axis else max(n, grad.shape[axis]) for axis, n in enumerate(output.shape)]
-        if shape != list(output.shape) and where.repeat == 1 and grad[inside].count_nonzero() == grad.count_nonzero():
+        inside = tuple(slice(None) if axis == where.axis else slice(n) for axis, n in enumerate(output.shape))
+        if grad[inside].count_nonzero() == grad.count_nonzero():
             output = pad_to(output, shape)
     return output
 

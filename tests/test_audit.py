@@ -65,6 +65,8 @@ TIES = {
     "mean": lambda x: x - x.mean(0),
     "standardised": lambda x: (x - x.mean(0)) / (x.std(0) + 1e-5),
     "neighbour": lambda x: x - x.roll(1, 0),
+    "first": lambda x: x - x[:1],
+    "last": lambda x: x - x[-1:],
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "rank": lambda x: x * x[:, :1].argsort(0).float(),
 }
@@ -180,3 +182,15 @@ def test_tolerance_is_what_the_user_says():
     assert gate.stats.steps == 1
     with pytest.raises(kondo.ReplayMismatchError), kondo.gated(model, rate=0.25, audit=0):
         loss_of(model(x), a, advantages).backward()
+
+
+@pytest.mark.parametrize("audit", [None, 1])
+def test_a_frozen_model_with_something_trainable_before_it_is_asked_for_no_gradient(audit):
+    """A soft prompt, or an encoder before a frozen language model."""
+    model, prompt = nn.Linear(6, K).requires_grad_(False), nn.Parameter(torch.zeros(6))
+    x, actions, advantages = batch()
+    with kondo.gated(model, rate=0.25, audit=audit) as gate:
+        loss_of(model(x + prompt), actions, advantages).backward()
+    ours, prompt.grad = prompt.grad, None
+    loss_of(model(x + prompt), actions, advantages, gate.last.factors()).backward()
+    torch.testing.assert_close(ours, prompt.grad)

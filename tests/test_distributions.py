@@ -221,3 +221,30 @@ def test_log_probs_without_a_graph_are_refused_where_the_model_has_one():
             assert gate.logp(logp.detach()).equal(logp)
         with pytest.raises(kondo.DelightError, match="no graph"):
             gate.logp(logp.detach())
+
+
+@pytest.mark.parametrize("form", ["neg", "minus", "sum of negatives", "negative of a sum", "twice"])
+def test_the_negative_of_a_log_prob_inside_of_the_model_is_one(form):
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = Heads()
+
+        def forward(self, x, actions):
+            one, two = self.heads(x)
+            logp = D.Normal(one, two.exp()).log_prob(actions)
+            return {
+                "neg": lambda: logp.sum(-1).neg(),
+                "minus": lambda: -logp.sum(-1),
+                "sum of negatives": lambda: (-logp).sum(-1),
+                "negative of a sum": lambda: torch.negative(logp.sum(-1).view(-1, 1)).squeeze(-1),
+                "twice": lambda: -(-(-logp.sum(-1))),
+            }[form]()
+
+    model, reference = copies(Policy().double())
+    x, advantages = torch.randn(B, F, dtype=torch.float64), torch.randn(B, dtype=torch.float64)
+    with kondo.gated(model, rate=0.25) as gate:
+        (model(x, real) * advantages).mean().backward()
+    (reference(x, real) * advantages * gate.last.factors()).mean().backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    torch.testing.assert_close(gate.last.delight, (reference(x, real) * advantages).detach())

@@ -683,3 +683,24 @@ def test_a_loss_that_is_changed_in_place_is_still_held_against_the_models(change
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * gate.last.factors()
     (each.sum() / 6 * (1 if change in ("none", "to") else 0.5)).backward()
     torch.testing.assert_close(model.layer.weight.grad, reference.layer.weight.grad)
+
+
+def test_one_row_goes_with_whatever_all_rows_share_and_is_not_taken_for_a_doubt():
+    """A value of one row and the returns of all broadcast; beside copies of itself it shows that these have rows."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy, self.value = nn.Linear(4, 3), nn.Linear(4, 1)
+
+        def forward(self, x, labels, advantages, returns):
+            nll = torch.nn.functional.cross_entropy(self.policy(x), labels, reduction="none")
+            value = self.value(x).squeeze(-1)
+            return (nll * advantages).mean() + torch.nn.functional.mse_loss(value, returns)
+
+    model = Both().double()
+    with kondo.gated(model) as gate:
+        for _ in range(3):
+            x, labels, numbers = torch.randn(16, 4).double(), torch.randint(3, (16,)), torch.randn(2, 16).double()
+            model(x, labels, *numbers).backward()
+    assert gate.stats.forwarded == 3

@@ -601,3 +601,127 @@ def test_warmup_ends_where_a_loss_takes_its_tensors_from_attributes(batch):
             model(batch.x)
             reinforce(model.left["policy"][0], batch).backward()
     assert gate.stats.steps == 3 and gate.stats.forwarded == 3 + 12 + 12
+
+
+# Views of parameters, objects of the module's own, what an earlier call left, buffers.
+
+
+class Gaussian(nn.Module):
+    """Keeps its distribution, whose scale is a view of a parameter."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.layer, self.std, self.view = nn.Linear(FEATURES, 3), nn.Parameter(torch.rand(3) + 0.5), view
+
+    def forward(self, x):
+        mean = self.layer(x)
+        self.distribution = torch.distributions.Normal(mean, self.view(self.std, mean))
+        return mean.detach()
+
+
+@pytest.mark.parametrize("route", ["hook", "screen", "micro-batches"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda std, mean: std.expand_as(mean), lambda std, mean: std, lambda std, mean: std[None] * 1],
+    ids=["expanded", "broadcast", "computed"],
+)
+def test_a_view_of_a_parameter_that_is_left_is_an_output(view, route, batch):
+    model, reference = copies(Gaussian(view).double())
+    actions = torch.randn(12, 3, dtype=torch.float64)
+
+    def loss(model, w=1.0):
+        model(batch.x)
+        return -(model.distribution.log_prob(actions).sum(-1) * batch.advantages * w).mean()
+
+    options = {"micro_batch_size": 1} if route == "micro-batches" else {}
+    with kondo.gated(model, rate=0.25, **options) as gate:
+        weights = gate.screen(delight=torch.rand(12)).factors() if route == "screen" else None
+        loss(model).backward()
+    loss(reference, gate.last.factors() if weights is None else weights).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_an_object_that_the_module_keeps_may_be_returned(batch):
+    class Holder:
+        pass
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.holder = nn.Linear(FEATURES, K), Holder()
+
+        def forward(self, x):
+            self.holder.distribution = torch.distributions.Categorical(logits=self.layer(x))
+            return self.holder
+
+    def loss(model, w=1.0):
+        return -(model(batch.x).distribution.log_prob(batch.actions) * batch.advantages * w).mean()
+
+    model, reference = copies(Keeps().double())
+    with kondo.gated(model, rate=0.25) as gate:
+        loss(model).backward()
+    loss(reference, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+class Shares(nn.Module):
+    """Features of the policy's call that the value's call takes from the module."""
+
+    def __init__(self, detach):
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(FEATURES, 8), nn.Linear(8, K), nn.Linear(8, 1)
+        self.detach, self.kept = detach, None
+
+    def act(self, x, role):
+        if role == "policy":
+            self.kept = h = self.body(x).tanh()
+            return self.policy(h)
+        h, self.kept = self.kept, None
+        return self.value(h.detach() if self.detach else h).squeeze(-1)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_reading_what_an_earlier_call_left_with_its_graph_is_told(read, batch):
+    model = Shares(False).double() if read else Leaves("attribute").double()
+    with warnings.catch_warnings(record=True) as seen, kondo.gated(model, rate=0.25, method="act" if read else None):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            if read:
+                logits, value = model.act(batch.x, "policy"), model.act(batch.x, "value")
+                (reinforce(logits, batch) + value.square().mean()).backward()
+            else:
+                reinforce(model(batch.x), batch).backward()
+    told = [str(w.message) for w in seen if "reads the attribute" in str(w.message)]
+    assert len(told) == read
+
+
+def test_a_graph_in_a_buffer_is_told(batch):
+    class Buffered(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("last", torch.zeros(12, K))
+
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last * 2
+
+    model = Buffered().double()
+    with pytest.warns(kondo.KondoWarning, match="into its buffer last"), kondo.gated(model, rate=0.25):
+        (reinforce(model(batch.x), batch) + model.last.square().mean()).backward()
+
+
+def test_a_state_of_all_rows_after_a_screen_is_an_error_of_the_gate(batch):
+    class State(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.state = nn.Linear(FEATURES, K), torch.zeros(12, K, dtype=torch.float64)
+
+        def forward(self, x):
+            self.state = (self.layer(x) + self.state.detach()).tanh()
+            return self.state
+
+    model = State().double()
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(delight=torch.rand(12))
+        with pytest.raises(RuntimeError, match=r"after screen.* 3 of the 12 rows .*If it keeps a state"):
+            model(batch.x)

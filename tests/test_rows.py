@@ -721,3 +721,105 @@ def test_features_as_many_as_positions_are_cut_by_position():
     assert not said
     loss(reference, gate.last.factors().view(B, 4)).backward()
     assert_same_gradient(model, reference)
+
+
+# Rows that are shorter together than the batch was.
+
+
+class Packs(nn.Module):
+    """A recurrent policy whose outputs are as long as the longest row that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.policy = nn.GRU(FEATURES, 8, batch_first=True), nn.Linear(8, K)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.policy(nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)[0])
+
+
+@pytest.mark.parametrize("longest", [True, False], ids=["the longest is kept", "shorter ones are kept"])
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"micro_batch_size": 1}], ids=str)
+def test_kept_rows_may_be_shorter_than_the_batch(options, longest):
+    model, reference = copies(Packs().double())
+    x, lengths = double(B, 6, FEATURES), torch.tensor([6, 1, 2, 3] * 3)
+    actions, valid = torch.randint(K, (B, 6)), torch.arange(6) < lengths[:, None]
+    advantages = double(B, 1).abs() * torch.where(lengths == (6 if longest else 2), 100.0, 1e-3)[:, None]
+
+    def loss(model, w=1.0):
+        return (-advantages * pick(model(x, lengths), actions) * valid * w).mean()
+
+    with kondo.gated(model, rate=0.25, **options) as gate:
+        for _ in range(options.get("window", 1)):
+            loss(model).backward()
+    assert set(lengths[gate.last.kept % B].tolist()) == ({6} if longest else {2})
+    for w in gate.last.factors().view(-1, B):
+        loss(reference, w[:, None]).backward()
+    assert_same_gradient(model, reference)
+
+
+# After screen() there is no full batch to see what has rows.
+
+
+class Beside(nn.Module):
+    """Returns, beside the policy, something that has as many entries as rows are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, 4)
+
+    def forward(self, x):
+        return self.layer(x), self.layer.bias * 2
+
+
+def test_a_shared_output_as_long_as_rows_are_kept_is_no_output_of_rows():
+    model = Beside().double()
+    x, actions, advantages = double(16, FEATURES), torch.randint(4, (16,)), double(16)
+    for loss_of in (lambda logits, bias: 0.0, lambda logits, bias: bias.square().mean()):
+        with kondo.gated(model, rate=0.25) as gate:
+            gate.screen(delight=torch.rand(16))
+            logits, bias = model(x)
+            assert bias.shape == (4,) and logits.shape == (16, 4)
+            loss = policy_loss(logits, actions, advantages) + loss_of(logits, bias)
+            refused = isinstance(loss_of(logits, bias), torch.Tensor)
+            with pytest.raises(RuntimeError, match="no batch axis") if refused else contextlib.nullcontext():
+                loss.backward()
+
+
+def test_rows_that_are_trimmed_to_as_many_positions_as_rows_are_kept():
+    class Trims(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, K)
+
+        def forward(self, x, mask):
+            return self.layer(x[:, : int(mask.sum(1).max())])
+
+    model = Trims().double()
+    mask = torch.arange(6) < torch.tensor([3] * 3 + [6] * 9)[:, None]
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.screen(kept=torch.arange(B) < 3)
+        assert model(double(B, 6, FEATURES), mask).shape == (B, 3, K)
+
+
+@pytest.mark.parametrize("layout", ["packed", "jagged"])
+def test_packed_outputs_after_a_screen_are_refused(layout):
+    class OnData(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, K)
+
+        def forward(self, x):
+            if layout == "jagged":
+                return self.layer(x)
+            return nn.utils.rnn.PackedSequence(self.layer(x.data), *x[1:])
+
+    rows = [torch.randn(1 + i % 3, FEATURES) for i in range(B)]
+    if layout == "packed":
+        x = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
+    else:
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with kondo.gated(OnData(), rate=0.25) as gate:
+        gate.screen(delight=torch.rand(B))
+        with pytest.raises(RuntimeError, match="packed or jagged"):
+            gate.model(x)
