@@ -173,9 +173,9 @@ def wrong_axis(call: Call, i: int, shape: Sequence[int], expected: Any, axis: in
         return coupled_rows(name)
     wanted = tuple(expected) if isinstance(expected, torch.Size) else f"{expected} on axis {axis}"
     return (
-        f"gated: for the kept rows {name} has shape {tuple(shape)} where {wanted} was "
-        "expected: rows were taken on the wrong axis (name it with batch_dim=), or come out shorter than the batch where "
-        "the loss uses them (pad to a length that does not depend on the rows: total_length=)."
+        f"gated: for the kept rows {name} has shape {tuple(shape)} where {wanted} was expected: rows were taken on the "
+        "wrong axis (name it with batch_dim=), or come out shorter than the batch where the loss uses them (pad to a "
+        "length that does not depend on the rows: total_length=)."
     )
 
 

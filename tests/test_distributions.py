@@ -238,7 +238,7 @@ def test_the_negative_of_a_log_prob_inside_of_the_model_is_one(form):
                 "minus": lambda: -logp.sum(-1),
                 "sum of negatives": lambda: (-logp).sum(-1),
                 "negative of a sum": lambda: torch.negative(logp.sum(-1).view(-1, 1)).squeeze(-1),
-                "twice": lambda: -(-(-logp.sum(-1))),
+                "twice": lambda: logp.neg().neg().neg().sum(-1),
             }[form]()
 
     model, reference = copies(Policy().double())
