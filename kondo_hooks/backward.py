@@ -427,6 +427,8 @@ class Backward:
         """Find out which outputs have the positions of the signal's, and which an axis that is as long by chance."""
         call = a.call
         length, others = a.with_positions()
+        for i, shape in a.summed_over_positions().items():
+            self._warn("positions", unknown_positions(call.output_name(i), shape, by_row=True))
         if any(call.paths[i] not in self._positions for i in others):
             found: dict[int, bool] = {}
             if a.source is not None and not self.engine.communicates:

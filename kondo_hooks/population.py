@@ -144,6 +144,16 @@ class Arrival:
         length = own[0] if own else 1
         return length, {i: shape for i, shape in shapes.items() if length > 1 and shape[:1] == (length,)}
 
+    def summed_over_positions(self) -> dict[int, tuple[int, ...]]:
+        """Tensors that the model's own loss is made of beside the signal's, and that have lost the positions."""
+        length, others = self.with_positions()
+        call, known = self.call, {self.source, *others}
+        return {
+            i: tuple(where.first(call.outputs[i]).shape[1:])
+            for i, (where, grad) in enumerate(zip(call.rows, self.grads, strict=True))
+            if length > 1 and where is not None and grad is not None and call.makes_loss(i) and i not in known
+        }
+
     def part(self, factors: Tensor) -> Part | None:
         """The kept rows with their weighted gradients; None if no row is kept.
 
