@@ -46,22 +46,45 @@ class Replayed:
         None where there are no others.
         """
         call = part.call
-        size = max(call.batch, len(part))
-        if self.layout is None or call.whole or len(part) == size:
+        if self.layout is None or call.whole or len(part) == max(call.batch, len(part)):
             return None
-        index = torch.arange(size, device=part.rows.device) % len(part)
-        index[part.rows] = torch.arange(len(part), device=part.rows.device)
         inputs, _ = assemble([part], self.layout)
-        inputs = [
-            leaf if rows is None else rows.take(leaf, index) for leaf, rows in zip(inputs, self.layout, strict=True)
-        ]
-        outputs = call.run_without_graph(inputs)
+        outputs = call.run_without_graph(self._in_its_places(part, inputs))
         found = {}
         for i in self.all_outputs:
             if (where := call.rows[i]) is not None:
                 rows = where.take(outputs[i], part.rows)
                 found[i] = pad_to(rows, _as_long(rows, where, call.outputs[i].shape))
         return found
+
+    def _in_its_places(self, part: Part, inputs: list[Tensor]) -> list[Tensor]:
+        """The inputs of a batch of the screen's size that a part's rows fill."""
+        assert self.layout is not None
+        index = torch.arange(max(part.call.batch, len(part)), device=part.rows.device) % len(part)
+        index[part.rows] = torch.arange(len(part), device=part.rows.device)
+        return [
+            leaf if rows is None else rows.take(leaf, index) for leaf, rows in zip(inputs, self.layout, strict=True)
+        ]
+
+    def depends_on_size(self, part: Part, i: int) -> bool:
+        """Whether rows of output ``i`` depend on the batch size without autocast, too: that is no rounding."""
+        call, where = part.call, part.call.rows[i]
+        if not call.autocast.enabled or where is None or self.layout is None:
+            return False
+        inputs, _ = assemble([part], self.layout)
+        autocast, call.autocast = call.autocast, call.autocast.off()
+        try:
+            few = call.run_without_graph(inputs)[i]
+            many = where.take(call.run_without_graph(self._in_its_places(part, inputs))[i], part.rows)
+            if few.shape != many.shape:
+                return False
+            return bool((few - many).abs().max() > 10 * call.autocast.tolerance(many) * many.abs().max())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False  # inputs of a low type, which the parameters' layers take under autocast alone
+        finally:
+            call.autocast = autocast
 
     def summary(self) -> "Replayed":
         """Without its graph."""

@@ -399,6 +399,15 @@ class Autocast:
             torch.is_autocast_cache_enabled(),
         )
 
+    @property
+    def enabled(self) -> bool:
+        """Whether it was on for any device."""
+        return any(on for _, on, _ in self.states)
+
+    def off(self) -> "Autocast":
+        """The same, switched off."""
+        return Autocast([(kind, False, dtype) for kind, _, dtype in self.states], self.cache)
+
     def lowest(self, output: Tensor) -> torch.dtype:
         """The least precise type that an output was computed in, by what is known of it."""
         used = [output.real.dtype if output.is_complex() else output.dtype] + [d for _, on, d in self.states if on]

@@ -141,6 +141,8 @@ def _is_rounding(replayed: "Replayed", compared: _Compared, limit: Limit) -> boo
     left = compared.differs_from(again[compared.i])
     if not (limit.allows(left, compared.measure) | (left <= 0.5 * compared.apart)).all():
         return False
+    if replayed.depends_on_size(part, compared.i):
+        return False
     noise, path = part.call.checks.noise, part.call.paths[compared.i]
     noise[path] = max(noise.get(path, 0.0), excess)
     return True

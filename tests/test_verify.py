@@ -1,5 +1,7 @@
 """A healthy kernel that sums in another order for fewer rows never raises; rows that are tied always do."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,21 @@ def test_what_the_loss_does_not_use_is_not_compared():
     with kondo.gated(model, rate=0.25, priority="uniform") as gate:
         model(torch.randn(16, 6))[:, :-1].pow(2).mean().backward()
     assert gate.stats.forwarded == 4
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_what_depends_on_the_batch_size_alone_is_no_rounding_of_autocast(share):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.layer(x) * (1 + share / len(x))
+
+    torch.manual_seed(0)
+    model, x, actions = Sized(), 1 + 0.1 * torch.randn(4, 6), torch.randint(5, (4,))
+    with torch.autocast("cpu", torch.bfloat16), kondo.gated(model, rate=0.5):
+        loss = F.cross_entropy(model(x).float(), actions)
+        with pytest.raises(kondo.ReplayMismatchError) if share else contextlib.nullcontext():
+            loss.backward()

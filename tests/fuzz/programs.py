@@ -246,8 +246,8 @@ def normal(p: Program) -> Program:
     if p.time_first:
         blocks = [b for b in blocks if b not in _BATCH_FIRST]
     if p.autocast:
-        # No recurrence in bfloat16 on a CPU; and what depends on the batch size alone looks like its rounding.
-        blocks = [b for b in blocks if not b.startswith(("gru", "lstm")) and b not in COUPLED]
+        # No recurrence in bfloat16 on a CPU.
+        blocks = [b for b in blocks if not b.startswith(("gru", "lstm"))]
     pooled = False
     kept = []
     for block in blocks:  # after a pool there are no positions
