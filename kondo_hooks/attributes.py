@@ -243,7 +243,7 @@ def _is_internal(name: str) -> bool:
 def _is_parameter(value: Any) -> bool:
     """A parameter, or the view of FSDP's flat one that stands in its place while a module runs."""
     return isinstance(value, nn.Parameter) or (
-        isinstance(value, Tensor) and value._base is not None and getattr(value._base, "_is_flat_param", False)
+        isinstance(value, Tensor) and getattr(value._base, "_is_flat_param", False)
     )
 
 

@@ -102,8 +102,6 @@ class Backward:
         self._hooks: list[Any] = []
         self._screened_first = False
         self.learned = Learned(warn)
-        self._without_grad: list[torch.nn.Parameter] = []
-        self._with_grad = False
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._probed: dict[tuple[str, ...], OutputProbe] = {}
@@ -685,14 +683,15 @@ class Backward:
             else:
                 has_graph = []
                 # One pass at a time: a graph holds no more than one, and only the last reduces gradients.
-                for n, group in enumerate(planned.groups):
-                    last = n == len(planned.groups) - 1
-                    with engine.one_pass(reduces and last), self._taking_back(first=n == 0):
-                        replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
-                        with passes.as_in_screen(replayed):
-                            self._backward(first, replayed)
-                    has_graph += [bool(r.outputs) for r in replayed]
-                    done += [r.summary() for r in replayed] if not last else replayed
+                with self._taking_back(done):
+                    for n, group in enumerate(planned.groups):
+                        last = n == len(planned.groups) - 1
+                        with engine.one_pass(reduces and last):
+                            replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
+                            with passes.as_in_screen(replayed):
+                                self._backward(first, replayed)
+                        has_graph += [bool(r.outputs) for r in replayed]
+                        done += [r.summary() for r in replayed] if not last else replayed
         if not any(has_graph):
             self._raise_or_announce(RuntimeError(_NO_GRAPH))
         for call in {id(part.call): part.call for r in done for part in r.group}.values():
@@ -713,18 +712,17 @@ class Backward:
         return input_grads(done[-1])
 
     @contextlib.contextmanager
-    def _taking_back(self, first: bool) -> Iterator[None]:
-        """Around one of several passes: where it fails, the gradients that those before it made are gone, too."""
-        if first:
-            self._without_grad = [p for p in self.state.parameters() if p.grad is None]
-            self._with_grad = any(p.grad is not None for p in self.state.parameters())
+    def _taking_back(self, done: list[Replayed]) -> Iterator[None]:
+        """Around several passes: where one fails, the gradients that those before it, ``done``, made are gone, too."""
+        parameters = list(self.state.parameters())
+        without_grad = [p for p in parameters if p.grad is None]
         try:
             yield
         except Exception as error:
-            if not first and not self.engine.wrappers:
-                for p in self._without_grad:
+            if done and not self.engine.wrappers:
+                for p in without_grad:
                     p.grad = None
-                if self._with_grad:
+                if len(without_grad) < len(parameters):
                     error.add_note("gated: earlier passes of this replay have added to the gradients: zero them.")
             raise
 

@@ -3,6 +3,7 @@
 Knows tensors and nothing of gates.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -237,14 +238,15 @@ def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int, pairs: bool = 
         for other in options[1:]
     ]
     # Tensors that are alike are read alike: the states of an LSTM.
-    for shape in {leaf.shape: None for leaf in inputs if sum(leaf.shape == other.shape for other in inputs) > 1}:
-        alike = [i for i, leaf in enumerate(inputs) if leaf.shape == shape]
-        for other in candidates[alike[0]][1:]:
+    for shape, count in Counter(leaf.shape for leaf in inputs).items():
+        alike = [i for i, leaf in enumerate(inputs) if leaf.shape == shape] if count > 1 else []
+        for other in candidates[alike[0]][1:] if alike else ():
             others.append([other if j in alike else rows for j, rows in enumerate(first)])
     others += [[rows if j == i else None for j, rows in enumerate(first)] for i, where in enumerate(first) if where]
-    expected = _has_rows_on(first, batch_dim)
-    yield from (layout for layout in others if not expected or _has_rows_on(layout, batch_dim) or not any(layout))
+    expected = has_rows_on(first, batch_dim)
+    yield from (layout for layout in others if not expected or has_rows_on(layout, batch_dim) or not any(layout))
 
 
-def _has_rows_on(layout: Layout, axis: int) -> bool:
+def has_rows_on(layout: Layout, axis: int) -> bool:
+    """Whether any tensor has its rows on an axis."""
     return any(rows is not None and rows.axis == axis for rows in layout)

@@ -16,7 +16,7 @@ from kondo_hooks.engines import refuse_outer_wrapper
 from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unknown_batch
 from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call
-from kondo_hooks.readings import find_anchor, is_batch_doubtful, settle_outputs
+from kondo_hooks.readings import find_anchor, settle_outputs, sizes_of_inputs
 from kondo_hooks.screened import Screened
 from kondo_hooks.state import forked_rng
 from kondo_hooks.trace import find_sources
@@ -148,12 +148,10 @@ class Forward:
 
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._backward.engine.syncs()
-        copy = self._backward.copy_outputs
-        probe = None if self._backward.engine.communicates else self._backward.find_graphs
         key = tuple(call.input_paths)
         if (anchor := self._anchors.get(key)) is not None:
             call.expect(call.inputs[anchor].shape[self._batch_dim], self._batch_dim)
-        result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
+        result = self._screen(call, self._record, self.tape)
         state = self._backward.state
         # What this forward made for good, layers or hooks, is there from the start for the one that counts.
         if made := not state.same_parameters():
@@ -162,22 +160,18 @@ class Forward:
             state.read()
         if made or (call.change.changes_state and state.has_new_hooks()):
             call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
-            result = call.screen(self._batch_dim, self._record, copy, Tape() if self.tape else None, probe)
+            result = self._screen(call, self._record, self.tape)
         scalars = [*flatten(result)[1], *call.left_with_graph()]
         returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in scalars)
         if returns_loss and not self.tape:
-            self._backward.state.attributes.undo(call.change)
-            with forked_rng(call.rng), call.buffers.restored():
-                result = call.screen(self._batch_dim, self._record, copy, Tape(), probe)
+            result = self._screen_instead(call, self._record, True)
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
-        if key not in self._anchors and call.outputs and is_batch_doubtful(call):
+        if key not in self._anchors and call.outputs and len(sizes_of_inputs(call)) > 1:
             anchor = self._anchors[key] = self._find_anchor(call)
             if anchor is not None and (rows := call.inputs[anchor].shape[self._batch_dim]) != call.size:
-                self._backward.state.attributes.undo(call.change)
-                with forked_rng(call.rng), call.buffers.restored():
-                    call.expect(rows, self._batch_dim)
-                    result = call.screen(self._batch_dim, True, copy, Tape() if self.tape else None, probe)
+                call.expect(rows, self._batch_dim)
+                result = self._screen_instead(call, True, self.tape)
         self._check_reach(call, result)
         if not call.outputs:
             return result, None, ()
@@ -214,6 +208,16 @@ class Forward:
             call.named = self._resolve(live, outputs)
         return live, call, outputs
 
+    def _screen(self, call: Call, record: bool, tape: bool) -> Tree:
+        probe = None if self._backward.engine.communicates else self._backward.find_graphs
+        return call.screen(self._batch_dim, record, self._backward.copy_outputs, Tape() if tape else None, probe)
+
+    def _screen_instead(self, call: Call, record: bool, tape: bool) -> Tree:
+        """Once more, as if the first time had not been."""
+        self._backward.state.attributes.undo(call.change)
+        with forked_rng(call.rng), call.buffers.restored():
+            return self._screen(call, record, tape)
+
     def _find_anchor(self, call: Call) -> int | None:
         """Which input has the rows on ``batch_dim``, where the inputs have several sizes there."""
         if self._backward.engine.communicates:
@@ -224,8 +228,7 @@ class Forward:
                 found = find_anchor(call)
             doubtful = found is None
         if doubtful:
-            sizes = dict.fromkeys(leaf.shape[call.batch_dim] for leaf in call.arguments if leaf.dim() > call.batch_dim)
-            self._warn("batch", unknown_batch(call.size, list(sizes), call.batch_dim))
+            self._warn("batch", unknown_batch(call.size, sizes_of_inputs(call), call.batch_dim))
         return found
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:

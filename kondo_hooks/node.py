@@ -49,7 +49,7 @@ from kondo_hooks.uses import Uses, memory_of
 
 _serial = itertools.count()
 _GIVEN = "the input "
-_LEFT = "the attribute "
+LEFT = "the attribute "
 
 
 @dataclass(eq=False)
@@ -325,7 +325,7 @@ class Call:
             return None
         if self.whole is None:
             return rows  # a replay of fewer rows tells
-        plain = tensor.shape[rows.axis] == self.batch * (2 if self.pairs else 1)
+        plain = tensor.shape[rows.axis] == self.size
         return rows if plain and list(tensor.shape).count(tensor.shape[rows.axis]) == 1 else None
 
     def is_shared(self, i: int) -> bool:
@@ -377,7 +377,7 @@ class Call:
         walk(result)
         if self._writes:
             walk(args, _GIVEN)
-        found.update((_LEFT + path, left[path]) for path in self._left_paths if path in left)
+        found.update((LEFT + path, left[path]) for path in self._left_paths if path in left)
         return found
 
     def _encode_output(self, path: str, value: Any) -> Encoded | None:
@@ -392,7 +392,7 @@ class Call:
     def _find_rowwise(self, tree: Tree, inputs: bool, rows: int | None = None) -> set[str]:
         """Paths of the lists, outermost, that have an entry a row."""
         paths: set[str] = set()
-        n = rows or self.batch * (2 if self.pairs else 1)
+        n = rows or self.size
 
         def look(path: str, value: Any) -> None:
             objects = is_array(value) and value.dtype.hasobject
@@ -509,7 +509,7 @@ class Call:
         found = self._found(result, args, left)
         paths = self.paths[: self._returned]
         for path in (*paths, *self._aliases):
-            if path.startswith(_LEFT) and path not in found:
+            if path.startswith(LEFT) and path not in found:
                 found[path] = found.get(self._aliases.get(path, ""), torch.empty(0, device="cpu"))
         if missing := [path for path in paths if path not in found]:
             raise ReplayMismatchError(
@@ -545,7 +545,7 @@ class Call:
             self._left_live = {
                 id(leaf): by_path[at]
                 for path, leaf in self.change.new.items()
-                if (at := self._aliases.get(_LEFT + path, _LEFT + path)) in by_path
+                if (at := self._aliases.get(LEFT + path, LEFT + path)) in by_path
             }
         if self.inner is None:
             self._put_live()
@@ -573,7 +573,7 @@ class Call:
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
         assert self.inner is not None
-        ends = {path: _LEFT + path for path in self._left_paths}
+        ends = {path: LEFT + path for path in self._left_paths}
         left = {self._aliases.get(end, end): leaf for path, leaf in self.change.new.items() if (end := ends.get(path))}
         losses = self.inner.run(returned[self._returned :])
         self._left_live |= {id(leaf): losses[end] for end, leaf in left.items() if end in losses}
@@ -582,7 +582,7 @@ class Call:
 
     def is_left(self, i: int) -> bool:
         """Whether the forward left output ``i`` in an attribute."""
-        return self.paths[i].startswith(_LEFT)
+        return self.paths[i].startswith(LEFT)
 
     def lacks_batch(self) -> bool:
         """Whether the only axis of a call of one-dimensional tensors holds features: the first cannot be run alone."""
@@ -622,8 +622,7 @@ class Call:
 
     def reads_several(self) -> bool:
         """Whether more than one input looks like rows, so that one of them may be shared."""
-        batch = self.batch * (2 if self.pairs else 1)
-        return sum(batch in leaf.shape for leaf in self.inputs[: self._arguments]) > 1
+        return sum(self.size in leaf.shape for leaf in self.arguments) > 1
 
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""

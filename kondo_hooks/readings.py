@@ -71,9 +71,9 @@ def _shaped(call: Call) -> Any:
     return tuple(call.input_paths), tuple(leaf.shape for leaf in call.inputs)
 
 
-def is_batch_doubtful(call: Call) -> bool:
-    """Whether the inputs of a call have several sizes on ``batch_dim``, one of which is the number of rows."""
-    return len({leaf.shape[call.batch_dim] for leaf in call.arguments if leaf.dim() > call.batch_dim}) > 1
+def sizes_of_inputs(call: Call) -> list[int]:
+    """The sizes that the inputs of a call have on ``batch_dim``, one of which is the number of rows."""
+    return list(dict.fromkeys(leaf.shape[call.batch_dim] for leaf in call.arguments if leaf.dim() > call.batch_dim))
 
 
 def find_anchor(call: Call) -> int | None:
@@ -84,8 +84,8 @@ def find_anchor(call: Call) -> int | None:
     axis, each = call.batch_dim, 2 if call.pairs else 1
     training, requires_grad = call.flags
     flags = [False] * len(training), requires_grad
-    sizes = dict.fromkeys(leaf.shape[axis] for leaf in call.arguments if leaf.dim() > axis)
-    if next(iter(sizes)) == each > 1:
+    sizes = sizes_of_inputs(call)
+    if sizes[0] == each > 1:
         return None  # a single pair, which no run of fewer rows can tell
     full = _outputs(call, call.inputs, flags, everything=True)
     batches = [size // each for size in sizes if size >= 2 * each and size % each == 0] if full else []
@@ -161,9 +161,9 @@ def _is_doubtful(call: Call, i: int, unchecked: bool, alone: bool) -> bool:
     assert where is not None
     if call.batch == 1 or (call.makes_loss(i) and not unchecked):
         return False
-    if where.axis == 1 and len(shape) == 2 and unchecked and shape[0] % (call.batch * each) == 0:
+    if where.axis == 1 and len(shape) == 2 and unchecked and shape[0] % call.size == 0:
         return True  # (T * B, K) with K = B, of a time-first model
-    return list(shape).count(call.batch * each) > 1 or (where.repeat > each and (unchecked or alone))
+    return list(shape).count(call.size) > 1 or (where.repeat > each and (unchecked or alone))
 
 
 def _stay_in_doubt(call: Call, i: int, warn: WarnOnce) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, Rows, join_rows, pad_to
+from kondo_hooks.batch import Layout, Rows, has_rows_on, join_rows, pad_to
 from kondo_hooks.draws import TakeDraws
 from kondo_hooks.errors import ReplayMismatchError, failed_replay, overwritten_input
 from kondo_hooks.inner_loss import Tape
@@ -46,7 +46,7 @@ class Replayed:
         None where there are no others.
         """
         call = part.call
-        if self.layout is None or call.whole or len(part) == max(call.batch, len(part)):
+        if self.layout is None or call.whole or len(part) >= call.batch:
             return None
         inputs, _ = assemble([part], self.layout)
         outputs = call.run_without_graph(self._in_its_places(part, inputs))
@@ -60,7 +60,7 @@ class Replayed:
     def _in_its_places(self, part: Part, inputs: list[Tensor]) -> list[Tensor]:
         """The inputs of a batch of the screen's size that a part's rows fill."""
         assert self.layout is not None
-        index = torch.arange(max(part.call.batch, len(part)), device=part.rows.device) % len(part)
+        index = torch.arange(part.call.batch, device=part.rows.device) % len(part)
         index[part.rows] = torch.arange(len(part), device=part.rows.device)
         return [
             leaf if rows is None else rows.take(leaf, index) for leaf, rows in zip(inputs, self.layout, strict=True)
@@ -230,8 +230,7 @@ def _is_anchored(group: list[Part], layout: Layout) -> bool:
     Where none has, positions were taken for rows, or the whole batch ran beside rows of what nobody reads.
     """
     call = group[0].call
-    expected = next(call.readings())
-    if call.batch_dim not in (rows.axis for rows in expected if rows is not None):
+    if not has_rows_on(next(call.readings()), call.batch_dim):
         return True
     inputs, _ = assemble(group, layout)
     there = [leaf for leaf, rows in zip(inputs, layout, strict=True) if rows and rows.axis == call.batch_dim]

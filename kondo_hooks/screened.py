@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, layouts, rows_between
 from kondo_hooks.errors import no_batch_axis, unknown_positions
-from kondo_hooks.node import Call
+from kondo_hooks.node import LEFT, Call
 from kondo_hooks.parts import Part
 from kondo_hooks.readings import Learned, settle_outputs
 from kondo_hooks.replay import AmbiguousRowsError, replay
@@ -123,7 +123,7 @@ class Screened:
         change = call.state.attributes.compare(before, lambda _: False)
         paths, leaves = flatten(result)
         returned = len(leaves)
-        paths += [f"the attribute {path}" for path in change.new]
+        paths += [LEFT + path for path in change.new]
         leaves += change.new.values()
         if nothing:
             outputs = [leaf for leaf in leaves if leaf.grad_fn is not None]
@@ -234,7 +234,7 @@ class Screened:
         with torch.no_grad(), forked_rng(call.rng), call.state.untouched():
             outputs = dict(zip(*flatten(call.run_again(inputs)[0]), strict=True))
             left = call.state.attributes.take().tensors()
-            return outputs | {f"the attribute {path}": tensor for path, tensor in left.items()}
+            return outputs | {LEFT + path: tensor for path, tensor in left.items()}
 
     def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
         """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""

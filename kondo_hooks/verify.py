@@ -12,7 +12,7 @@ what, the cheapest first:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
 
 def _limit(call: Call, i: int, output: Tensor) -> Limit:
     lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
-    holds: Literal["", "logits", "log-probs"] = "logits" if i in call.policy else ""
+    holds = "logits" if i in call.policy else ""
     if holds and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
         holds = "log-probs"
     return call.checks.limit(call.paths[i], lowest, usual, holds)
