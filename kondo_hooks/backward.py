@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 
 from kondo_hooks import passes, world
 from kondo_hooks.audit import Audit
+from kondo_hooks.beside import Meeting, find_meetings, retaining
 from kondo_hooks.engines import Engine
 from kondo_hooks.errors import DelightError, ReplayMismatchError, WarnOnce, unknown_positions
 from kondo_hooks.idle import Idle
@@ -26,7 +27,7 @@ from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_fin
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.streams import Streams
-from kondo_hooks.trace import Path, mixed_with_rows, probe_scales, selects_log_prob
+from kondo_hooks.trace import Path, probe_scales, selects_log_prob
 from kondo_hooks.verify import name_of
 from kondo_hooks.watch import LossWatcher
 from kondo_hooks.window import Spread, Window, gone, in_doubt
@@ -104,6 +105,8 @@ class Backward:
         self.learned = Learned(warn)
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
+        self._meetings: list[Meeting] = []
+        self._keeps_graph: bool | None = None
         self._probed: dict[tuple[str, ...], OutputProbe] = {}
         self._positions: dict[str, bool] = {}
         self._constants: dict[str, bool] = {}
@@ -144,11 +147,16 @@ class Backward:
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
         nodes = [root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None]
+        probes: list[Any]
         probes, leaves = probe_scales(nodes)
+        meetings: list[Meeting] = []
         try:
             if func is not torch.autograd.grad:
                 self._refuse_half_a_step(leaves)
-            self._check_leaves(nodes, leaves)
+            if meetings := self._find_meetings(nodes, leaves):
+                probes += [meeting.hold() for meeting in meetings]
+                self._meetings += meetings
+                args, kwargs, self._keeps_graph = retaining(func, args, kwargs)
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
             wanted = kwargs.get("inputs")
@@ -161,8 +169,12 @@ class Backward:
                     kwargs = {**kwargs, "inputs": [*wanted, self.anchor]}
             with self._settled_after():
                 return func(*args, **kwargs)
+        except BaseException:
+            self._meetings = [m for m in self._meetings if m not in meetings]
+            raise
         finally:
-            self._only = None
+            self._only, self._keeps_graph = None, None
+            self._meetings = [m for m in self._meetings if m.sent is not None]
             for probe in probes:
                 probe.remove()
 
@@ -184,18 +196,34 @@ class Backward:
                     "optimizer, or step after the backward. Nothing was changed."
                 )
 
-    def _check_leaves(self, roots: list[Any], leaves: list[Tensor]) -> None:
-        """Tell of a parameter of the model that the loss code multiplies with rows: dropped rows reach it, too."""
+    def _find_meetings(self, roots: list[Any], leaves: list[Tensor]) -> list[Meeting]:
+        """Where parameters of the model meet rows in the loss code; told where rows cannot be told apart there."""
         names = {id(p): name for name, p in self.state.named_parameters()} if leaves else {}
         mine = [id(leaf) for leaf in leaves if id(leaf) in names]
-        if mine and self._warn.is_new("outside") and mixed_with_rows(roots, mine):
-            name = next(names[leaf] for leaf in mine if mixed_with_rows(roots, [leaf]))
-            self._warn(
-                "outside",
-                f"gated: the loss code uses the model's parameter {name} together with its outputs, so rows that are "
-                "dropped still reach that parameter. Return it from forward, expanded to the batch, and use what "
-                "forward returned.",
-            )
+        meetings = find_meetings(roots, mine) if mine else []
+        if not meetings:
+            return []
+        shared = self.engine.wrappers or self.spread.balance or self.selector.config.unit == "token"
+        if not shared and all(meeting.is_split for meeting in meetings):
+            return meetings
+        first = next((m for m in meetings if not m.is_split), meetings[0])
+        self._warn(
+            "outside",
+            f"gated: the loss code uses the model's parameter {names[min(first.leaves, key=mine.index)]} together with "
+            "its outputs, so rows that are dropped still reach that parameter. Return it from forward, expanded to the "
+            "batch, and use what forward returned.",
+        )
+        return []
+
+    def _send_to_met(self, arrivals: list[Arrival], factors: list[Tensor]) -> None:
+        """The kept rows' share in the gradients of parameters that the loss code uses itself."""
+        by_call = {(id(a.call), a.task): f for a, f in zip(arrivals, factors, strict=True)}
+        ready = [m for m in self._meetings if m.is_ready(by_call)]
+        self._meetings = [m for m in self._meetings if m not in ready]
+        due = [pair for meeting in ready for pair in meeting.release(by_call)]
+        if due:
+            retain = any(a.keep_graph for a in arrivals)
+            self._to_parameters([edge for edge, _ in due], [grad for _, grad in due], [], True, retain)
 
     def run_backward(self, loss: Tensor, retain_graph: bool, to_calls_alone: bool) -> None:
         """The backward of an engine that was taken over: down to the gated calls, whose replay then drives it.
@@ -288,11 +316,12 @@ class Backward:
         if self.running:
             return ()  # an engine goes through the loss once more, for what else it leads to
         self.streams.note(grads)
+        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         arrival = Arrival(
             call,
             node,
             list(grads),
-            torch._C._autograd._get_current_graph_task_keep_graph(),
+            keeps_graph if self._keeps_graph is None else self._keeps_graph,
             torch._C._current_graph_task_id(),
             torch._C._will_engine_execute_node(node.next_functions[0][0]),
         )
@@ -459,16 +488,21 @@ class Backward:
         try:
             decision: Decision | None = None
             parts: list[Part | None] = [None] * len(arrivals)
+            factors: list[Tensor] = []
             slots = passes.find_slots(arrivals)
             counts: Tensor | None = None
             try:
-                decision, parts, counts = self._decide(arrivals, slots)
+                decision, factors, counts = self._decide(arrivals, slots)
+                parts = [a.part(f) for a, f in zip(arrivals, factors, strict=True)]
                 decision.scale = arrivals[0].scale
             except Exception as error:
                 if ranks.alone or self.spread.scope == "global":
                     raise
                 ranks.announce(error)
             inputs = self._replay(arrivals, slots, parts, counts, reduces)
+            if factors and self._meetings:
+                with self._replaying():
+                    self._send_to_met(arrivals, factors)
             if counts is not None and not engine.wrappers:
                 ranks.meet()  # no reduction of gradients comes after which all ranks could look
             if reduces:
@@ -488,8 +522,8 @@ class Backward:
                 a.call.release()
         return inputs
 
-    def _decide(self, arrivals: list[Arrival], slots: list[int]) -> tuple[Decision, list[Part | None], Tensor | None]:
-        """The decision, each call's kept rows, and with all ranks as one batch how many each rank keeps."""
+    def _decide(self, arrivals: list[Arrival], slots: list[int]) -> tuple[Decision, list[Tensor], Tensor | None]:
+        """The decision, each call's factors, and with all ranks as one batch how many each rank keeps."""
         leaders = [a for a in arrivals if a.follows is None]
         if len(leaders) < len(arrivals) and self.spread.balance:
             raise RuntimeError(
@@ -514,7 +548,7 @@ class Backward:
                     "gated: a window ended with more rows than its first backwards let expect, so fewer rows than rate "
                     "are kept: rows that could have been chosen were no longer held.",
                 )
-        return decision, [a.part(f) for a, f in zip(arrivals, factors, strict=True)], counts
+        return decision, factors, counts
 
     def _forced(self, arrivals: list[Arrival], signals: list[Signal]) -> Tensor | None:
         """(N,) samples whose gradients overflowed float16, over the population; None if there are none."""
@@ -742,15 +776,28 @@ class Backward:
         outputs = [output for r in replayed for output in r.outputs]
         grads = [grad for r in replayed for grad in r.grads]
         leaves = [leaf for r in replayed for leaf, _ in r.leaves]
-        if not outputs:
-            return
-        if first.to_parameters and self._capture is None:
+        if outputs:
+            self._to_parameters(outputs, grads, leaves, first.to_parameters)
+
+    def _to_parameters(
+        self,
+        outputs: Sequence[Any],
+        grads: Sequence[Tensor],
+        leaves: list[Tensor],
+        to_parameters: bool,
+        retain_graph: bool | None = None,
+    ) -> None:
+        """A backward from ``outputs``, tensors or edges: to ``leaves`` and, where it wants these, the parameters."""
+        if to_parameters and self._capture is None:
             only = None if self._only is None else [*self._only, *leaves]
-            self.engine.backward(outputs, grads, only)
+            if retain_graph is None:
+                self.engine.backward(outputs, grads, only)
+            else:
+                torch.autograd.backward(outputs, grads, retain_graph, inputs=only)
             return
         capture = self._capture or {}
-        wanted = [p for p in self.state.parameters() if id(p) in capture and first.to_parameters]
-        found = torch.autograd.grad(outputs, [*wanted, *leaves], grads, allow_unused=True)
+        wanted = [p for p in self.state.parameters() if id(p) in capture and to_parameters]
+        found = torch.autograd.grad(outputs, [*wanted, *leaves], grads, retain_graph, allow_unused=True)
         for leaf, grad in zip([*wanted, *leaves], found, strict=True):
             if id(leaf) not in capture:
                 leaf.grad = grad

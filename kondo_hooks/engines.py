@@ -69,7 +69,7 @@ class Engine:
         """Around the forward and backward of one pass; gradients are reduced at its end, or kept for the next."""
         yield
 
-    def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
+    def backward(self, outputs: Sequence[Any], grads: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
         """Backward from a pass's outputs into the parameters, or into ``inputs`` alone."""
         torch.autograd.backward(outputs, grads, inputs=inputs)
 

@@ -106,11 +106,22 @@ def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
     return sources
 
 
+def sources_of_result(node: Node) -> list[Source] | None:
+    """The calls that the rows of an operation's result come from, as :func:`find_sources` finds them."""
+    if len(node._input_metadata) != 1 or node.name() not in {*_ELEMENTWISE, *_MATRICES, *_JOINS}:
+        return None
+    sources = _Follower(also=_MATRICES).follow((node, 0))
+    if not sources or sum(source.entries for source in sources) != edge_shape((node, 0))[sources[0].row_axis]:
+        return None
+    return sources
+
+
 class _Follower:
     """Follows calls' rows to one tensor, through each node of its graph once."""
 
-    def __init__(self, trust: bool):
+    def __init__(self, trust: bool = False, also: Collection[str] = ()):
         self._trust = trust
+        self._followed = {*_FOLLOWED, *also}
         self._found: dict[Edge, _Sources] = {}
 
     def follow(self, end: Edge) -> _Sources:
@@ -130,7 +141,7 @@ class _Follower:
         return self._found[end]
 
     def _looked_at(self, node: Node) -> list[Edge]:
-        if hasattr(node, "kondo_call") or not (self._trust or node.name() in _FOLLOWED):
+        if hasattr(node, "kondo_call") or not (self._trust or node.name() in self._followed):
             return []
         return [(parent, nr) for parent, nr in node.next_functions if parent is not None]
 
@@ -150,11 +161,11 @@ class _Follower:
             return None if None in moved.values() else []
         found = moved.pop(main)
         assert found is not None
-        axis = found[0].row_axis - len(_shape(edge))
+        axis = found[0].row_axis - len(edge_shape(edge))
         for slot, sources in moved.items():
             if sources and (sources[0].row_axis, sources[0].repeat) != (found[0].row_axis, found[0].repeat):
                 return None  # rows of the one stand across those of the other
-            shape = _shape(node.next_functions[slot])
+            shape = edge_shape(node.next_functions[slot])
             if sources is None and len(shape) >= -axis and shape[axis] > 1:
                 return None  # it brings rows of its own
         if name in _WRITES and any(sources != [] for sources in moved.values()):
@@ -164,7 +175,7 @@ class _Follower:
     def _find_joined(self, edge: Edge) -> _Sources:
         """Of a concatenation: along the rows the parts' calls follow each other; along another axis rows stay."""
         node, stacked = edge[0], edge[0].name() == "StackBackward0"
-        dim = _signed(node._saved_dim) % len(_shape(edge))
+        dim = _signed(node._saved_dim) % len(edge_shape(edge))
         parts = [[] if parent is None else self._found[parent, nr] for parent, nr in node.next_functions]
         placed = [part for part in parts if part]
         if not placed:
@@ -187,7 +198,7 @@ class _Follower:
         following = first.offset
         for part, edge_ in zip(placed, node.next_functions, strict=False):
             in_order = in_order and (part[0].position_axis, part[0].offset) == (dim, following)
-            following += _shape(edge_)[dim] if in_order else 0
+            following += edge_shape(edge_)[dim] if in_order else 0
         if in_order or first.position_axis not in (dim, first.row_axis):
             return placed[0]
         return [replace(source, position_axis=None) for source in placed[0]]
@@ -198,7 +209,7 @@ class _Follower:
         if not sources:
             return sources
         node, name = edge[0], edge[0].name()
-        before, after = _shape(parent), _shape(edge)
+        before, after = edge_shape(parent), edge_shape(edge)
         row = sources[0].row_axis
         size = before[row]
         if name in _WRITES:
@@ -233,7 +244,8 @@ def _all(sources: Sequence[Source | None]) -> _Sources:
     return found if len(found) == len(sources) else None
 
 
-def _shape(edge: Edge) -> tuple[int, ...]:
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """Of the tensor that an edge stands for."""
     return tuple(edge[0]._input_metadata[edge[1]].shape)
 
 
@@ -661,7 +673,7 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
                 continue
             # A scalar factor on a single log-prob is its advantage.
             unreduced(observation, top, joined)
-        is_scalar = math.prod(_shape((node, 0))) == 1
+        is_scalar = math.prod(edge_shape((node, 0))) == 1
         if is_scalar and (each := _each_of(name, node, parents)) is not None:
             if isinstance(each, float) and (terms := _terms(parents)) is not None:
                 stack += [(term, top or (node, each), (node, each)) for term, _ in terms]
@@ -684,39 +696,6 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
 def is_gated(node: Node) -> bool:
     """Whether the loss's graph ends here: at a gated call, or at rows that ran first."""
     return hasattr(node, "kondo_call") or hasattr(node, "kondo_rows")
-
-
-def mixed_with_rows(roots: Sequence[Node], leaves: Collection[int]) -> bool:
-    """Whether a loss mixes leaves with rows of gated calls, so that each row has a share in their gradients.
-
-    A penalty on a leaf that is added to a loss which has been reduced is none of that.
-
-    Args:
-        roots: the loss's ``grad_fn``.
-        leaves: ids of the leaves.
-    """
-    # Of each node, whether it comes from a call, and whether from a leaf.
-    origin: dict[Node, tuple[bool, bool]] = {}
-    stack = list(roots)
-    while stack:
-        node = stack[-1]
-        edges = [] if is_gated(node) else [edge for edge in node.next_functions if edge[0] is not None]
-        missing = [parent for parent, _ in edges if parent not in origin]
-        if node not in origin and missing:
-            stack += missing
-            continue
-        stack.pop()
-        if node in origin:
-            continue
-        each = [origin[parent] for parent, _ in edges]
-        if (False, True) in each:
-            with_rows = [edge for edge, (rows, _) in zip(edges, each, strict=True) if rows]
-            adds = node.name().startswith(("Add", "Sub", "Rsub", "Stack", "Cat"))
-            if any(not adds or math.prod(_shape(edge)) > 1 for edge in with_rows):
-                return True
-        rows, mine = (any(column) for column in zip(*each, strict=True)) if each else (False, False)
-        origin[node] = (rows or is_gated(node), mine or id(getattr(node, "variable", None)) in leaves)
-    return False
 
 
 _Sum = tuple[Node, float] | None
@@ -780,7 +759,7 @@ def _each_of(name: str, node: Node, parents: list[Edge]) -> float | Tensor | Non
     if (sizes := getattr(node, "_saved_self_sym_sizes", None)) is not None:
         reduced = math.prod(sizes) if len(sizes) else None
     else:
-        reduced = max((math.prod(_shape(parent)) for parent in parents if _shape(parent)), default=None)
+        reduced = max((math.prod(edge_shape(parent)) for parent in parents if edge_shape(parent)), default=None)
     return None if reduced is None else 1 / reduced if "Mean" in name else 1.0
 
 
@@ -792,5 +771,5 @@ def _terms(parents: list[Edge]) -> list[Edge] | None:
             return None
         parents = [parent for parent in node.next_functions if parent[0] is not None]
         if name in _JOINS:
-            return parents if all(math.prod(_shape(parent)) == 1 for parent in parents) else None
+            return parents if all(math.prod(edge_shape(parent)) == 1 for parent in parents) else None
     return None

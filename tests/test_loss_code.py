@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, Independent, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
 import kondo_hooks as kondo
@@ -381,16 +381,123 @@ class Gaussian(nn.Module):
 
 
 def gaussian(y, log_std, u):
-    return -(torch.distributions.Normal(y, log_std.exp()).log_prob(torch.ones(B, 2).double()).sum(-1) * u).mean()
+    return -(Normal(y, log_std.exp()).log_prob(torch.ones(B, 2).double()).sum(-1) * u).mean()
 
 
-USES = {
-    "in_a_density": lambda m, y, u: gaussian(y, m.log_std, u),
-    "added_to_rows": lambda m, y, u: gaussian(y, fixed, u) + (y + m.log_std).pow(2).mean(),
-    "as_a_head": lambda m, y, u: gaussian(y, fixed, u) + (y @ m.mean.weight).pow(2).mean(),
-    "times_a_reduced_loss": lambda m, y, u: gaussian(y, fixed, u) * m.log_std.sum().exp(),
-}
 fixed = torch.zeros(2).double()
+
+
+def joined(m, y, u, w):
+    """Half of the rows at a time, next to the log_std of each, in one term of the loss."""
+    both = torch.cat([y, m.log_std.expand(B, 2)], 1)
+    return gaussian(y, fixed, u * w) + (both.pow(2).sum(1) * w).mean()
+
+
+def correlated(m, y):
+    return torch.linalg.solve(torch.diag_embed(m.log_std.exp() + 0.1), y.T).pow(2).mean()
+
+
+# Each row's terms times w.
+SPLIT = {
+    "in_a_density": lambda m, y, u, w: gaussian(y, m.log_std, u * w),
+    "softplus": lambda m, y, u, w: gaussian(y, F.softplus(m.log_std).clamp(min=0.1).log(), u * w),
+    "one_for_all": lambda m, y, u, w: gaussian(y, m.log_std.mean(), u * w),
+    "independent": lambda m, y, u, w: (
+        -(Independent(Normal(y, m.log_std.exp()), 1).log_prob(torch.ones(B, 2).double()) * u * w).mean()
+    ),
+    "added_to_rows": lambda m, y, u, w: gaussian(y, fixed, u * w) + ((y + m.log_std).pow(2) * w[:, None]).mean(),
+    "scaled": lambda m, y, u, w: gaussian(y / m.log_std.exp()[0], fixed, u * w),
+    "as_a_head": lambda m, y, u, w: gaussian(y, fixed, u * w) + ((y @ m.mean.weight).pow(2) * w[:, None]).mean(),
+    "joined": joined,
+    "ratio": lambda m, y, u, w: (
+        -(torch.exp(Normal(y, m.log_std.exp()).log_prob(y.detach() + 0.3).sum(-1) + 1).clamp(0.1, 3) * u * w).mean()
+    ),
+    "and_in_a_penalty": lambda m, y, u, w: gaussian(y, m.log_std, u * w) - 0.01 * m.log_std.sum(),
+    "time_first": lambda m, y, u, w: gaussian(y.T.contiguous().T, m.log_std, u * w),
+}
+TOLD = {
+    "times_a_reduced_loss": lambda m, y, u: gaussian(y, fixed, u) * m.log_std.sum().exp(),
+    "rows_moved": lambda m, y, u: gaussian(y, fixed, u) + (y.flip(0) + m.log_std).pow(2).mean(),
+    "in_a_solver": lambda m, y, u: gaussian(y, fixed, u) + correlated(m, y),
+}
+
+
+def masked(name, model, x, u, factors):
+    SPLIT[name](model, model(x), u, factors).backward()
+    return grads(model)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_of_a_parameter_in_the_loss_code_only_the_kept_rows_share_counts(name, data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+
+    def run():
+        with kondo.gated(model, rate=0.25) as gate:
+            SPLIT[name](model, model(x), u, torch.ones(B)).backward()
+        expected = masked(name, reference, x, u, gate.last.factors())
+        assert largest_relative_difference(grads(model), expected) < 1e-10
+        assert 0 < gate.last.kept.numel() < B
+        assert not model.log_std._backward_hooks
+
+    assert not [message for message in warned(run) if "still reach" in message]
+
+
+def test_the_kept_rows_share_in_a_parameter_of_the_loss_code_weighted_and_drawn(data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+    with kondo.gated(model, rate=0.5, deterministic=False, unbiased=True, seed=3) as gate:
+        SPLIT["in_a_density"](model, model(x), u, torch.ones(B)).backward()
+    expected = masked("in_a_density", reference, x, u, gate.last.factors())
+    assert largest_relative_difference(grads(model), expected) < 1e-10
+
+
+def test_the_kept_rows_share_in_a_parameter_of_the_loss_code_in_a_window(data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+    with kondo.gated(model, rate=0.25, window=2) as gate:
+        for part in (slice(0, B // 2), slice(B // 2, B)):
+            y = model(x[part])
+            logp = Normal(y, model.log_std.exp()).log_prob(torch.ones_like(y)).sum(-1)
+            (-(logp * u[part]).sum() / B).backward()
+            if part.start == 0:
+                assert model.log_std.grad is None or not model.log_std.grad.any()
+    expected = masked("in_a_density", reference, x, u, gate.last.factors())
+    assert largest_relative_difference(grads(model), expected) < 1e-10
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_kept_rows_share_in_a_parameter_of_the_loss_code_by_autograd_grad(retain, data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+    with kondo.gated(model, rate=0.25) as gate:
+        loss = gaussian(model(x), model.log_std, u)
+        parameters = list(model.parameters())
+        for _ in range(1 + retain):
+            found = torch.autograd.grad(loss, parameters, None, retain)
+    for p, grad in zip(parameters, found, strict=True):
+        p.grad = grad
+    expected = masked("in_a_density", reference, x, u, gate.last.factors())
+    assert largest_relative_difference(grads(model), expected) < 1e-10
+
+
+def test_a_failed_backward_leaves_nothing_of_a_parameter_in_the_loss_code(data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+
+    def fail(grad):
+        raise ValueError("no")
+
+    with kondo.gated(model, rate=0.25) as gate:
+        y = model(x)
+        z = y * 1
+        z.register_hook(fail)
+        with pytest.raises(ValueError, match="no"):
+            gaussian(z, model.log_std, u).backward()
+        model.zero_grad()
+        gaussian(model(x), model.log_std, u).backward()
+    expected = masked("in_a_density", reference, x, u, gate.last.factors())
+    assert largest_relative_difference(grads(model), expected) < 1e-10
 
 
 PENALTIES = {
@@ -400,7 +507,7 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", TOLD)
 def test_a_parameter_that_meets_rows_in_the_loss_is_told_once_and_named(name, data):
     x, _, u = data
     model = Gaussian().double()
@@ -408,10 +515,10 @@ def test_a_parameter_that_meets_rows_in_the_loss_is_told_once_and_named(name, da
     def run():
         with kondo.gated(model, rate=0.25):
             for _ in range(2):
-                USES[name](model, model(x), u).backward()
+                TOLD[name](model, model(x), u).backward()
 
     (told,) = [message for message in warned(run) if "still reach" in message]
-    assert ("mean.weight" if name == "as_a_head" else "log_std") in told
+    assert "log_std" in told
 
 
 @pytest.mark.parametrize("name", PENALTIES)
