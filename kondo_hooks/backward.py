@@ -20,17 +20,18 @@ from kondo_hooks.idle import Idle
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.population import Arrival, OutputProbe, find_scales, find_signal
+from kondo_hooks.readback import Readback
 from kondo_hooks.readings import Learned, find_positions
 from kondo_hooks.replay import AmbiguousRowsError, Replayed, find_graphs, have_graph, input_grads, replay
 from kondo_hooks.rounding import Checks
-from kondo_hooks.selection import Decision, Samples, Selector, Signal, check_finite, forced_mask
+from kondo_hooks.selection import Decision, Kept, Samples, Selector, Signal, check_finite, forced_mask
 from kondo_hooks.state import ModuleState
 from kondo_hooks.stats import Stats
 from kondo_hooks.streams import Streams
 from kondo_hooks.trace import Path, probe_scales, selects_log_prob
 from kondo_hooks.verify import name_of
 from kondo_hooks.watch import LossWatcher
-from kondo_hooks.window import Spread, Window, gone, in_doubt
+from kondo_hooks.window import Spread, Window, in_doubt, without_gone
 
 _RESIDUAL = 0.1
 _NO_GRAPH = (
@@ -215,9 +216,12 @@ class Backward:
         )
         return []
 
-    def _send_to_met(self, arrivals: list[Arrival], factors: list[Tensor]) -> None:
+    def _send_to_met(self, arrivals: list[Arrival], kept: list[Kept]) -> None:
         """The kept rows' share in the gradients of parameters that the loss code uses itself."""
-        by_call = {(id(a.call), a.task): f for a, f in zip(arrivals, factors, strict=True)}
+        by_call = {
+            (id(a.call), a.task): mine.spread(a.call.batch, torch.float64)
+            for a, mine in zip(arrivals, kept, strict=True)
+        }
         ready = [m for m in self._meetings if m.is_ready(by_call)]
         self._meetings = [m for m in self._meetings if m not in ready]
         due = [pair for meeting in ready for pair in meeting.release(by_call)]
@@ -348,10 +352,10 @@ class Backward:
 
     def _replay_everything(self, arrival: Arrival) -> list[Tensor | None]:
         """Gradients of the inputs alone (adversarial examples): nothing learns from these rows, so all count."""
-        arrival.check()
-        call = arrival.call
+        back, call = Readback(), arrival.call
+        arrival.check(back)
         rows = torch.arange(call.batch, device=call.outputs[0].device)
-        return self._replay([arrival], [0], [Part.of(call, rows, arrival.grads)], None, reduces=False)
+        return self._replay([arrival], [0], [Part.of(call, rows, arrival.grads)], None, False, back)
 
     def _end(self, population: _Population) -> None:
         if self._ended is None:
@@ -370,28 +374,28 @@ class Backward:
             return []
         ranks = self.engine.ranks
         with self.streams.joined():
-            for step in (self._read, self._find_readings, self._look):
+            back = Readback()
+            for step in (lambda each: self._read(each, back), self._find_readings, self._look):
                 try:
                     step(arrivals)
                 except Exception as error:
-                    if ranks.alone:
-                        raise
-                    ranks.announce(error)
+                    self._raise_or_announce(error)
             self.window.add(arrivals)
+            self.window.back.take_over(back)
             if self.window.is_full(self.engine.ends_accumulation(arrivals[-1].call)):
                 return self._finish()
             if self.forced is None:
                 together = ranks.size if self.spread.scope == "global" else 1
-                self.window.compact(self.selector, together, self.learned, self.engine.communicates)
+                self.window.compact(arrivals, self.selector, together, self.learned, self.engine.communicates)
             self.stats.waiting_bytes = max(self.stats.waiting_bytes, self.window.nbytes())
             return []
 
-    def _read(self, arrivals: list[Arrival]) -> None:
-        """Find each call's signal."""
+    def _read(self, arrivals: list[Arrival], back: Readback) -> None:
+        """Find each call's signal; some of what may be wrong is told when ``back`` is read."""
         for a in arrivals:
             if a.unsplit():
                 self._forget_constants(a)
-            a.check()
+            a.check(back)
             if a.call.overwritten():
                 self.copy_outputs = True
                 with self._model_running():
@@ -412,7 +416,9 @@ class Backward:
             self._warn_critic(a)
         for a, scale in zip(read, find_scales(paths, [a.call.batch for a in read], self._warn), strict=True):
             assert a.signal is not None
-            a.signal, a.scale = replace(a.signal, advantages=a.signal.advantages / scale), scale
+            u = a.signal.advantages
+            a.signal = replace(a.signal, advantages=u / (scale.to(u.device) if isinstance(scale, Tensor) else scale))
+            a.scale = scale
         for a in arrivals:
             for observation in a.call.observations:
                 observation.release()
@@ -481,6 +487,7 @@ class Backward:
 
     def _finish(self) -> list[Tensor | None]:
         """Decide on the window's calls and replay their kept rows; returns gradients for inputs that want one."""
+        back, least = self.window.back, self.window.least
         arrivals = self.window.take()
         ranks, engine = self.engine.ranks, self.engine
         reduces = engine.reduces(arrivals[-1].call)
@@ -488,21 +495,21 @@ class Backward:
         try:
             decision: Decision | None = None
             parts: list[Part | None] = [None] * len(arrivals)
-            factors: list[Tensor] = []
+            kept: list[Kept] = []
             slots = passes.find_slots(arrivals)
             counts: Tensor | None = None
             try:
-                decision, factors, counts = self._decide(arrivals, slots)
-                parts = [a.part(f) for a, f in zip(arrivals, factors, strict=True)]
-                decision.scale = arrivals[0].scale
+                decision, kept, counts = self._decide(arrivals, slots, least, back)
+                parts = [a.part(mine) for a, mine in zip(arrivals, kept, strict=True)]
+                _note_scale(decision, arrivals[0], back)
             except Exception as error:
-                if ranks.alone or self.spread.scope == "global":
+                if self.spread.scope == "global":
                     raise
-                ranks.announce(error)
-            inputs = self._replay(arrivals, slots, parts, counts, reduces)
-            if factors and self._meetings:
+                self._raise_or_announce(error)
+            inputs = self._replay(arrivals, slots, parts, counts, reduces, back)
+            if kept and self._meetings:
                 with self._replaying():
-                    self._send_to_met(arrivals, factors)
+                    self._send_to_met(arrivals, kept)
             if counts is not None and not engine.wrappers:
                 ranks.meet()  # no reduction of gradients comes after which all ranks could look
             if reduces:
@@ -522,8 +529,10 @@ class Backward:
                 a.call.release()
         return inputs
 
-    def _decide(self, arrivals: list[Arrival], slots: list[int]) -> tuple[Decision, list[Tensor], Tensor | None]:
-        """The decision, each call's factors, and with all ranks as one batch how many each rank keeps."""
+    def _decide(
+        self, arrivals: list[Arrival], slots: list[int], least: float, back: Readback
+    ) -> tuple[Decision, list[Kept], Tensor | None]:
+        """The decision, what is kept of each call, and with all ranks as one batch how many each rank keeps."""
         leaders = [a for a in arrivals if a.follows is None]
         if len(leaders) < len(arrivals) and self.spread.balance:
             raise RuntimeError(
@@ -534,21 +543,19 @@ class Backward:
         found: Signals = signals if len(signals) == len(leaders) and not self.engine.ranks.failed else None
         forced = None if found is None else self._forced(leaders, found)
         of_leaders = [slot for a, slot in zip(arrivals, slots, strict=True) if a.follows is None]
-        decision, chosen, counts = self.choose(found, forced, of_leaders)
-        by_leader = {id(a): f for a, f in zip(leaders, chosen, strict=True)}
-        factors = [by_leader[id(a.follows or a)] for a in arrivals]
-        for a, f in zip(arrivals, factors, strict=True):
-            if a.held is None:
-                continue
-            rows = f if f.dim() == 1 else f.ne(0).any(1)
-            if (missing := gone(a, rows != 0)).any():
-                f[missing] = 0
-                self._warn(
-                    "window",
-                    "gated: a window ended with more rows than its first backwards let expect, so fewer rows than rate "
-                    "are kept: rows that could have been chosen were no longer held.",
-                )
-        return decision, factors, counts
+        decision, chosen, counts = self.choose(found, forced, of_leaders, back)
+        by_leader = {id(a): mine for a, mine in zip(leaders, chosen, strict=True)}
+        kept = [by_leader[id(a.follows or a)] for a in arrivals]
+        if counts is None and len(decision.kept) <= least:
+            return decision, kept, counts
+        kept, lost = without_gone(arrivals, kept)
+        if lost:
+            self._warn(
+                "window",
+                "gated: a window ended with more rows than its first backwards let expect, so fewer rows than rate "
+                "are kept: rows that could have been chosen were no longer held.",
+            )
+        return decision, kept, counts
 
     def _forced(self, arrivals: list[Arrival], signals: list[Signal]) -> Tensor | None:
         """(N,) samples whose gradients overflowed float16, over the population; None if there are none."""
@@ -563,14 +570,19 @@ class Backward:
         return torch.cat(rows)
 
     def choose(
-        self, signals: "Signals", forced: Tensor | None = None, slots: list[int] | None = None
-    ) -> tuple[Decision, list[Tensor], Tensor | None]:
+        self,
+        signals: "Signals",
+        forced: Tensor | None = None,
+        slots: list[int] | None = None,
+        back: Readback | None = None,
+    ) -> tuple[Decision, list[Kept], Tensor | None]:
         """Choose; ``forced`` rows, and those that the user forced, are kept.
 
         Args:
             signals: of each call; None if this rank failed to read them.
             forced: (N,) samples.
             slots: which of the structures that ranks have in common each call has.
+            back: brings the decision's numbers; without, they are there.
         """
         ranks, together = self.engine.ranks, self.spread.scope == "global" and self.engine.ranks.size > 1
         samples: Samples | None = None
@@ -591,11 +603,11 @@ class Backward:
             samples = None
         if not together:
             assert samples is not None and signals is not None
-            decision = self.selector.choose(samples, forced)
-            return decision, self.selector.split(decision.factors(), signals), None
+            decision = self.selector.choose(samples, forced, back)
+            return decision, self.selector.kept_of(decision, signals), None
         found = signals or []
         all_ranks = world.decide(self.selector, samples, found, slots or [0] * len(found), forced, ranks)
-        return all_ranks.decision, all_ranks.factors, all_ranks.counts
+        return all_ranks.decision, all_ranks.kept, all_ranks.counts
 
     def _with_users(self, forced: Tensor | None, samples: Samples) -> Tensor | None:
         if self.forced is None:
@@ -695,6 +707,7 @@ class Backward:
         parts: list[Part | None],
         counts: Tensor | None,
         reduces: bool,
+        back: Readback,
     ) -> list[Tensor | None]:
         """Run the kept rows again with a graph, check them, and run the backward through them."""
         engine, first = self.engine, arrivals[0]
@@ -710,7 +723,9 @@ class Backward:
             )
         with self._replaying():
             if not self._one_at_a_time(planned):
-                done = [r for group in planned.groups for r in passes.forward(group, self.learned)]
+                done = [r for group in planned.groups for r in passes.forward(group, self.learned, back)]
+                back.read()
+                done = passes.settled(done, self.learned)
                 has_graph = [bool(r.outputs) for r in done]
                 with passes.as_in_screen(done):
                     self._backward(first, done)
@@ -721,7 +736,7 @@ class Backward:
                     for n, group in enumerate(planned.groups):
                         last = n == len(planned.groups) - 1
                         with engine.one_pass(reduces and last):
-                            replayed = passes.forward_as_one_of_many(group, first, engine, self.learned)
+                            replayed = passes.forward_as_one_of_many(group, first, engine, self.learned, back)
                             with passes.as_in_screen(replayed):
                                 self._backward(first, replayed)
                         has_graph += [bool(r.outputs) for r in replayed]
@@ -804,6 +819,20 @@ class Backward:
             elif grad is not None:
                 held = capture[id(leaf)]
                 capture[id(leaf)] = grad if held is None else held + grad
+
+
+def _note_scale(decision: Decision, first: Arrival, back: Readback) -> None:
+    """The loss's own scale of a population, as its first call has it."""
+    scale = first.scale
+    if not isinstance(scale, Tensor):
+        decision.scale = scale
+        return
+
+    def note(found: list[float]) -> None:
+        none = found[0] <= torch.finfo(scale.dtype).tiny
+        decision.scale = 1 / first.call.batch if none else found[0]
+
+    back.ask([scale], note)
 
 
 Signals = list[Signal] | None

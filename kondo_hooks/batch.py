@@ -125,11 +125,6 @@ def carried_over(factors: Tensor, shape: Sequence[int], positions: bool | None =
     return each if positions else each.amax(1)
 
 
-def kept_rows(factors: Tensor) -> Tensor:
-    """Indices of the rows that any factor of (B,) or (B, P) keeps, ascending."""
-    return (factors if factors.dim() == 1 else factors.ne(0).any(1)).nonzero().flatten()
-
-
 def fill_index(rows: Tensor, batch: int) -> Tensor:
     """(batch,) index into kept rows that puts each in its place, and the first kept one where none was kept."""
     index = torch.zeros(batch, dtype=torch.long, device=rows.device)

@@ -26,10 +26,12 @@ from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.forward import Forward, Reading
 from kondo_hooks.hosts import adopt
 from kondo_hooks.idle import Idle, moves
+from kondo_hooks.readback import Readback
 from kondo_hooks.rounding import Checks
 from kondo_hooks.screened import Screened
 from kondo_hooks.selection import (
     Decision,
+    Kept,
     SelectionConfig,
     Selector,
     Signal,
@@ -309,24 +311,24 @@ class Gated:
             if not isinstance(kept, Tensor) or kept.dim() != 1:
                 raise ValueError("screen: kept must be a tensor of shape (B,), bool or factors")
             if self.enabled and not self._forward.passes_through():
-                factors = kept.detach() if kept.is_floating_point() else kept.float()
-                self._forward.screened = self._screen_rows(factors, torch.ones_like(factors, dtype=torch.bool))
+                rows = kept.detach().nonzero().flatten()
+                mine = Kept(rows, kept.detach()[rows] if kept.is_floating_point() else None)
+                self._forward.screened = self._screen_rows(mine, torch.ones_like(kept, dtype=torch.bool))
             return None
         signal = self._signal("screen", logp, advantages, mask, delight)
         if self._forward.passes_through() or not self.enabled:
             return _everything(signal)
         try:
-            decision, factors = self._select(signal)
+            decision, mine = self._select(signal)
         except Exception as error:
             ranks = self._backward.engine.ranks
             if ranks.alone or self._backward.spread.scope == "global":
                 raise
             ranks.announce(error)  # and keep nothing, until the others know
-            self._forward.screened = self._screen_rows(
-                torch.zeros(len(signal.delight), device=signal.delight.device), signal.valid
-            )
-            return Decision(signal.delight, torch.arange(0, device=signal.delight.device), None, float("nan"), 0.0)
-        self._forward.screened = self._screen_rows(factors, signal.valid)
+            nothing = torch.arange(0, device=signal.delight.device)
+            self._forward.screened = self._screen_rows(Kept(nothing, None), signal.valid)
+            return Decision(signal.delight, nothing, None, float("nan"), 0.0)
+        self._forward.screened = self._screen_rows(mine, signal.valid)
         return decision
 
     def select(
@@ -346,14 +348,20 @@ class Gated:
             return _everything(signal)
         return self._select(signal)[0]
 
-    def _select(self, signal: Signal) -> tuple[Decision, Tensor]:
-        decision, factors, _ = self._backward.choose([signal])
+    def _select(self, signal: Signal) -> tuple[Decision, Kept]:
+        back, before = Readback(), self._selector.state_dict()
+        try:
+            decision, (kept,), _ = self._backward.choose([signal], back=back)
+            back.read()
+        except BaseException:
+            self._selector.load_state_dict(before)
+            raise
         self._backward.last = decision
         self.stats.decision(decision)
-        return decision, factors[0]
+        return decision, kept
 
-    def _screen_rows(self, factors: Tensor, valid: Tensor) -> Screened:
-        return Screened(factors, valid, self._backward.engine.communicates, self._forward.shared_loss)
+    def _screen_rows(self, kept: Kept, valid: Tensor) -> Screened:
+        return Screened(len(valid), kept, valid, self._backward.engine.communicates, self._forward.shared_loss)
 
     def _signal(
         self, name: str, logp: Tensor | None, advantages: Tensor | None, mask: Tensor | None, delight: Tensor | None

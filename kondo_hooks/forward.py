@@ -128,7 +128,7 @@ class Forward:
             )
         result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
         self._backward.ran_first(screened.hooks)
-        self._backward.stats.replayed(screened.forwarded, len(screened.factors))
+        self._backward.stats.replayed(screened.forwarded, screened.batch)
         return result
 
     def _check_call(self) -> None:

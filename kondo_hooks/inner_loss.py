@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from kondo_hooks.attributes import version_of
 from kondo_hooks.errors import ReplayMismatchError
+from kondo_hooks.readback import Readback
 from kondo_hooks.state import Autocast
 from kondo_hooks.tree import Tree, flatten, unflatten
 
@@ -212,20 +213,21 @@ class InnerLoss:
         self._steps, self._given, self.tensors = {}, [], []
         return losses
 
-    def check(self) -> None:
-        """Refuse a loss that a backward came from and that did not come out as the model's own."""
+    def check(self, back: Readback) -> None:
+        """Refuse a loss that a backward came from and that did not come out as the model's own, once that is read."""
         for path in self._reached:
-            theirs, ours = map(float, self._values[path])
-            tolerance = _TOLERANCE.get(self._values[path][0].dtype, 2e-2)
-            same = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=1e-9) or (
-                math.isnan(ours) and math.isnan(theirs)
-            )
-            if self._stale or not same:
-                raise RuntimeError(
-                    f"gated: the model's {_plain(path)} is {theirs:.6g}, but taken apart it is {ours:.6g}, or the "
-                    "forward changed what it was made of afterwards: its rows cannot be told. Compute this loss "
-                    "outside of the model."
-                )
+
+            def compare(found: list[float], path: str = path, dtype: torch.dtype = self._values[path][0].dtype) -> None:
+                theirs, ours = found
+                same = math.isclose(ours, theirs, rel_tol=_TOLERANCE.get(dtype, 2e-2), abs_tol=1e-9)
+                if self._stale or not (same or (math.isnan(ours) and math.isnan(theirs))):
+                    raise RuntimeError(
+                        f"gated: the model's {_plain(path)} is {theirs:.6g}, but taken apart it is {ours:.6g}, or the "
+                        "forward changed what it was made of afterwards: its rows cannot be told. Compute this loss "
+                        "outside of the model."
+                    )
+
+            back.ask(self._values[path], compare)
 
     def in_replay(self, steps: Sequence[Step], check: bool = True) -> list[Tensor]:
         """The tensors of another run of the model where the graph ends; empty ones where no backward came from there.

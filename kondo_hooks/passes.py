@@ -18,6 +18,7 @@ from kondo_hooks.engines import Engine
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.parts import Part, cut, pack, reading, same_constants, same_structure, same_values, stands_alone
 from kondo_hooks.population import Arrival
+from kondo_hooks.readback import Readback
 from kondo_hooks.readings import Learned
 from kondo_hooks.replay import (
     AmbiguousRowsError,
@@ -26,13 +27,14 @@ from kondo_hooks.replay import (
     check_unchanged,
     held_layout,
     replay,
+    replay_as_known,
     silenced,
     taking_draws,
     with_gradients,
 )
 from kondo_hooks.replay import forward as run_assembled
 from kondo_hooks.trace import silence
-from kondo_hooks.verify import verify
+from kondo_hooks.verify import verify, verify_later
 from kondo_hooks.window import Spread
 
 
@@ -118,21 +120,48 @@ def _held(part: Part, learned: Learned) -> Part:
     return part if part.held is not None or stands_alone(part.call) else part.hold(reading(part, learned))
 
 
-def forward(group: list[Part], learned: Learned) -> list[Replayed]:
-    """Run a group with a graph, and find out by its outputs where inputs keep their rows."""
+def forward(group: list[Part], learned: Learned, back: Readback | None = None) -> list[Replayed]:
+    """Run a group with a graph, and find out by its outputs where inputs keep their rows.
+
+    Where that is known, and ``back`` given, the outputs are compared when it is read: then look at ``settled``.
+    """
+    if back is not None:
+        if (replayed := replay_as_known(group, learned, back)) is not None:
+            return [replayed]
+        back.read()  # numbers that are none say more than what they lead to
     try:
         return [replay(group, learned)]
     except AmbiguousRowsError:
         return [replay([part.whole()], learned) for part in group]
 
 
-def forward_as_one_of_many(group: list[Part], first: Arrival, engine: Engine, learned: Learned) -> list[Replayed]:
+def settled(replayed: list[Replayed], learned: Learned) -> list[Replayed]:
+    """Replays that are known to be the screen's, once those in doubt have been looked at more closely, or run anew."""
+    result = []
+    for each in replayed:
+        if each.in_doubt:
+            try:
+                verify(each)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                result += forward(each.group, learned)
+                continue
+        result.append(each)
+    return result
+
+
+def forward_as_one_of_many(
+    group: list[Part], first: Arrival, engine: Engine, learned: Learned, back: Readback
+) -> list[Replayed]:
     """Run a group on this rank as others run theirs: a failure is told to them and a silent pass takes its place."""
     ranks = engine.ranks
     if engine.communicates:
-        return [_exactly_one(group, first, engine, learned)]
+        return [_exactly_one(group, first, engine, learned, back)]
     try:
-        done = forward(group, learned)
+        done = forward(group, learned, back)
+        back.read()
+        done = settled(done, learned)
     except Exception as error:
         if ranks.alone:
             raise
@@ -151,7 +180,7 @@ def _standing_in(first: Arrival, learned: Learned) -> tuple[list[Part], list[Ten
     return [part], *assemble([part], reading(part, learned))
 
 
-def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Learned) -> Replayed:
+def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Learned, back: Readback) -> Replayed:
     """One forward, whatever happens around it."""
     ranks = engine.ranks
     try:
@@ -166,7 +195,10 @@ def _exactly_one(group: list[Part], first: Arrival, engine: Engine, learned: Lea
     forwarded = run_assembled(group, inputs)
     try:
         replayed = with_gradients(group, forwarded.outputs(), leaves, reading(group[0], learned))
-        verify(replayed)
+        verify_later(replayed, back)
+        back.read()
+        if replayed.in_doubt:
+            verify(replayed)
     except Exception as error:
         if ranks.alone:
             raise

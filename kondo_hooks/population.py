@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.batch import Layout, kept_rows
+from kondo_hooks.batch import Layout
 from kondo_hooks.delight import (
     Boundary,
     Kind,
@@ -21,8 +21,9 @@ from kondo_hooks.delight import (
 from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part, same_values
-from kondo_hooks.selection import Signal
-from kondo_hooks.trace import Path, read_scales
+from kondo_hooks.readback import Readback, to_device
+from kondo_hooks.selection import Kept, Signal
+from kondo_hooks.trace import Path, read_scales, scale_along
 from kondo_hooks.watch import join
 
 
@@ -41,7 +42,7 @@ class Arrival:
         offset: position on the outputs' second axis where the signal starts.
         source: the output that the signal was read from, if that is known.
         positions: of outputs whose rows begin with an axis as long as the signal's, whether it is the positions'.
-        scale: the loss's own scale, which was divided out of the signal.
+        scale: the loss's own scale, which was divided out of the signal; a tensor where the host does not know it yet.
         forced: (B,) rows that are kept whatever their delight; None if there are none.
         follows: the call of the same rows that holds their policy, where this one holds none: one decision is for both.
         held: the rows that can still be chosen, where the call has let go of the rest.
@@ -57,7 +58,7 @@ class Arrival:
     offset: int = 0
     source: int | None = None
     positions: dict[int, bool] = field(default_factory=dict)
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     forced: Tensor | None = None
     follows: "Arrival | None" = None
     held: Part | None = None
@@ -68,14 +69,14 @@ class Arrival:
         used = [i for i, grad in enumerate(self.grads) if grad is not None]
         return [i for i in used if call.rows[i] is None and not call.is_shared(i)]
 
-    def check(self) -> None:
-        """Refuse gradients that cannot be split into rows."""
+    def check(self, back: Readback) -> None:
+        """Refuse gradients that cannot be split into rows; some of it once ``back`` is read."""
         call = self.call
         for i in self.unsplit():
             path = call.paths[i]
             raise RuntimeError(no_rows_in_loss(path) if call.makes_loss(i) else no_batch_axis(path, call.batch))
         if call.inner is not None:
-            call.inner.check()
+            call.inner.check(back)
 
     def follow(self, others: Iterable["Arrival"]) -> None:
         """Be decided on with the first of these that was called on the same rows."""
@@ -154,16 +155,14 @@ class Arrival:
             if length > 1 and where is not None and grad is not None and call.makes_loss(i) and i not in known
         }
 
-    def part(self, factors: Tensor) -> Part | None:
-        """The kept rows with their weighted gradients; None if no row is kept.
-
-        Args:
-            factors: (B,) or (B, P), 0 where dropped.
-        """
-        rows = kept_rows(factors).to(self._device)
-        if not len(rows):
+    def part(self, kept: Kept) -> Part | None:
+        """The kept rows with their weighted gradients; None if no row is kept."""
+        if not len(kept.rows):
             return None
-        return self._take(rows).weighted(factors.to(rows.device)[rows], self.offset, self.source, self.positions)
+        part = self._take(to_device(kept.rows, self._device))
+        if kept.factors is None:
+            return part
+        return part.weighted(kept.factors.to(self._device), self.offset, self.source, self.positions)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
@@ -182,12 +181,17 @@ class Arrival:
 
     def hold(self, rows: Tensor, layout: Layout) -> None:
         """Keep these rows, at least one, and let go of the others and of the call's tensors."""
-        if not len(rows):
-            rows = torch.zeros(1, dtype=torch.long, device="cpu") if self.held is None else self.held.rows[:1]
+        rows = rows if len(rows) else rows.new_zeros(1)
         self.held = self._take(rows.to(self._device)).hold(layout)
         self.grads = [None] * len(self.grads)
         if not self.keep_graph:
             self.call.slim()
+
+    def keep(self, positions: Tensor) -> None:
+        """Of the rows that are held keep these, by position, at least one."""
+        assert self.held is not None
+        positions = positions if len(positions) else positions.new_zeros(1)
+        self.held = self.held.select(to_device(positions, self._device))
 
     @property
     def _device(self) -> torch.device:
@@ -239,7 +243,9 @@ class OutputProbe:
         return i in self.seen and i not in self.graph
 
 
-def find_scales(paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int], warn: WarnOnce) -> list[float]:
+def find_scales(
+    paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int], warn: WarnOnce
+) -> Sequence[float | Tensor]:
     """The loss's own scale at each call; 1 / rows is assumed where the loss's graph did not tell.
 
     Where the loss takes several ways to a log-prob (a policy term and a KL term, say) the largest scale is taken for
@@ -254,6 +260,8 @@ def find_scales(paths: Sequence[Sequence[Sequence[Path]]], batches: Sequence[int
         warn: told where it is ambiguous.
     """
     assumed = 1 / max(sum(batches), 1)
+    if len(paths) == 1 and len(paths[0]) == 1 and len(paths[0][0]) == 1:
+        return [scale_along(paths[0][0][0], assumed)]
     scales = iter(read_scales([path for call in paths for path in call]))
     found = []
     for call in paths:
@@ -332,15 +340,15 @@ def _find(
     if seen := [o for o in used if not o.raw or any(o.is_of(call, b.index) and b.sums_to_zero() for b in boundaries)]:
         arrival.source = seen[0].output(call)
         return [o.signal(call) for o in seen], seen[0].offset(call), [o.paths for o in seen]
+    if terms := [out for out in boundaries if call.is_summed(out.index)]:
+        arrival.source = terms[0].index
+        return [read_terms(out) for out in terms], 0, _paths(call, terms)
     if boundaries and not any(bool(out.grad.any()) for out in boundaries):
         # All is clipped or masked, or no row is better than another: no delight, whatever the outputs are.
         first = boundaries[0]
         arrival.source = first.index
         nothing = torch.zeros(len(first.grad), 1, device=first.grad.device)
         return [Signal(nothing, nothing, nothing != 0)], 0, []
-    if terms := [out for out in boundaries if call.is_summed(out.index)]:
-        arrival.source = terms[0].index
-        return [read_terms(out) for out in terms], 0, _paths(call, terms)
 
     def is_selected() -> bool:
         probed = probe(arrival)

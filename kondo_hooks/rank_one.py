@@ -101,15 +101,13 @@ def _is_rounding(
     # A coefficient is as uncertain as the difference of its log-prob from zero.
     unsure = 1 + 1 / torch.expm1(logp).abs().clamp_min(eps)
     allowed = 2 * eps * ((unsure + every.abs()) * p * coefficient.abs() + grad.abs())
-    if not bool((apart.abs() <= allowed + torch.finfo(dtype).smallest_normal).all()):
-        return False
+    holds = (apart.abs() <= allowed + torch.finfo(dtype).smallest_normal).all()
     for direction in (torch.ones_like(p), p, p * every):
         parts = apart * direction
         along = (grad * direction).sum(-1, keepdim=True)
         noise = (eps * unsure * along).square().sum() + (eps * (1 + every.abs()) * grad * direction).square().sum()
-        if bool(parts.sum().abs() > 4 * noise.sqrt()):
-            return False
-    return True
+        holds &= parts.sum().abs() <= 4 * noise.sqrt()
+    return bool(holds)
 
 
 def _flat(values: Tensor) -> Tensor:

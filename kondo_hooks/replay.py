@@ -14,17 +14,19 @@ from kondo_hooks.inner_loss import Tape
 from kondo_hooks.node import Call, uncompiled
 from kondo_hooks.parts import Part, reading
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.readback import Readback
 from kondo_hooks.readings import Learned
 from kondo_hooks.tree import Tree, flatten
 from kondo_hooks.uses import Uses
-from kondo_hooks.verify import rows_of, verify
+from kondo_hooks.verify import rows_of, verify, verify_later
 
 
 @dataclass
 class Replayed:
     """A replay of parts: outputs, their gradients, and the leaves that stand for inputs wanting a gradient.
 
-    ``layout`` says how the inputs were read; None for a pass that stands in for rows that failed.
+    ``layout`` says how the inputs were read; None for a pass that stands in for rows that failed. ``in_doubt`` says
+    that a quick comparison with the screen did not show them to be the same.
     """
 
     group: list[Part]
@@ -33,6 +35,7 @@ class Replayed:
     leaves: list[tuple[Tensor, Rows | None]]
     all_outputs: dict[int, Tensor] = field(default_factory=dict)
     layout: Layout | None = None
+    in_doubt: bool = False
 
     @property
     def silent(self) -> bool:
@@ -121,6 +124,29 @@ def replay(group: list[Part], learned: Learned) -> Replayed:
         except Exception:
             pass  # the row's own failure says more
         raise
+
+
+def replay_as_known(group: list[Part], learned: Learned, back: Readback) -> Replayed | None:
+    """Run the rows of a group whose reading is known, and have them compared when ``back`` is read.
+
+    Returns:
+        None where ``replay`` has to find out more, or to say what is wrong.
+    """
+    call = group[0].call
+    layout = held_layout(group) or learned.known(call)
+    if layout is None and len(group) == 1 and group[0].all_rows:
+        layout = next(call.readings())
+    if layout is None:
+        return None
+    try:
+        check_unchanged(group)
+        replayed = run(group, layout)
+        verify_later(replayed, back)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
+    return replayed
 
 
 def _twice(group: list[Part]) -> Part | None:

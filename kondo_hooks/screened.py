@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, kept_rows, layouts, rows_between
+from kondo_hooks.batch import Layout, Rows, candidate_rows, fill_index, is_doubtful, layouts, rows_between
 from kondo_hooks.errors import no_batch_axis, unknown_positions
 from kondo_hooks.node import LEFT, Call
 from kondo_hooks.parts import Part
 from kondo_hooks.readings import Learned, settle_outputs
 from kondo_hooks.replay import AmbiguousRowsError, replay
+from kondo_hooks.selection import Kept
 from kondo_hooks.state import forked_rng, rng_state_now, same_rng_state
 from kondo_hooks.trace import silence
 from kondo_hooks.tree import Tree, flatten, unflatten
@@ -62,14 +63,16 @@ class Screened:
     """A decision that waits for its call.
 
     Attributes:
-        factors: (B,) or (B, T) factors on the gradients, 0 where dropped.
+        batch: B rows that the call has.
+        kept: which of them are, and with what factors on their gradients.
         valid: (B,) or (B, T), False on masked tokens.
         shared_loss: an output without rows may be used, as it is for the kept rows alone.
         one_pass: every rank makes this pass and no other, so doubtful shapes are read in the likeliest way.
         hooks: that make the gradient of a row which stands in exactly zero, to be removed after the backward.
     """
 
-    factors: Tensor
+    batch: int
+    kept: Kept
     valid: Tensor
     one_pass: bool = False
     shared_loss: bool = False
@@ -85,7 +88,7 @@ class Screened:
             learned: where inputs keep their rows; updated.
             learned_outputs: where outputs do, by path; updated.
         """
-        batch = len(self.factors)
+        batch = self.batch
         call.expect(batch, batch_dim)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
             shapes = [tuple(leaf.shape) for leaf in call.inputs]
@@ -93,20 +96,23 @@ class Screened:
                 f"gated: screen() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
                 f"(inputs: {shapes})"
             )
-        rows = kept_rows(self.factors)
+        kept = self.kept
         # Nothing kept: one row stands in with a gradient of zero, so that parameters get zero and not None.
-        nothing = not len(rows)
-        rows = rows.new_zeros(1) if nothing else rows
+        nothing = not len(kept.rows)
+        if nothing:
+            kept = Kept(kept.rows.new_zeros(1), self.valid.new_zeros(1, *self.valid.shape[1:], dtype=torch.float32))
         try:
-            layout = self._inputs(call, rows, batch_dim, learned)
+            layout = self._inputs(call, kept.rows, batch_dim, learned)
         except AmbiguousRowsError:
-            rows = torch.arange(batch, device=rows.device)
+            every = torch.arange(batch, device=kept.rows.device)
+            kept = Kept(every, self.kept.spread(batch, torch.float32))
             layout = [candidate_rows(leaf, batch, batch_dim)[0] for leaf in call.inputs]
+        rows, factors = kept.rows, kept.factors
         self.forwarded = len(rows)
         taken = [
             leaf if where is None else where.take(leaf, rows) for leaf, where in zip(call.inputs, layout, strict=True)
         ]
-        if len(rows) == batch and bool((self.factors == 1).all()):
+        if len(rows) == batch and factors is None:
             return call.run_given()
         before = call.state.attributes.before()
         try:
@@ -131,19 +137,17 @@ class Screened:
         wheres = self._outputs(call, paths, leaves, rows, layout, batch_dim, learned_outputs)
 
         source = fill_index(rows, batch)
-        factors = self.factors[rows]
-        plain = bool((factors == 1).all())
         spread: dict[int, Tensor] = {}
         for path, leaf, where in zip(paths, leaves, wheres, strict=True):
             if id(leaf) in spread:
                 continue
             if where is not None:
-                weights = None if plain else factors
                 shape = tuple(where.first(leaf).shape[1:])
-                if leaf.requires_grad and factors.dim() == 2 and not _has_positions(shape, factors.shape[1]):
-                    by_row = shape[0] < factors.shape[1]
+                tokens = 1 if factors is None or factors.dim() == 1 else factors.shape[1]
+                if leaf.requires_grad and not _has_positions(shape, tokens):
+                    by_row = shape[0] < tokens
                     learned.warn("positions", unknown_positions(path or "the output", shape, by_row=by_row))
-                spread[id(leaf)] = _Spread.apply(leaf, where, rows, source, weights, self.valid)
+                spread[id(leaf)] = _Spread.apply(leaf, where, rows, source, factors, self.valid)
             elif leaf.requires_grad and not self.shared_loss:
                 spread[id(leaf)] = leaf.view_as(leaf)  # a hook on a parameter would outlive the call
                 spread[id(leaf)].register_hook(_refuse(path, batch))
@@ -152,7 +156,7 @@ class Screened:
         return unflatten(result, [spread.get(id(leaf), leaf) for leaf in leaves[:returned]])
 
     def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: Learned) -> Layout:
-        batch = len(self.factors)
+        batch = self.batch
         known = learned.known(call, batch)
         if known is not None and any(known):
             return known
@@ -192,7 +196,7 @@ class Screened:
                 layout.append(None)
             elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
                 layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
-            elif self.one_pass or len(self.factors) == 1:
+            elif self.one_pass or self.batch == 1:
                 fits_axis = leaf.dim() > batch_dim and leaf.shape[batch_dim] % len(rows) == 0
                 layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
             else:
@@ -212,7 +216,7 @@ class Screened:
         """Outputs of one row more, without a graph: a copy of the first, so that nothing else changes."""
         more = torch.cat([rows, rows[:1]])
         # Where all were run no replay has told the readings apart: a mask of (T, T) with T = B raises if it is cut.
-        others = layouts(call.inputs, len(self.factors), batch_dim) if len(rows) == len(self.factors) else ()
+        others = layouts(call.inputs, self.batch, batch_dim) if len(rows) == self.batch else ()
         failure: Exception | None = None
         for layout in (inputs, *others):
             taken = [

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kondo_hooks.readback import Readback, to_device
+
 Unit = Literal["sample", "token"]
 Reduction = Literal["sum", "mean", "max"]
 Weight = Literal["pg", "dg"]
@@ -114,12 +116,14 @@ def check_rate(rate: float) -> float:
 class Signal:
     """What is known of each sample: advantage, surprisal, and where they mean something.
 
-    All three have the same shape, (B,) or (B, T). ``valid`` is False on padding and masked positions.
+    All three have the same shape, (B,) or (B, T). ``valid`` is False on padding and masked positions. ``draws`` are the
+    samples' random scores, where these were drawn already.
     """
 
     advantages: Tensor
     surprisal: Tensor
     valid: Tensor
+    draws: Tensor | None = None
 
     @classmethod
     def of(cls, logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> "Signal":
@@ -191,6 +195,8 @@ class Decision:
         rate: K / N.
         scale: the loss's own scale ``s`` that was divided out of the delight (1/N for a mean).
         samples: how many were chosen from: N, less the invalid tokens.
+        sum_delight: total delight of all samples.
+        sum_delight_kept: total delight of the kept ones.
     """
 
     delight: Tensor
@@ -200,6 +206,8 @@ class Decision:
     rate: float
     scale: float = 1.0
     samples: int = -1
+    sum_delight: float = math.nan
+    sum_delight_kept: float = math.nan
 
     def __post_init__(self) -> None:
         if self.samples < 0:
@@ -210,6 +218,40 @@ class Decision:
         factors = self.delight.new_zeros(len(self.delight))
         factors[self.kept] = 1 if self.weights is None else self.weights.to(factors.dtype)
         return factors
+
+    def count(self, back: Readback) -> None:
+        """Have the sums of delight read."""
+
+        def note(sums: list[float]) -> None:
+            self.sum_delight, self.sum_delight_kept = sums
+
+        back.ask([self.delight.sum(), self.delight[self.kept].sum()], note)
+
+
+@dataclass
+class Kept:
+    """What is kept of one batch.
+
+    Attributes:
+        rows: (n,) indices of its rows, ascending.
+        factors: (n,) or (n, P) factors on their gradients; None where all are one.
+    """
+
+    rows: Tensor
+    factors: Tensor | None
+
+    @classmethod
+    def of(cls, factors: Tensor) -> "Kept":
+        """Of (B,) or (B, P) factors, 0 where dropped."""
+        rows = (factors if factors.dim() == 1 else factors.ne(0).any(1)).nonzero().flatten()
+        return cls(rows, factors[rows])
+
+    def spread(self, batch: int, dtype: torch.dtype) -> Tensor:
+        """(batch,) or (batch, P) factors, 0 where dropped."""
+        shape = (batch,) if self.factors is None else (batch, *self.factors.shape[1:])
+        full = torch.zeros(shape, dtype=dtype, device=self.rows.device)
+        full[self.rows] = 1 if self.factors is None else self.factors.to(dtype)
+        return full
 
 
 @dataclass
@@ -233,6 +275,26 @@ def check_finite(scores: Tensor, delight: Tensor) -> None:
             f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
             "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
         )
+
+
+def _ask_finite(back: Readback, scores: Tensor, delight: Tensor) -> None:
+    ends = [end for values in ({id(scores): scores, id(delight): delight}.values()) for end in values.aminmax()]
+
+    def check(found: list[float]) -> None:
+        if not all(map(math.isfinite, found)):
+            check_finite(scores.to(delight.device), delight)
+
+    back.ask(ends, check)
+
+
+def by_batch(rows: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Ascending indices into batches that follow each other, as indices into each."""
+    if len(sizes) == 1:
+        return [rows]
+    ends = torch.tensor(sizes, device="cpu").cumsum(0)
+    counts = torch.searchsorted(rows, to_device(ends, rows.device)).tolist()
+    starts = [0, *ends.tolist()]
+    return [rows[low:high] - start for low, high, start in zip([0, *counts], counts, starts, strict=False)]
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -295,13 +357,17 @@ class Selector:
         """(n,) random scores from the gate's own generator."""
         return torch.rand(n, generator=self._generator, device="cpu")
 
-    def __call__(self, delight: Tensor, scores: Tensor, forced: Tensor | None = None) -> Decision:
+    def __call__(
+        self, delight: Tensor, scores: Tensor, forced: Tensor | None = None, back: Readback | None = None
+    ) -> Decision:
         """Decide on N samples and count the step.
 
         Args:
             delight: (N,) advantage x nats; for the record and for ``weight="dg"``.
-            scores: (N,) what the samples are ranked by.
+            scores: (N,) what the samples are ranked by; on the host where they are random.
             forced: (N,) bool, samples that are kept whatever their score; they count towards ``rate``.
+            back: brings the numbers that are not needed to choose, and the error, when it is read; then the decision
+                has to be undone by its caller.
 
         Raises:
             ValueError: if N is 0 or a score is not finite.
@@ -310,27 +376,32 @@ class Selector:
             raise ValueError("the gate was given an empty batch: there is no row to choose from")
         ranked = scores
         if forced is not None and forced.any():
+            scores = scores.to(forced.device)
             ranked = scores.masked_fill(forced, torch.inf)
             scores, delight = (torch.where(forced & ~t.isfinite(), 0, t) for t in (scores, delight))
-        check_finite(scores, delight)
+        if back is None or self.config.history:
+            check_finite(scores, delight)
+        else:
+            _ask_finite(back, scores, delight)
         kept, probability, price = self._choose(ranked, scores)
+        kept = to_device(kept, delight.device)
+        probability = None if probability is None else to_device(probability, delight.device)
         weights = self._weights(delight, kept, probability)
         self.step += 1
-        return Decision(delight, kept, weights, float(price), len(kept) / len(scores))
+        decision = Decision(delight, kept, weights, math.nan, len(kept) / len(scores))
 
-    def decide(self, signals: list[Signal], forced: Tensor | None = None) -> tuple[Decision, list[Tensor]]:
-        """Choose among all rows, or all valid tokens, of several batches as one population.
+        def note(values: list[float]) -> None:
+            (decision.price,) = values
 
-        Args:
-            signals: of each batch, (B,) or (B, P).
-            forced: (N,) bool over the population, in the order of the batches.
-
-        Returns:
-            The decision, and for each batch the factors on its gradients, 0 where dropped: (B,), or the shape of
-            its signal when ``unit="token"``.
-        """
-        decision = self.choose(self.samples(signals), forced)
-        return decision, self.split(decision.factors(), signals)
+        reading = Readback() if back is None else back
+        if isinstance(price, Tensor):
+            reading.ask([price], note)
+        else:
+            decision.price = float(price)
+        decision.count(reading)
+        if back is None:
+            reading.read()
+        return decision
 
     def samples(self, signals: list[Signal]) -> "Samples":
         """What is chosen among: one sample a row, or one a position when ``unit="token"``."""
@@ -347,28 +418,51 @@ class Selector:
             scores: Tensor | None = delight
         elif config.priority == "uniform":
             scores = None
+            if any(s.draws is not None for s in signals):
+                for s in signals:
+                    if s.draws is None:
+                        self.draw(s)
+                scores = torch.cat([s.draws for s in signals if s.draws is not None])
         else:
             scores = torch.cat([each(s, s.score(config.priority)).to(device) for s in signals])
         valid = torch.cat([s.valid.reshape(-1).to(device) for s in signals]) if tokens else None
-        return Samples(delight, scores, None if valid is None or valid.all() else valid)
+        return Samples(delight, scores, valid)
 
-    def choose(self, samples: "Samples", forced: Tensor | None = None) -> Decision:
-        """Decide on the valid samples; the decision's indices are into all of them."""
+    def choose(self, samples: "Samples", forced: Tensor | None = None, back: Readback | None = None) -> Decision:
+        """Decide on the valid samples; the decision's indices are into all of them. Arguments as of a call."""
         delight, scores = samples.delight, samples.scores
         if scores is None:
-            scores = self.uniform(len(delight)).to(delight.device)
+            scores = self.uniform(len(delight))
         if samples.valid is None:
-            return self(delight, scores, forced)
+            return self(delight, scores, forced, back)
         index = samples.valid.nonzero().flatten()
+        if len(index) == len(delight):
+            return self(delight, scores, forced, back)
         if not len(index):
             self.step += 1
-            return Decision(delight, index, None, math.nan, math.nan, samples=0)
+            return Decision(delight, index, None, math.nan, math.nan, samples=0, sum_delight=0.0, sum_delight_kept=0.0)
         chosen = delight[index]
         decision = self(
-            chosen, chosen if scores is delight else scores[index], None if forced is None else forced[index]
+            chosen,
+            chosen if scores is delight else scores[index.to(scores.device)],
+            None if forced is None else forced[index],
+            back,
         )
         decision.delight, decision.kept = delight, index[decision.kept]
         return decision
+
+    def kept_of(self, decision: Decision, signals: list[Signal]) -> list[Kept]:
+        """What a decision over several batches keeps of each; waits for the device once if there are several."""
+        if self.config.unit == "token":
+            factors = self.split(decision.factors(), signals)
+            rows = torch.cat([f.ne(0).any(1) if f.dim() > 1 else f.ne(0) for f in factors]).nonzero().flatten()
+            each = by_batch(rows, [len(f) for f in factors])
+            return [Kept(mine, f[mine]) for mine, f in zip(each, factors, strict=True)]
+        each = by_batch(decision.kept, [len(signal.valid) for signal in signals])
+        if decision.weights is None:
+            return [Kept(mine, None) for mine in each]
+        weights = decision.weights.split([len(mine) for mine in each])
+        return [Kept(mine, w) for mine, w in zip(each, weights, strict=True)]
 
     def split(self, values: Tensor, signals: list[Signal]) -> list[Tensor]:
         """Values of the samples, batch by batch, in the shape of its rows, or of its positions."""
@@ -377,29 +471,21 @@ class Selector:
         parts = values.split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def contenders(self, samples: "Samples", expected: float) -> Tensor | None:
-        """(N,) bool: the samples that a later decision, over these and more to come, can still keep.
-
-        Args:
-            samples: those seen so far.
-            expected: how many there will be in the end, at most.
-
-        Returns:
-            None where that cannot be told before the decision: all of them can.
-        """
+    def most(self, expected: float) -> int | None:
+        """The most of this many samples that a decision by rank keeps; None where it is not by rank."""
         config = self.config
-        if not (config.hard and config.deterministic) or config.history or samples.scores is None:
+        if config.price is not None or config.history or not (config.hard and config.deterministic):
             return None
-        if config.price is not None:
-            return samples.scores > config.price
         rate = self.rate()
         assert rate is not None
-        scores = samples.scores
-        if samples.valid is not None:
-            scores = scores.masked_fill(~samples.valid, -torch.inf)
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        kept[top_k(scores, max(1, math.ceil(rate * expected + 0.5)))] = True
-        return kept
+        return max(1, math.ceil(rate * expected + 0.5))
+
+    def draw(self, signal: Signal) -> None:
+        """Rank a batch by random numbers before the decision, where that is by these alone."""
+        config = self.config
+        if config.priority == "uniform" and config.hard and config.deterministic and not config.history:
+            n = signal.valid.numel() if config.unit == "token" else len(signal.valid)
+            signal.draws = self.uniform(n)
 
     def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
         config, rate, n = self.config, self.rate(), len(scores)
@@ -409,7 +495,7 @@ class Selector:
             probability = gate_probability(ranked, price, config.temperature)
             if not config.hard:
                 return torch.arange(n, device=scores.device), probability, price
-            draws = self.uniform(n).to(scores.device)
+            draws = to_device(self.uniform(n), scores.device)
             kept = (draws < probability).nonzero().flatten()
             self._count(rate, n, len(kept))
             return kept, probability, price
@@ -420,8 +506,9 @@ class Selector:
             kept = self._pay(ranked, price, rate)
             return kept, None, price
         forced = int((ranked == torch.inf).sum()) if ranked is not scores else 0
-        kept = top_k(ranked, max(1, round(rate * n), forced))
-        return kept, None, ranked[kept].min()
+        k = max(1, round(rate * n), forced)
+        ordered = torch.sort(ranked, descending=True, stable=True)
+        return ordered.indices[:k].sort().values, None, ordered.values[k - 1]
 
     def _quantile(self, scores: Tensor, rate: float) -> Tensor:
         """The price that keeps ``rate`` of this batch and of the last decisions, less what is owed."""

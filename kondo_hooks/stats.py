@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 from kondo_hooks.selection import Decision
 
 _NAN = float("nan")
@@ -86,15 +84,13 @@ class Stats:
 
     def decision(self, decision: Decision) -> None:
         """Count a decision."""
-        delight = decision.delight
-        total, kept = torch.stack([delight.sum(), delight[decision.kept].sum()]).tolist()
         self.steps += 1
         self.rows += decision.samples
         self.kept += len(decision.kept)
         self.decided += decision.samples
         self.decided_kept += len(decision.kept)
-        self.sum_delight += total
-        self.sum_delight_kept += kept
+        self.sum_delight += decision.sum_delight
+        self.sum_delight_kept += decision.sum_delight_kept
         self.price = decision.price
 
     def spread(self, kept: float, replayed: float) -> None:

@@ -606,6 +606,27 @@ def read_scales(paths: Sequence[Sequence[Path]]) -> list[list[Scale]]:
     return [[scale for path in each if (scale := _scale(path, values)) is not None] for each in paths]
 
 
+def scale_along(path: Path, assumed: float) -> float | Tensor:
+    """The scale along the only path of a backward, without waiting for it; ``assumed`` if that went another way.
+
+    A loss times zero, or beyond the range of its type, has no scale: it gives the smallest number above zero, or
+    ``assumed``.
+    """
+    probes = [probe for probe in (path.addition, path.reduction) if probe is not None]
+    if any(probe.grad is None for probe in probes):
+        return assumed
+    if not probes:
+        return 1.0
+    grad = probes[-1].grad
+    assert grad is not None
+    scale = grad.detach().reshape(-1)[0].abs()
+    scale = scale if scale.dtype == torch.float64 else scale.float()
+    factor = path.each if path.reduction is not None else path.share
+    if isinstance(factor, Tensor) or factor != 1:
+        scale = scale * factor
+    return scale.nan_to_num(assumed, assumed).clamp_min(torch.finfo(scale.dtype).tiny)
+
+
 def _scale(path: Path, values: dict[int, float]) -> Scale | None:
     """None if the backward sent nothing along the path."""
     above = 1.0 if path.addition is None else values.get(id(path.addition), 0.0) * path.share

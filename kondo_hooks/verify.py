@@ -11,6 +11,7 @@ what, the cheapest first:
    that comes of the batch size is gone there; what comes of the other rows is not.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from kondo_hooks.errors import ReplayMismatchError, coupled_rows
 from kondo_hooks.node import Call
 from kondo_hooks.parts import Part
 from kondo_hooks.rank_one import RankOne
+from kondo_hooks.readback import Readback
 from kondo_hooks.rounding import Limit, by_column, differences
 
 if TYPE_CHECKING:
@@ -46,6 +48,23 @@ def verify(replayed: "Replayed") -> None:
                 raise ReplayMismatchError(_message(replayed.group, worst))
 
 
+def verify_later(replayed: "Replayed", back: Readback) -> None:
+    """The same by a comparison that does not wait for its result, and that is stricter: where it fails, ``verify``.
+
+    Sets ``replayed.in_doubt`` when ``back`` is read.
+    """
+    call = replayed.group[0].call
+    for i, output in replayed.all_outputs.items():
+        lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
+        limit = call.checks.limit(call.paths[i], lowest, usual, "logits" if i in call.policy else "")
+
+        def note(excess: list[float], most: float = limit.absolute) -> None:
+            replayed.in_doubt |= not excess[0] <= most
+
+        for compared in _compare(replayed.group, i, output):
+            back.ask([compared.excess(limit.relative)], note)
+
+
 def verify_company(replayed: "Replayed") -> None:
     """Hold the rows' values against the screen's once more, in a batch of its size that has no other rows.
 
@@ -69,7 +88,6 @@ class _Compared:
     Attributes:
         part: the part.
         i: which output.
-        same: whether they are equal.
         apart: (columns,) largest differences where the loss sent a gradient; once ``exceeds`` was asked.
         measure: (columns,) what they are held against.
     """
@@ -83,7 +101,25 @@ class _Compared:
         self.part = part
         self.i = i
         self._read, self._ours, self._theirs, self._used = read, read(rows), theirs, used
-        self.same = torch.equal(self._ours, theirs)
+
+    @functools.cached_property
+    def same(self) -> bool:
+        """Whether they are equal."""
+        return torch.equal(self._ours, self._theirs)
+
+    def excess(self, relative: float) -> Tensor:
+        """() the most that a column differs by beyond what is allowed of its values that differ; NaN if one is none."""
+        if self._ours.shape != self._theirs.shape:
+            return self._theirs.new_full((), torch.nan)
+        if not self._ours.numel():
+            return self._theirs.new_zeros(())
+        apart = self._ours - self._theirs
+        if self._used is not None:
+            apart = apart.masked_fill_(~self._used, 0)
+        largest, size = (
+            torch.linalg.vector_norm(t, torch.inf, 0) for t in (apart, self._theirs.masked_fill(apart == 0, 0))
+        )
+        return torch.sub(largest, size, alpha=relative).max()
 
     def exceeds(self, limit: Limit) -> bool:
         """Whether any column differs by more than it may, by the kept rows' measure and then by all rows'."""

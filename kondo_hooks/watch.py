@@ -42,7 +42,7 @@ class Observation:
 
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
     sources: list[Source]
-    own_scale: float | None = None
+    own_scale: float | Tensor | None = None
     told: bool = False
     raw: bool = False
     position_axis: int = 1
@@ -346,7 +346,9 @@ def _indexed_loss(
                 surprisal = surprisal + table.logsumexp(1)
         return grad * own * factor, surprisal
 
-    own = 1 / float(factor.sum().clamp_min(1e-30)) if reduction == "mean" else 1.0
+    own: float | Tensor = 1.0
+    if reduction == "mean":
+        own = 1 / factor.sum().clamp_min(1e-30)
     own_scale = None if reduction == "none" else own
     observation = Observation(read, sources, own_scale)
     # (B, V, T): the classes are on axis 1.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kondo_hooks.parts import Part
 from kondo_hooks.ranks import Ranks
-from kondo_hooks.selection import Decision, Samples, Selector, Signal
+from kondo_hooks.readback import Readback
+from kondo_hooks.selection import Decision, Kept, Samples, Selector, Signal
 
 _COLUMNS = 6  # delight, score, valid, forced, slot, row
 
@@ -21,12 +22,12 @@ class World:
 
     Attributes:
         decision: this rank's part of it; ``price`` and ``rate`` are the world's.
-        factors: for each of this rank's calls, factors on its gradients.
+        kept: what is kept of each of this rank's calls.
         counts: (ranks, slots) kept rows of each rank in each slot.
     """
 
     decision: Decision
-    factors: list[Tensor]
+    kept: list[Kept]
     counts: Tensor
 
 
@@ -68,8 +69,12 @@ def decide(
         decision.rate,
         samples=int((tables[ranks.rank][:, 2] != 0).sum()),
     )
+    back = Readback()
+    local.count(back)
+    back.read()
     own = factors[mine].to(samples.delight)
-    return World(local, selector.split(own, signals), _counts(tables, factors, max(slots) + 1))
+    kept = [Kept.of(each) for each in selector.split(own, signals)]
+    return World(local, kept, _counts(tables, factors, max(slots) + 1))
 
 
 def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:
