@@ -12,7 +12,6 @@ of the logits, for a model that is nearly all logits; the plain loop's beside it
 
 import argparse
 import contextlib
-import copy
 import sys
 import traceback
 from collections import Counter
@@ -34,6 +33,7 @@ from tests.device.counting import Counted, counted
 ROOT = Path(__file__).parent.parent
 DEVICE = "emu:0"
 ROWS, TOKENS, WORDS = 64, 16, 512
+LOGITS = ROWS * TOKENS * WORDS * 4  # bytes
 
 
 class Language(nn.Module):
@@ -51,17 +51,25 @@ class Language(nn.Module):
         return nll.view_as(labels).mean(), logits
 
 
+def nothing(gate: Any) -> None:
+    """Before a call that is not decided on first."""
+
+
 @dataclass
 class Case:
-    """A model, one batch of it, and its loss as a user writes it: of the model's outputs and of some rows."""
+    """A model, one batch of it, and its loss as a user writes it: of the model's outputs and of some rows.
+
+    ``end`` is what is left of a loss inside the model, once it has been computed without a graph.
+    """
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
     loss: Callable[..., Tensor]
     options: dict[str, Any] = field(default_factory=dict)
     backwards: int = 1
-    before: Callable[[Any], None] = lambda gate: None
+    before: Callable[[Any], None] = nothing
     autocast: torch.dtype | None = None
+    end: Callable[[], None] = lambda: None
 
     def run(self, rows: Any = slice(None)) -> Tensor:
         """The loss of some rows."""
@@ -90,6 +98,9 @@ def cases() -> dict[str, Case]:
     def inside(out: tuple[Tensor, ...], rows: Any) -> Tensor:
         return out[0]
 
+    def reduced() -> None:
+        torch.zeros(words.shape, device=DEVICE, requires_grad=True).mean().backward()
+
     def language() -> nn.Module:
         return Language().to(DEVICE)
 
@@ -102,8 +113,8 @@ def cases() -> dict[str, Case]:
         "mlp, drawn": Case(mlp(), (x,), of_actions, {"deterministic": False}),
         "mlp, random rows": Case(mlp(), (x,), of_actions, {"priority": "uniform"}),
         "language model": Case(language(), (ids,), of_words),
-        "loss inside": Case(language(), (ids, words), inside),
-        "loss inside, bfloat16": Case(language(), (ids, words), inside, autocast=torch.bfloat16),
+        "loss inside": Case(language(), (ids, words), inside, end=reduced),
+        "loss inside, bfloat16": Case(language(), (ids, words), inside, autocast=torch.bfloat16, end=reduced),
         "screen first": Case(language(), (ids,), of_words, before=first),
         "window 8": Case(mlp(), (x,), of_actions, {"window": 8}, 8),
         "window 64": Case(mlp(), (x,), of_actions, {"window": 64}, 64),
@@ -125,7 +136,6 @@ def gated_step(case: Case, looks: "Looks | None" = None) -> Counted:
                 for _ in range(case.backwards):
                     case.before(gate)
                     case.run().backward()
-    found.kept = len(gate.last.kept)
     return found
 
 
@@ -139,26 +149,21 @@ def plain_step(case: Case) -> Counted:
     return found
 
 
-def parts_step(case: Case, kept: int) -> Counted:
-    """By hand, with nothing of the gate in it: what a gated step is made of."""
-    rows = torch.arange(max(1, kept), device=DEVICE) % ROWS
-    model = copy.copy(case)
-    with counted() as found:
-        for _ in range(case.backwards):
-            if case.before(_Nothing()) is None and "gate" in case.before.__code__.co_names:
-                continue
+def own_kernels(case: Case, ours: Counted) -> int:
+    """Kernels of a gated step beside those of its parts by hand: screen, loss, kept rows with a graph."""
+    options = options_of(case)
+    rows = torch.arange(round((options["rate"] or 0.3) * ROWS * case.backwards), device=DEVICE) % ROWS
+    screens_first = case.before is not nothing
+    with counted() as parts:
+        for _ in range(0 if screens_first else case.backwards):
             with torch.no_grad(), torch.autocast("emu", case.autocast, enabled=case.autocast is not None):
                 out = case.model(*case.inputs)
+            case.end()
             if isinstance(out, Tensor) or out[0].dim():
                 outs = [leaf.detach().requires_grad_() for leaf in (out if isinstance(out, tuple) else (out,))]
                 case.loss(tuple(outs) if isinstance(out, tuple) else outs[0], slice(None)).backward()
-        model.run(rows).backward()
-    return found
-
-
-class _Nothing:
-    def screen(self, **_: Any) -> None:
-        """Decides nothing."""
+        case.run(rows).backward()
+    return ours.launches - parts.launches
 
 
 class Looks(TorchDispatchMode):
@@ -196,14 +201,12 @@ def main() -> None:
             if n:
                 print(f"{n:5d}  {line}")
         return
-    unit = ROWS * TOKENS * WORDS * 4
     print(f"{'':28s} {'waits':>6s} {'plain':>6s} {'own kernels':>12s} {'peak':>6s} {'plain':>6s}")
     for name, case in every.items():
         case.run().backward()
         plain, ours = plain_step(case), gated_step(case)
-        own = ours.launches - parts_step(case, ours.kept).launches
-        counts = f"{ours.synchronisations:6d} {plain.synchronisations:6d} {own:12d}"
-        peaks = "".join(f" {c.peak_bytes / unit:6.2f}" for c in (ours, plain) if case.inputs[0].dtype == torch.int64)
+        counts = f"{ours.synchronisations:6d} {plain.synchronisations:6d} {own_kernels(case, ours):12d}"
+        peaks = "".join(f" {c.peak_bytes / LOGITS:6.2f}" for c in (ours, plain) if case.inputs[0].dtype == torch.int64)
         print(f"{name:28s} {counts}{peaks}", flush=True)
 
 

@@ -829,8 +829,8 @@ def _note_scale(decision: Decision, first: Arrival, back: Readback) -> None:
         return
 
     def note(found: list[float]) -> None:
-        none = found[0] <= torch.finfo(scale.dtype).tiny
-        decision.scale = 1 / first.call.batch if none else found[0]
+        limits = torch.finfo(scale.dtype)
+        decision.scale = found[0] if limits.tiny < found[0] < limits.max else 1 / first.call.batch
 
     back.ask([scale], note)
 

@@ -206,7 +206,7 @@ class InnerLoss:
         # Copies: a view that a Trainer divides in place would leave its hook behind.
         losses = {path: made[i].clone() for path, i in self.ends.items()}
         for path, loss in losses.items():
-            self._values[path] = (self._values[path][0], loss.detach().clone())
+            self._values[path] = (self._values[path][0], made[self.ends[path]].detach())
             if loss.requires_grad:
                 loss.register_hook(lambda _grad, path=path: self._reached.add(path))
         # A window must not hold what the losses were made of.

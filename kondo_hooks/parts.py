@@ -194,6 +194,27 @@ class Part:
                 grads.append(where.put(torch.zeros_like(output, dtype=grad.dtype), self.rows, grad))
         return replace(self, rows=torch.arange(self.call.batch, device=self.rows.device), grads=grads, repeated=False)
 
+    @classmethod
+    def holding(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None], layout: Layout) -> "Part":
+        """Rows of a call with their own copy of what a replay needs, in the least space that is exact."""
+        inputs = [
+            leaf.detach() if where is None else where.take(leaf.detach(), rows)
+            for leaf, where in zip(call.inputs, layout, strict=True)
+        ]
+        held: list[Gradient | None] = []
+        outputs, measures = [], []
+        for i, (where, grad) in enumerate(zip(call.rows, grads, strict=True)):
+            form = None
+            if grad is not None and where == Rows(0):
+                form = RankOne.of(call.outputs[i], grad, rows.to(grad.device))
+            output = None if grad is None or where is None or form is not None else where.take(call.outputs[i], rows)
+            held.append(form or _take(call, i, grad, rows))
+            outputs.append(output)
+            measures.append(
+                None if output is None or where is None else measure(by_column(call.outputs[i], where.axis))
+            )
+        return cls(call, rows, held, Held(layout, inputs, outputs, measures))
+
     def hold(self, layout: Layout) -> "Part":
         """The same with its own copy of what a replay needs, in the least space that is exact."""
         if self.held is not None:
@@ -206,7 +227,7 @@ class Part:
         for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
             output = None if grad is None or where is None else self.output(i)
             if output is not None and where == Rows(0) and isinstance(grad, Tensor):
-                form = RankOne.of(output, grad)
+                form = RankOne.of(output, grad, torch.arange(len(output), device=output.device))
                 if form is not None:
                     grads[i], output = form, None
             outputs.append(output)

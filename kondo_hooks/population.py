@@ -182,7 +182,7 @@ class Arrival:
     def hold(self, rows: Tensor, layout: Layout) -> None:
         """Keep these rows, at least one, and let go of the others and of the call's tensors."""
         rows = rows if len(rows) else rows.new_zeros(1)
-        self.held = self._take(rows.to(self._device)).hold(layout)
+        self.held = Part.holding(self.call, rows.to(self._device), self.grads, layout)
         self.grads = [None] * len(self.grads)
         if not self.keep_graph:
             self.call.slim()

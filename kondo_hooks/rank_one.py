@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LARGE = 2**18  # values of logits from which they go through in pieces
+_PIECES = 4
+
 
 @dataclass
 class RankOne:
@@ -28,18 +31,32 @@ class RankOne:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, logits: Tensor, grad: Tensor) -> "RankOne | None":
-        """The form of ``grad`` at ``logits``, both (n, ..., K); None unless it is exact to rounding."""
-        if logits.dim() < 2 or logits.shape[-1] < 2 or not len(logits):
+    def of(cls, logits: Tensor, grad: Tensor, rows: Tensor) -> "RankOne | None":
+        """The form of ``grad`` at some rows of ``logits``, both (B, ..., K); None unless it is exact to rounding.
+
+        What is computed on the way would take many times the logits' memory, so large ones go through in pieces.
+        """
+        if logits.dim() < 2 or logits.shape[-1] < 2 or not len(rows):
             return None
+        pieces = _PIECES if logits.numel() > _LARGE else 1
+        found, errors = [], []
+        for index in rows.tensor_split(min(pieces, len(rows))):
+            one, error = cls._of(logits.index_select(0, index), grad.index_select(0, index))
+            found.append(one)
+            errors.append(error)
+        coefficient, action, logp = (torch.cat(parts) for parts in zip(*(one.tensors() for one in found), strict=True))
+        shape = torch.Size((len(rows), *logits.shape[1:]))
+        return cls(coefficient, action, logp, shape, grad.dtype) if _is_rounding(errors) else None
+
+    @classmethod
+    def _of(cls, logits: Tensor, grad: Tensor) -> tuple["RankOne", "_Error"]:
         y, g = _flat(logits), _flat(grad)
         every = y.log_softmax(-1)
         action = _actions(g, every)
         logp = every.gather(-1, action)
         coefficient = _coefficients(g, action, logp)
         found = cls(coefficient.squeeze(-1), action.squeeze(-1), logp.squeeze(-1), logits.shape, grad.dtype)
-        apart = found.expand(y).sub_(g)
-        return found if _is_rounding(apart, g, coefficient, every, logp, grad.dtype) else None
+        return found, _Error.of(found.expand(y).sub_(g), g, coefficient, every, logp, grad.dtype)
 
     def expand(self, logits: Tensor) -> Tensor:
         """The gradient at ``logits`` (n, P, K), in their type."""
@@ -89,25 +106,50 @@ def _coefficients(grad: Tensor, action: Tensor, logp: Tensor) -> Tensor:
     return torch.where(g != 0, g / torch.expm1(logp), 0)
 
 
-def _is_rounding(
-    apart: Tensor, grad: Tensor, coefficient: Tensor, every: Tensor, logp: Tensor, dtype: torch.dtype
-) -> bool:
-    """Whether (n, P, K) differences from a gradient are its type's rounding and nothing else.
+@dataclass
+class _Error:
+    """What a form is beside a gradient.
+
+    Attributes:
+        small: () whether each value differs by no more than its rounding.
+        along: (3,) sums of the differences along the directions that other terms of a loss would have.
+        noise: (3,) the squares of what rounding leaves of these.
+    """
+
+    small: Tensor
+    along: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(
+        cls, apart: Tensor, grad: Tensor, coefficient: Tensor, every: Tensor, logp: Tensor, dtype: torch.dtype
+    ) -> "_Error":
+        """From (n, P, K) differences."""
+        eps, p = torch.finfo(dtype).eps, every.exp()
+        # A coefficient is as uncertain as the difference of its log-prob from zero.
+        unsure = 1 + 1 / torch.expm1(logp).abs().clamp_min(eps)
+        allowed = 2 * eps * ((unsure + every.abs()) * p * coefficient.abs() + grad.abs())
+        small = (apart.abs() <= allowed + torch.finfo(dtype).smallest_normal).all()
+        sums, noises = [], []
+        for direction in (torch.ones_like(p), p, p * every):
+            along = (grad * direction).sum(-1, keepdim=True)
+            sums.append((apart * direction).sum())
+            noises.append(
+                (eps * unsure * along).square().sum() + (eps * (1 + every.abs()) * grad * direction).square().sum()
+            )
+        return cls(small, torch.stack(sums), torch.stack(noises))
+
+
+def _is_rounding(errors: list[_Error]) -> bool:
+    """Whether the differences from a gradient are its type's rounding and nothing else.
 
     Another term (a z-loss, an entropy) may be less than the rounding of each value. Rounding has no direction; so the
     differences' sums along the directions of such terms are held against what rounding leaves of them.
     """
-    eps, p = torch.finfo(dtype).eps, every.exp()
-    # A coefficient is as uncertain as the difference of its log-prob from zero.
-    unsure = 1 + 1 / torch.expm1(logp).abs().clamp_min(eps)
-    allowed = 2 * eps * ((unsure + every.abs()) * p * coefficient.abs() + grad.abs())
-    holds = (apart.abs() <= allowed + torch.finfo(dtype).smallest_normal).all()
-    for direction in (torch.ones_like(p), p, p * every):
-        parts = apart * direction
-        along = (grad * direction).sum(-1, keepdim=True)
-        noise = (eps * unsure * along).square().sum() + (eps * (1 + every.abs()) * grad * direction).square().sum()
-        holds &= parts.sum().abs() <= 4 * noise.sqrt()
-    return bool(holds)
+    along, noise = sum(error.along for error in errors), sum(error.noise for error in errors)
+    assert isinstance(along, Tensor) and isinstance(noise, Tensor)
+    small = torch.stack([error.small for error in errors]).all()
+    return bool(small & (along.abs() <= 4 * noise.sqrt()).all())
 
 
 def _flat(values: Tensor) -> Tensor:

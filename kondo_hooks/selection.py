@@ -138,7 +138,10 @@ class Signal:
     @property
     def delight(self) -> Tensor:
         """Advantage times surprisal, zero where not valid; same shape as the fields."""
-        return torch.where(self.valid, self.advantages * self.surprisal, 0)
+        return self._where_valid(self.advantages * self.surprisal)
+
+    def _where_valid(self, score: Tensor) -> Tensor:
+        return torch.where(self.valid, score, torch.zeros((), dtype=score.dtype, device="cpu"))
 
     def score(self, priority: str | additive) -> Tensor:
         """What ``priority`` ranks by, at each position; zero where not valid."""
@@ -152,12 +155,14 @@ class Signal:
             score = self.surprisal
         else:
             score = self.advantages if priority == "advantage" else self.advantages.abs()
-        return torch.where(self.valid, score, 0)
+        return self._where_valid(score)
 
     def reduce(self, score: Tensor, reduction: Reduction) -> Tensor:
         """Reduce a (B, T) score over its valid positions to (B,); a row without any gets 0."""
         if score.dim() == 1:
             return score
+        if score.shape[1] == 1:
+            return score[:, 0]
         if reduction == "max":
             top = score.masked_fill(~self.valid, -torch.inf).amax(1)
             return torch.where(self.valid.any(1), top, 0)
@@ -287,6 +292,10 @@ def _ask_finite(back: Readback, scores: Tensor, delight: Tensor) -> None:
     back.ask(ends, check)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def by_batch(rows: Tensor, sizes: list[int]) -> list[Tensor]:
     """Ascending indices into batches that follow each other, as indices into each."""
     if len(sizes) == 1:
@@ -412,8 +421,8 @@ class Selector:
             values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
             return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
 
-        device = signals[0].delight.device
-        delight = torch.cat([each(s, s.delight).to(device) for s in signals])
+        device = signals[0].advantages.device
+        delight = _joined([each(s, s.delight).to(device) for s in signals])
         if config.priority == "delight":
             scores: Tensor | None = delight
         elif config.priority == "uniform":
@@ -424,7 +433,7 @@ class Selector:
                         self.draw(s)
                 scores = torch.cat([s.draws for s in signals if s.draws is not None])
         else:
-            scores = torch.cat([each(s, s.score(config.priority)).to(device) for s in signals])
+            scores = _joined([each(s, s.score(config.priority)).to(device) for s in signals])
         valid = torch.cat([s.valid.reshape(-1).to(device) for s in signals]) if tokens else None
         return Samples(delight, scores, valid)
 

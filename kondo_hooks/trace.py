@@ -609,8 +609,8 @@ def read_scales(paths: Sequence[Sequence[Path]]) -> list[list[Scale]]:
 def scale_along(path: Path, assumed: float) -> float | Tensor:
     """The scale along the only path of a backward, without waiting for it; ``assumed`` if that went another way.
 
-    A loss times zero, or beyond the range of its type, has no scale: it gives the smallest number above zero, or
-    ``assumed``.
+    A loss times zero, or beyond the range of its type, has no scale: it gives the smallest number of that type above
+    zero, or the largest.
     """
     probes = [probe for probe in (path.addition, path.reduction) if probe is not None]
     if any(probe.grad is None for probe in probes):
@@ -624,7 +624,7 @@ def scale_along(path: Path, assumed: float) -> float | Tensor:
     factor = path.each if path.reduction is not None else path.share
     if isinstance(factor, Tensor) or factor != 1:
         scale = scale * factor
-    return scale.nan_to_num(assumed, assumed).clamp_min(torch.finfo(scale.dtype).tiny)
+    return scale.clamp(torch.finfo(scale.dtype).tiny, torch.finfo(scale.dtype).max)
 
 
 def _scale(path: Path, values: dict[int, float]) -> Scale | None:

@@ -96,11 +96,11 @@ class _Compared:
     measure: Tensor
 
     def __init__(
-        self, part: Part, i: int, rows: Tensor, read: Callable[[Tensor], Tensor], theirs: Tensor, used: Tensor | None
+        self, part: Part, i: int, rows: Tensor, read: Callable[[Tensor], Tensor], theirs: Tensor, sent: Tensor | None
     ):
         self.part = part
         self.i = i
-        self._read, self._ours, self._theirs, self._used = read, read(rows), theirs, used
+        self._read, self._ours, self._theirs, self._sent = read, read(rows), theirs, sent
 
     @functools.cached_property
     def same(self) -> bool:
@@ -113,12 +113,11 @@ class _Compared:
             return self._theirs.new_full((), torch.nan)
         if not self._ours.numel():
             return self._theirs.new_zeros(())
-        apart = self._ours - self._theirs
-        if self._used is not None:
-            apart = apart.masked_fill_(~self._used, 0)
-        largest, size = (
-            torch.linalg.vector_norm(t, torch.inf, 0) for t in (apart, self._theirs.masked_fill(apart == 0, 0))
-        )
+        apart, nothing = self._ours - self._theirs, torch.zeros((), dtype=self._ours.dtype, device="cpu")
+        if self._sent is not None:
+            apart = torch.where(self._sent == 0, nothing, apart)
+        differing = torch.where(apart == 0, nothing, self._theirs)
+        largest, size = (torch.linalg.vector_norm(t, torch.inf, 0) for t in (apart, differing))
         return torch.sub(largest, size, alpha=relative).max()
 
     def exceeds(self, limit: Limit) -> bool:
@@ -129,6 +128,10 @@ class _Compared:
             self.measure = torch.maximum(self.measure, everything.to(self.measure))
             allowed = limit.allows(self.apart, self.measure)
         return not bool(allowed.all())
+
+    @property
+    def _used(self) -> Tensor | None:
+        return None if self._sent is None else self._sent != 0
 
     def differs_from(self, again: Tensor) -> Tensor:
         """(columns,) largest difference of another run of the same rows from the screen."""
@@ -147,7 +150,7 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
             def picked(rows: Tensor, grad: RankOne = grad) -> Tensor:
                 return grad.log_probs(rows[tuple(slice(n) for n in grad.shape)]).reshape(-1, 1)
 
-            yield _Compared(part, i, rows, picked, grad.logp.reshape(-1, 1), (grad.coefficient != 0).reshape(-1, 1))
+            yield _Compared(part, i, rows, picked, grad.logp.reshape(-1, 1), grad.coefficient.reshape(-1, 1))
         elif expected is not None:
             if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
                 len(group) == 1 and expected.shape != rows.shape
@@ -157,8 +160,8 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
             def values(rows: Tensor, shape: torch.Size = expected.shape) -> Tensor:
                 return by_column(rows[tuple(slice(n) for n in shape)], axis)
 
-            used = None if grad is None or grad.is_complex() else by_column(grad != 0, axis)
-            yield _Compared(part, i, rows, values, by_column(expected, axis), used)
+            sent = None if grad is None or grad.is_complex() else by_column(grad, axis)
+            yield _Compared(part, i, rows, values, by_column(expected, axis), sent)
 
 
 def _limit(call: Call, i: int, output: Tensor) -> Limit:

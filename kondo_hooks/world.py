@@ -3,6 +3,7 @@
 Every rank computes the same from the same table, so nothing has to be agreed on afterwards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kondo_hooks.parts import Part
 from kondo_hooks.ranks import Ranks
-from kondo_hooks.readback import Readback
+from kondo_hooks.readback import to_device
 from kondo_hooks.selection import Decision, Kept, Samples, Selector, Signal
 
 _COLUMNS = 6  # delight, score, valid, forced, slot, row
@@ -52,29 +53,29 @@ def decide(
     if samples is None:
         ranks.gather(None, _COLUMNS)
         raise AssertionError("unreachable: a failed rank raises in gather")
-    tables = ranks.gather(_table(samples, signals, slots, forced), _COLUMNS)
-    union = torch.cat(tables)
+    gathered = ranks.gather(_table(samples, signals, slots, forced), _COLUMNS)
+    union = torch.cat(gathered).cpu()  # the host waits for the device once, however many ranks there are
+    tables = union.split([len(table) for table in gathered])
     scores = None if samples.scores is None else union[:, 1]
-    everything = Samples(union[:, 0], scores, union[:, 2] != 0)
-    decision = selector.choose(everything, union[:, 3] != 0)
+    decision = selector.choose(Samples(union[:, 0], scores, union[:, 2] != 0), union[:, 3] != 0)
     factors = decision.factors()
-    start = sum(map(len, tables[: ranks.rank]))
-    mine = slice(start, start + len(tables[ranks.rank]))
-    here = (decision.kept >= mine.start) & (decision.kept < mine.stop)
+    start, own, device = sum(map(len, tables[: ranks.rank])), tables[ranks.rank], samples.delight.device
+    here = (decision.kept >= start) & (decision.kept < start + len(own))
+    kept = decision.kept[here] - start
     local = Decision(
         samples.delight,
-        (decision.kept[here] - mine.start).to(samples.delight.device),
-        None if decision.weights is None else decision.weights[here].to(samples.delight),
+        to_device(kept, device),
+        None if decision.weights is None else to_device(decision.weights[here].to(samples.delight.dtype), device),
         decision.price,
         decision.rate,
-        samples=int((tables[ranks.rank][:, 2] != 0).sum()),
+        samples=int((own[:, 2] != 0).sum()),
+        sum_delight=float(own[:, 0].sum()),
+        sum_delight_kept=float(own[kept, 0].sum()),
     )
-    back = Readback()
-    local.count(back)
-    back.read()
-    own = factors[mine].to(samples.delight)
-    kept = [Kept.of(each) for each in selector.split(own, signals)]
-    return World(local, kept, _counts(tables, factors, max(slots) + 1))
+    mine = factors[start : start + len(own)].to(samples.delight.dtype)
+    return World(
+        local, [Kept.of(each) for each in selector.split(mine, signals)], _counts(tables, factors, max(slots) + 1)
+    )
 
 
 def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:
@@ -96,17 +97,18 @@ def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Te
         torch.cat(slot),
         torch.cat(rows),
     ]
-    return torch.stack([c.to(samples.delight.device, torch.float64) for c in columns], 1)
+    device = samples.delight.device
+    return torch.stack([to_device(c.to(torch.float64), device) for c in columns], 1)
 
 
-def _counts(tables: list[Tensor], factors: Tensor, slots: int) -> Tensor:
+def _counts(tables: Sequence[Tensor], factors: Tensor, slots: int) -> Tensor:
     counts = torch.zeros(len(tables), slots, dtype=torch.long, device="cpu")
     start = 0
     for rank, table in enumerate(tables):
         kept = factors[start : start + len(table)] != 0
         start += len(table)
         rows = table[kept][:, 4:].unique(dim=0)
-        counts[rank] = torch.bincount(rows[:, 0].long().cpu(), minlength=slots)
+        counts[rank] = torch.bincount(rows[:, 0].long(), minlength=slots)
     return counts
 
 

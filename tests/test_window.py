@@ -259,11 +259,11 @@ def test_rank_one_is_refused_where_it_is_not_exact():
     action = torch.randint(0, 9, (3, 4))
     logp = logits.log_softmax(-1)
     (logp.gather(-1, action.unsqueeze(-1)).squeeze(-1) * torch.randn(3, 4)).sum().backward(retain_graph=True)
-    form = RankOne.of(logits.detach(), logits.grad)
+    form = RankOne.of(logits.detach(), logits.grad, torch.arange(len(logits)))
     assert form is not None
     torch.testing.assert_close(form.grad(logits), logits.grad)
     (1e-6 * (logp.exp() * logp).sum()).backward()
-    assert RankOne.of(logits.detach(), logits.grad) is None
+    assert RankOne.of(logits.detach(), logits.grad, torch.arange(len(logits))) is None
 
 
 @pytest.mark.parametrize("sharpness", [1, 5])
@@ -276,7 +276,7 @@ def test_rank_one_takes_rounding_and_no_small_term_for_it(dtype, sharpness):
         action = torch.randint(0, 50, (8, 32, 1), generator=generator)
         loss = -(logp.gather(-1, action) * torch.randn(8, 1, 1, generator=generator)).sum()
         (loss + extra(logits.float(), logp)).backward()
-        return RankOne.of(logits.detach(), logits.grad)
+        return RankOne.of(logits.detach(), logits.grad, torch.arange(len(logits)))
 
     terms = {
         "z": lambda y, logp: 1e-3 * y.logsumexp(-1).square().sum(),
