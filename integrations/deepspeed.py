@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.engines import Engine
-from kondo_hooks.ranks import Ranks
-from kondo_hooks.trace import reaches
+from kondo_hooks.delight.graph import reaches
+from kondo_hooks.ranks.agreement import Ranks
+from kondo_hooks.ranks.engines import Engine
 
 
 def refuse(engine: Any, tensor_parallel: Any) -> None:

@@ -7,7 +7,6 @@ with kondo.gated(model, rate=0.03):
 """
 
 from kondo_hooks.api import gated
-from kondo_hooks.context import Gated
 from kondo_hooks.errors import DelightError, KondoWarning, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,
@@ -18,7 +17,8 @@ from kondo_hooks.gate import (
     expected_confidence_baseline,
     pg_loss,
 )
-from kondo_hooks.selection import Decision, SelectionConfig, Selector, Signal, additive
+from kondo_hooks.handle import Gated
+from kondo_hooks.rules.selection import Decision, SelectionConfig, Selector, Signal, additive
 from kondo_hooks.stats import Stats
 
 __version__ = "0.1.0"

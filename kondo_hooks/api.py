@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kondo_hooks.context import Gated
-from kondo_hooks.engines import find_engine
-from kondo_hooks.forward import Name, Reading
-from kondo_hooks.rounding import Checks
-from kondo_hooks.selection import Normalize, Reduction, SelectionConfig, Unit, Weight, additive, is_number
-from kondo_hooks.window import Size, Spread
+from kondo_hooks.core.screen import Name, Reading
+from kondo_hooks.handle import Gated
+from kondo_hooks.ranks.engines import find_engine
+from kondo_hooks.routes.window import Size, Spread
+from kondo_hooks.rules.selection import Normalize, Reduction, SelectionConfig, Unit, Weight, additive, is_number
+from kondo_hooks.same.rounding import Checks
 
 DEFAULT_RATE = 0.03
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kondo_hooks.api import gated
-from kondo_hooks.context import Gated
-from kondo_hooks.selection import gate_probability, top_k
+from kondo_hooks.handle import Gated
+from kondo_hooks.rules.selection import gate_probability, top_k
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kondo_hooks.selection import Decision
+from kondo_hooks.rules.selection import Decision
 
 _NAN = float("nan")
 

@@ -13,8 +13,8 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
 import kondo_hooks as kondo
-from kondo_hooks.batch import Rows, infer_batch_size, layouts, output_rows
-from kondo_hooks.tree import flatten, map_tensors, unflatten
+from kondo_hooks.rows.axes import Rows, infer_batch_size, layouts, output_rows
+from kondo_hooks.rows.tree import flatten, map_tensors, unflatten
 
 
 class Point(NamedTuple):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import kondo_hooks as kondo
-from kondo_hooks.tree import flatten, map_tensors
+from kondo_hooks.rows.tree import flatten, map_tensors
 from tests.reference import copies, grads, kept_mask, largest_relative_difference
 
 N, F, K = 16, 5, 4

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kondo_hooks as kondo
-from kondo_hooks.delight import Boundary, DelightError, read_boundary, read_field
-from kondo_hooks.trace import find_sources
+from kondo_hooks.delight.boundary import Boundary, DelightError, read_boundary, read_field
+from kondo_hooks.delight.graph import find_sources
 from tests.cases import FEATURES, K, Mlp, make_batch
 
 

@@ -56,7 +56,7 @@ NAMES = "zeros ones empty full arange rand randn randint randperm tensor eye lin
 MAKE = {f"torch.{name}" for name in NAMES.split()}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kondo_hooks").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "kondo_hooks").rglob("*.py")), ids=lambda path: path.name)
 def test_tensors_of_the_gates_own_name_their_device(path: Path):
     """Or they would be made on the user's default device."""
     for call in ast.walk(ast.parse(path.read_text())):

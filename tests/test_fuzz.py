@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from kondo_hooks import passes, population
+from kondo_hooks.core import arrival as population
+from kondo_hooks.ranks import passes
 from tests.fuzz.programs import Program, Term, normal, numbered
 from tests.fuzz.run import run
 from tests.fuzz.shrink import script, shrink
@@ -53,13 +54,13 @@ def rolled(monkeypatch):
         return replayed
 
     monkeypatch.setitem(passes.replay.__globals__, "with_gradients", fault)
-    monkeypatch.setattr("kondo_hooks.audit.Audit.__call__", lambda *_: None)  # it would see that
+    monkeypatch.setattr("kondo_hooks.core.audit.Audit.__call__", lambda *_: None)  # it would see that
 
 
 def rescaled(monkeypatch):
     """Delight is read 25 times too large where a loss has two terms."""
     find_scales = population.find_scales
-    monkeypatch.setattr("kondo_hooks.backward.find_scales", lambda *args: [s / 25 for s in find_scales(*args)])
+    monkeypatch.setattr("kondo_hooks.core.step.find_scales", lambda *args: [s / 25 for s in find_scales(*args)])
 
 
 def raising(monkeypatch):

@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Independent, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
 import kondo_hooks as kondo
-from kondo_hooks.trace import find_sources
+from kondo_hooks.delight.graph import find_sources
 from tests.reference import copies, grads, kept_mask, largest_relative_difference
 
 B, X, K = 12, 5, 6

@@ -104,7 +104,7 @@ def assert_no_host_library(modules):
 
 def test_the_wheel_holds_every_tracked_module_and_the_type_marker(contents, tracked):
     assert "kondo_hooks/py.typed" in contents and "kondo_hooks/integrations/__init__.py" in contents
-    expected = [name for name in tracked if re.fullmatch(r"kondo_hooks/\w+\.py", name)]
+    expected = [name for name in tracked if re.fullmatch(r"kondo_hooks/[\w/]+\.py", name)]
     expected += [f"kondo_hooks/{name}" for name in tracked if re.fullmatch(r"integrations/\w+\.py", name)]
     assert len(expected) > 5 and set(expected) <= set(contents)
 
@@ -133,7 +133,7 @@ def test_the_editable_install_and_its_adapters_import_from_anywhere_without_a_ho
     found = imported(tmp_path)
     assert Path(found["package"]) == ROOT / "kondo_hooks" / "__init__.py"
     assert Path(found["integrations"]) == ROOT / "integrations" / "__init__.py"
-    assert "torch" in found["loaded"] and "kondo_hooks.context" in found["loaded"]
+    assert "torch" in found["loaded"] and "kondo_hooks.handle" in found["loaded"]
     assert not [name for name in found["loaded"] if name.startswith("kondo_hooks.integrations")]
     assert_no_host_library(found["loaded"])
     assert_no_host_library(found["then"])

@@ -11,7 +11,7 @@ from torch import nn
 
 import kondo_hooks as kondo
 from kondo_hooks import SelectionConfig, Selector, Signal, additive
-from kondo_hooks.selection import check_rate, gate_probability, quantile_price, top_k
+from kondo_hooks.rules.selection import check_rate, gate_probability, quantile_price, top_k
 
 
 def slow_top_k(scores, k):

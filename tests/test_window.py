@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kondo_hooks as kondo
-from kondo_hooks.rank_one import RankOne
+from kondo_hooks.core.compact import RankOne
 from tests.cases import FEATURES, K, Mlp, make_batch
 from tests.reference import grads, kept_mask, largest_relative_difference
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kondo_hooks import world
-from kondo_hooks.ranks import Ranks, _unwrap, _wrap
+from kondo_hooks.ranks import together as world
+from kondo_hooks.ranks.agreement import Ranks, _unwrap, _wrap
 
 
 @st.composite

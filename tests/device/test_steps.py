@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kondo_hooks as kondo
-from kondo_hooks.parts import Part
-from kondo_hooks.state import Autocast, products
+from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.same.state import Autocast, products
 from tests.cases import FEATURES, K, Mlp, PolicyAndValue, make_batch
 from tests.device import emu
 from tests.reference import grads, largest_relative_difference

@@ -1,0 +1,319 @@
+"""What happens in a call of the model: it is screened without a graph, or passes through, or runs kept rows only."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import CoroutineType, GeneratorType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.utils import parametrize
+
+from kondo_hooks.core.call import Call
+from kondo_hooks.core.readings import find_anchor, settle_outputs, sizes_of_inputs
+from kondo_hooks.core.step import Backward
+from kondo_hooks.delight.graph import find_sources
+from kondo_hooks.delight.inner_loss import Tape
+from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unknown_batch
+from kondo_hooks.ranks.engines import refuse_outer_wrapper
+from kondo_hooks.routes.screen_first import Screened
+from kondo_hooks.rows.axes import Rows, infer_batch_size
+from kondo_hooks.rows.tree import Tree, flatten, hidden_tensors, is_atom, map_tensors
+from kondo_hooks.same.state import forked_rng
+
+Name = str | int | Callable[[Any], Tensor]
+
+
+@dataclass
+class Reading:
+    """How the model's inputs and outputs are to be read.
+
+    Attributes:
+        named: which output holds the policy, and as what.
+        batch_dim: axis of the rows.
+        pairs: two rows are one sample.
+        shared_loss: a term without rows of the model's own loss is taken on the kept rows.
+        warmup_steps: backwards that pass straight through at first.
+    """
+
+    named: tuple[str, Name] | None
+    batch_dim: int
+    pairs: bool
+    shared_loss: bool
+    warmup_steps: int
+
+
+class Forward:
+    """The forward side of a gate.
+
+    Attributes:
+        model: what is gated.
+        pairs: two rows are one sample.
+        shared_loss: a term without rows of the model's own loss is taken on the kept rows.
+        screened: a decision that waits for its call.
+        tape: whether losses that the model computes are looked for.
+        calls: how many were made with grad.
+    """
+
+    def __init__(self, model: nn.Module, backward: Backward, reading: Reading, warn: WarnOnce):
+        self.model = model
+        self.pairs = reading.pairs
+        self.shared_loss = reading.shared_loss
+        self.screened: Screened | None = None
+        self.tape = True
+        self.calls = 0
+        self._backward = backward
+        self._named = reading.named
+        self._batch_dim = reading.batch_dim
+        self._warmup_steps = reading.warmup_steps
+        self._warn = warn
+        self._outputs_learned: dict[str, Rows | None] = {}
+        self._settled: dict[str, Rows] = {}
+        self._record = True
+        self._anchors: dict[tuple[str, ...], int | None] = {}
+        self._with_batch: dict[tuple[str, ...], int] = {}
+        self._learned_tape = False
+        self._ungated_task = -1
+
+    def passes_through(self) -> bool:
+        """Whether all rows are kept now, so that nothing needs to be done."""
+        return self._backward.selector.step < self._warmup_steps or self._backward.selector.rate() == 1.0
+
+    @_disable_dynamo
+    def intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stands in for the model's call."""
+        with self._backward.watcher.off():
+            result, call, outputs = self._call(original, args, kwargs)
+        # The steps of the model's own loss are loss code: they run watched.
+        return result if call is None or call.inner is None else call.with_losses(result, outputs)
+
+    def _call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
+        """What the model returned and, where the call was screened, its record and the node's outputs."""
+        if not torch.is_grad_enabled() or self._backward.running:
+            with self._backward.watcher.off():  # a sampler's many small calls would pay for being watched
+                return original(*args, **kwargs), None, ()
+        self.calls += 1
+        if self.calls == 1 and not self._backward.engine.wrappers:
+            refuse_outer_wrapper(self.model)
+        inputs = flatten((args, kwargs))[1]
+        if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
+            return original(*args, **kwargs), None, ()
+        if self.passes_through():
+            self._backward.idle.ran()
+            return self._run_ungated(original, args, kwargs, inputs), None, ()
+        if self._backward.state.is_unfinished():
+            with torch.no_grad(), self._backward.state.untouched():
+                original(*args, **kwargs)
+            self._backward.state.read()
+        self._check_call()
+        backward = self._backward
+        call = Call(
+            original, (args, kwargs), backward.state, backward.receive, self.pairs, self.shared_loss, backward.checks
+        )
+        if self.screened is not None:
+            self._backward.idle.ran()
+            return self._run_screened(call), None, ()
+        return self._screen_call(call)
+
+    def _run_screened(self, call: Call) -> Tree:
+        assert self.screened is not None
+        screened, self.screened = self.screened, None
+        if (norm := self._backward.state.mixes_batch()) is not None:
+            raise RuntimeError(
+                f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
+                "its statistics from them; put it in eval mode, or leave screen() away"
+            )
+        result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
+        self._backward.ran_first(screened.hooks)
+        self._backward.stats.replayed(screened.forwarded, screened.batch)
+        return result
+
+    def _check_call(self) -> None:
+        """Refuse what would take gradients past the parameters that the replay reaches."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
+        if not self._backward.state.same_parameters():
+            raise RuntimeError(
+                "gated: parameters or submodules of the model were replaced inside the context (functional_call, an "
+                "adapter put in?), which the replay would not see; do it before the context"
+            )
+        if parametrize._cache_enabled:
+            raise RuntimeError(
+                "gated: parametrize.cached() would keep the screen's weights, which have no graph; use it inside the "
+                "model's forward, or leave it away"
+            )
+
+    def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
+        call.syncs = self._backward.engine.syncs()
+        key = tuple(call.input_paths)
+        if (anchor := self._anchors.get(key)) is not None:
+            call.expect(call.inputs[anchor].shape[self._batch_dim], self._batch_dim)
+        result = self._screen(call, self._record, self.tape)
+        state = self._backward.state
+        # What this forward made for good, layers or hooks, is there from the start for the one that counts.
+        if made := not state.same_parameters():
+            state.attributes.undo(call.change)
+            call.buffers.undo()
+            state.read()
+        if made or (call.change.changes_state and state.has_new_hooks()):
+            call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
+            result = self._screen(call, self._record, self.tape)
+        scalars = [*flatten(result)[1], *call.left_with_graph()]
+        returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in scalars)
+        if returns_loss and not self.tape:
+            result = self._screen_instead(call, self._record, True)
+        if not self._learned_tape or returns_loss:
+            self.tape, self._learned_tape = returns_loss, True
+        if key not in self._anchors and call.outputs and len(sizes_of_inputs(call)) > 1:
+            anchor = self._anchors[key] = self._find_anchor(call)
+            if anchor is not None and (rows := call.inputs[anchor].shape[self._batch_dim]) != call.size:
+                call.expect(rows, self._batch_dim)
+                result = self._screen_instead(call, True, self.tape)
+        self._check_reach(call, result)
+        if not call.outputs:
+            return result, None, ()
+        # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
+        # when one does (that one is replayed whole).
+        self._record = call.random
+        if not self._backward.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
+            if call.lacks_batch():
+                raise ReplayMismatchError(unbatched(call.batch))
+            self._with_batch[tuple(call.input_paths)] = call.batch
+        config = self._backward.selector.config
+        unchecked = call.whole is not None or not config.hard or config.weight != "pg" or config.unit == "token"
+        with self._backward.engine.one_pass(False):
+            settle_outputs(call, self._settled, unchecked, self._warn, not self._backward.engine.communicates)
+        self._check_outputs(call)
+        if call.carried:
+            self._warn(
+                "chain",
+                f"gated: this call reads the attribute {call.carried[0]}, where an earlier one has left a tensor with "
+                "its graph (features that two methods share, a recurrent state?). No gradient goes through it, for a "
+                "replay runs one call. Do both in one call (method=), or detach what is carried over.",
+            )
+        if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
+            self._warn(
+                "chain",
+                "gated: an output of this model goes into another call of it with its gradient (a recurrent state?). "
+                "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
+                "Put the whole sequence into one call (method=), or detach what is carried over.",
+            )
+        self._backward.idle.screened()
+        self._backward.streams.note([*call.inputs, *call.outputs])
+        live, outputs = call.attach_node(result, self._backward.anchor)
+        if self._named is not None:
+            call.named = self._resolve(live, outputs)
+        return live, call, outputs
+
+    def _screen(self, call: Call, record: bool, tape: bool) -> Tree:
+        probe = None if self._backward.engine.communicates else self._backward.find_graphs
+        return call.screen(self._batch_dim, record, self._backward.copy_outputs, Tape() if tape else None, probe)
+
+    def _screen_instead(self, call: Call, record: bool, tape: bool) -> Tree:
+        """Once more, as if the first time had not been."""
+        self._backward.state.attributes.undo(call.change)
+        with forked_rng(call.rng), call.buffers.restored():
+            return self._screen(call, record, tape)
+
+    def _find_anchor(self, call: Call) -> int | None:
+        """Which input has the rows on ``batch_dim``, where the inputs have several sizes there."""
+        if self._backward.engine.communicates:
+            found = None
+            doubtful = call.arguments[0].shape[call.batch_dim : call.batch_dim + 1] != (call.size,)
+        else:
+            with self._backward.engine.one_pass(False):
+                found = find_anchor(call)
+            doubtful = found is None
+        if doubtful:
+            self._warn("batch", unknown_batch(call.size, sizes_of_inputs(call), call.batch_dim))
+        return found
+
+    def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
+        """Pass straight through; only count, when a backward comes."""
+        attributes = self._backward.state.attributes
+        known = {id(leaf) for leaf in attributes.take().tensors().values()}
+        result = original(*args, **kwargs)
+        outputs = flatten(result)[1]
+        left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
+        try:
+            batch = infer_batch_size(inputs, outputs, self._batch_dim)
+        except ValueError:
+            batch = 0
+        counted = -1
+
+        def count(_grad: Tensor) -> None:
+            nonlocal counted
+            task = torch._C._current_graph_task_id()
+            if task != counted:
+                counted = task
+                self._backward.stats.ungated(batch)
+            if task != self._ungated_task:
+                self._ungated_task = task
+                self._backward.selector.step += 1
+                self._backward.stats.steps += 1
+
+        for leaf in (*outputs, *left):
+            if leaf.grad_fn is not None:
+                leaf.register_hook(count)
+        return result
+
+    def _descends(self, leaf: Tensor) -> bool:
+        sources = find_sources(leaf, trust=True) or []
+        return any(getattr(source.call, "state", None) is self._backward.state for source in sources)
+
+    def _check_reach(self, call: Call, result: Tree) -> None:
+        """Refuse outputs that hold tensors where they cannot be replaced."""
+
+        def look(value: Any) -> None:
+            if is_atom(value) or type(value).__module__ == "transformers.cache_utils":
+                return  # every decoder returns such a cache, and training uses none
+            hidden = [t for t in hidden_tensors(value) if t.is_floating_point()]
+            state = self._backward.state
+            if hidden:
+                known = {id(t) for t in (*state.parameters(), *state.buffers(), *call.inputs)}
+                hidden = [t for t in hidden if id(t) not in known]
+            if hidden or isinstance(value, (GeneratorType, CoroutineType)):
+                raise RuntimeError(
+                    f"gated: the model returned a {type(value).__name__}, which holds tensors where the gate cannot "
+                    "reach them, so they would have no gradient; return them in a tuple, a dict or an object"
+                )
+
+        if not isinstance(result, Tensor):
+            map_tensors(lambda _path, leaf: leaf, result, other=look)
+
+    def _check_outputs(self, call: Call) -> None:
+        if self._backward.state.has_forward_hooks():
+            self._warn(
+                "hooks",
+                "gated: the model has forward hooks. They run without a graph when the batch is screened and again on "
+                "the kept rows; a loss on what they capture gets no gradient through it: return it from forward.",
+            )
+        if call.whole is not None:
+            self._warn(
+                "whole",
+                f"gated: {call.whole}, so only a replay of the whole batch gives the exact gradient: this model "
+                "trains correctly but saves nothing. Put such layers in eval mode where you can.",
+            )
+
+    def _resolve(self, live: Tree, outputs: Sequence[Tensor]) -> tuple[str, int]:
+        """Which output ``logp=``, ``logits=`` or ``probs=`` names."""
+        assert self._named is not None
+        kind, name = self._named
+        try:
+            if callable(name):
+                found = name(live)
+            elif isinstance(name, int):
+                found = live if isinstance(live, Tensor) and name == 0 else live[name]
+            elif isinstance(live, Mapping):
+                found = live[name]
+            else:
+                found = getattr(live, name)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{kind}={name!r} names no output of {type(self.model).__name__}") from error
+        for i, leaf in enumerate(outputs):
+            if leaf is found:
+                return kind, i
+        raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")

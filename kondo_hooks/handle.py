@@ -1,0 +1,432 @@
+"""The context and the handle: what is attached, for how long, and what a user or a host can say of it.
+
+    batch -> screen -> (the user's loss) -> delight -> gate -> replay
+
+Inside the context a call of the model is screened without a graph and becomes an autograd node. At the end
+of the backward that reaches it, all calls of that backward form one population: delight is read, the gate
+chooses, and the kept rows are replayed with a graph and drive the backward.
+"""
+
+import dataclasses
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from kondo_hooks.core.attach import attach
+from kondo_hooks.core.audit import Audit
+from kondo_hooks.core.idle import Idle, moves
+from kondo_hooks.core.screen import Forward, Reading
+from kondo_hooks.core.step import Backward
+from kondo_hooks.delight.loss_code import observe_logp
+from kondo_hooks.errors import DelightError, WarnOnce
+from kondo_hooks.ranks.engines import Engine
+from kondo_hooks.ranks.hosts import adopt
+from kondo_hooks.routes.screen_first import Screened
+from kondo_hooks.routes.window import Size, Spread
+from kondo_hooks.rules.readback import Readback
+from kondo_hooks.rules.selection import (
+    Decision,
+    Kept,
+    SelectionConfig,
+    Selector,
+    Signal,
+)
+from kondo_hooks.same.rounding import Checks
+from kondo_hooks.same.state import ModuleState
+from kondo_hooks.stats import Stats
+
+_active: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+class Gated:
+    """A gate around a model. Made by :func:`gated`; use it as a context manager.
+
+    Attributes:
+        model: what is gated.
+        enabled: False if it was switched off, by argument or by the environment.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SelectionConfig,
+        *,
+        enabled: bool,
+        method: str | None,
+        reading: Reading,
+        unsaid: set[str],
+        find_engine: Callable[[nn.Module], Engine],
+        spread: Spread,
+        checks: Checks,
+        audit: int | None,
+    ):
+        self.model = model
+        self.enabled = enabled and os.environ.get("KONDO_DISABLE", "").lower() not in ("1", "true", "yes", "on")
+        self._method = method
+        self._unsaid = unsaid
+        self._warn = WarnOnce()
+        self._find_engine = find_engine
+        engine = find_engine(model)
+        engine.check_window(spread.window)
+        self._selector = Selector(config)
+        self._backward = Backward(
+            ModuleState(model),
+            engine,
+            spread,
+            self._selector,
+            checks,
+            Audit(model, audit),
+            Idle(self._target(), self._warn),
+            self._warn,
+        )
+        self._forward = Forward(model, self._backward, reading, self._warn)
+        self._selector.reseed(self._stream())
+        self._detach: Callable[[], bool] | None = None
+        self._entered = False
+        self._unwatch: Callable[[], None] = self._watch_steps() if self.enabled else lambda: None
+        self._close: list[Callable[[], None]] = []
+        self._unadopt: Callable[[], None] = lambda: None
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of what was done so far."""
+        return self._backward.stats
+
+    @property
+    def last(self) -> Decision | None:
+        """The last decision: ``last.delight`` has one value a row of the population, in the order of the calls,
+        and ``last.kept`` holds row indices into it. None before the first.
+        """
+        return self._backward.last
+
+    # The context.
+
+    def _watch_steps(self) -> Callable[[], None]:
+        """Until the context is entered: say so at a step of the model's optimizer. Returns what ends that."""
+        handle = weakref.ref(self)
+
+        def before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            gate = handle()
+            if gate is not None and moves(optimizer, list(gate.model.parameters())):
+                gate._warn("entered", gate._not_entered())
+
+        return weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
+
+    def _not_entered(self) -> str:
+        return (
+            f"gated: this gate around {type(self.model).__name__} was not entered, so it does nothing: write "
+            "`with kondo.gated(...):` around the training loop."
+        )
+
+    def discard(self) -> "Gated":
+        """Say that this gate is not meant to be entered; returns it. For hosts that only have its options checked."""
+        self._entered = True
+        self._unwatch()
+        return self
+
+    def __del__(self) -> None:
+        if not getattr(self, "_entered", True) and self.enabled and not sys.is_finalizing():
+            self._warn("entered", self._not_entered())
+
+    def __enter__(self) -> "Gated":
+        if not self.enabled:
+            return self
+        self._entered = True
+        self._unwatch()
+        if self._detach is not None:
+            raise RuntimeError("gated: this context is already open; call kondo.gated(...) again for another")
+        mine = set(self.model.modules())
+        for other in _active:
+            if other in mine or any(module in mine and module is self.model for module in other.modules()):
+                raise RuntimeError(
+                    f"gated: {type(self.model).__name__} is already inside a gated context "
+                    f"(of {type(other).__name__}); contexts may nest only around separate models"
+                )
+        self._unadopt = adopt(self)
+        self._attach()
+        self._backward.watcher.open()
+        return self
+
+    def _attach(self) -> None:
+        _active.add(self.model)
+        self._backward.state = self._state()
+        self._backward.checks.reruns = not self._backward.engine.communicates
+        self._detach = attach(self.model, self._method, self._forward.intercept)
+        self._close = [
+            self._backward.engine.open(self._backward),
+            register_optimizer_step_pre_hook(self._before_step).remove,
+            register_optimizer_step_post_hook(self._after_step).remove,
+        ]
+
+    def _take_off(self) -> bool:
+        assert self._detach is not None
+        ours = self._detach()
+        self._detach = None
+        for close in self._close:
+            close()
+        _active.discard(self.model)
+        return ours
+
+    def _state(self) -> ModuleState:
+        return ModuleState(self.model, self._backward.engine.swaps_parameters)
+
+    def _target(self) -> str:
+        return f"{type(self.model).__name__}.{self._method or '__call__'}"
+
+    def _stream(self) -> int:
+        return self._backward.engine.ranks.rank if self._backward.spread.scope == "local" else 0
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Look for waiting backwards; a closure may still bring the last, so then after it."""
+        if not any(callable(value) for value in (*args, *kwargs.values())):
+            self._check_step(optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Look for waiting backwards that a closure did not finish."""
+        if any(callable(value) for value in (*args, *kwargs.values())):
+            self._check_step(optimizer)
+
+    def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse to leave backwards waiting, or calls that none reached, if the optimizer is this model's."""
+        parameters = [*self._backward.state.parameters(), *self.model.parameters()]
+        if self._backward.window.backwards and moves(optimizer, parameters):
+            self._backward.check_step()
+        self._backward.idle.check(optimizer, parameters)
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if self._detach is None:
+            return
+        self._backward.watcher.close()
+        ours = self._take_off()
+        self._unadopt()
+        self._backward.unhook()
+        self._forward.screened = None
+        waiting = self._backward.window.backwards
+        self._backward.window.take()
+        if kind is not None:
+            return
+        self._backward.engine.ranks.raise_own()
+        if waiting:
+            raise RuntimeError(
+                f"gated: the context ended while {waiting} of window={self._backward.spread.window!r} backwards waited "
+                "for their decision; they are lost. Call gate.flush() before the end, or let window divide "
+                "their number."
+            )
+        if not ours:
+            raise RuntimeError(
+                "gated: the model was compiled or patched inside the context, which took the gate off without "
+                "a word; call model.compile() before the context"
+            )
+        if not self._forward.calls:
+            self._warn(
+                "unused",
+                f"gated: {self._target()} was never called with grad inside the context, so nothing was gated. If the "
+                "loop calls a wrapper (torch.compile, DDP) gate that; if it calls another method, name it "
+                "with method=.",
+            )
+
+    def __repr__(self) -> str:
+        config = self._selector.config
+        by = f"price={config.price}" if config.rate is None else f"rate={config.rate}"
+        state = "off" if not self.enabled else "open" if self._detach is not None else "closed"
+        return f"Gated({type(self.model).__name__}, {by}, priority={config.priority!r}, {state}, {self.stats})"
+
+    # What a host says.
+
+    def follow(self, model: nn.Module) -> None:
+        """Gate ``model`` from now on: what a host has put around the gated one, or made of it.
+
+        Backwards that still wait for their decision are dropped: a host wraps a model before it trains, or trains anew.
+
+        Raises:
+            ValueError: naming a kind of parallelism that cannot be gated.
+        """
+        if not self.enabled:
+            return
+        self._backward.window.take()
+        engine = self._find_engine(model)
+        engine.check_window(self._backward.spread.window)
+        is_open = self._detach is not None
+        if is_open:
+            self._take_off()
+        self.model = self._forward.model = model
+        self._forward.calls = 0
+        self._backward.engine = engine
+        if not self._selector.step:
+            self._selector.reseed(self._stream())
+        if is_open:
+            self._attach()
+
+    def host_defaults(self, *, window: Size, pairs: bool) -> None:
+        """Options that the user left open, as the host knows them."""
+        if "window" in self._unsaid:
+            self._backward.spread = dataclasses.replace(self._backward.spread, window=window)
+            self._backward.respread(self._backward.spread)
+        if "pairs" in self._unsaid and self._selector.config.unit == "sample":
+            self._forward.pairs = pairs
+
+    # What the user says of a batch.
+
+    def screen(
+        self,
+        logp: Tensor | None = None,
+        advantages: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        delight: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Decision | None:
+        """Decide before the forward: the next call of the model runs the kept rows only, with a graph.
+
+        Its outputs come back in full size, so the loss code still fits; dropped rows hold a copy of a kept
+        row, without a graph, so their share of the loss's *value* means nothing.
+
+        Args:
+            logp: (B,) or (B, T) log-probs of the actions, from the sampler, say.
+            advantages: (B,) or (B, T).
+            mask: (B,) or (B, T), nonzero where a token counts.
+            delight: (B,), or (B, T) with ``unit="token"``, instead of the three above.
+            kept: (B,) the rows to keep as they were decided by :meth:`select`, instead of all of these: True or False,
+                or the factors of a decision.
+
+        Returns:
+            The decision; None if it was ``kept``. The units are exact here: advantage x nats.
+
+        Raises:
+            ValueError: on missing arguments, shapes that do not fit, NaN or infinity.
+        """
+        if self._forward.pairs:
+            raise ValueError("screen: pairs=True is for rows that the gate screens itself; screen() takes single rows")
+        if self._forward.screened is not None:
+            raise RuntimeError("screen: called twice without a call of the model in between")
+        if kept is not None:
+            if any(given is not None for given in (logp, advantages, mask, delight)):
+                raise ValueError("screen: kept is decided already; give it alone")
+            if not isinstance(kept, Tensor) or kept.dim() != 1:
+                raise ValueError("screen: kept must be a tensor of shape (B,), bool or factors")
+            if self.enabled and not self._forward.passes_through():
+                rows = kept.detach().nonzero().flatten()
+                mine = Kept(rows, kept.detach()[rows] if kept.is_floating_point() else None)
+                self._forward.screened = self._screen_rows(mine, torch.ones_like(kept, dtype=torch.bool))
+            return None
+        signal = self._signal("screen", logp, advantages, mask, delight)
+        if self._forward.passes_through() or not self.enabled:
+            return _everything(signal)
+        try:
+            decision, mine = self._select(signal)
+        except Exception as error:
+            ranks = self._backward.engine.ranks
+            if ranks.alone or self._backward.spread.scope == "global":
+                raise
+            ranks.announce(error)  # and keep nothing, until the others know
+            nothing = torch.arange(0, device=signal.delight.device)
+            self._forward.screened = self._screen_rows(Kept(nothing, None), signal.valid)
+            return Decision(signal.delight, nothing, None, float("nan"), 0.0)
+        self._forward.screened = self._screen_rows(mine, signal.valid)
+        return decision
+
+    def select(
+        self,
+        logp: Tensor | None = None,
+        advantages: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        delight: Tensor | None = None,
+    ) -> Decision:
+        """Decide on rows that the model will get in several calls: give each its share by ``screen(kept=...)``.
+
+        Arguments, units and errors are those of :meth:`screen`.
+        """
+        signal = self._signal("select", logp, advantages, mask, delight)
+        if self._forward.passes_through() or not self.enabled:
+            return _everything(signal)
+        return self._select(signal)[0]
+
+    def _select(self, signal: Signal) -> tuple[Decision, Kept]:
+        back, before = Readback(), self._selector.state_dict()
+        try:
+            decision, (kept,), _ = self._backward.choose([signal], back=back)
+            back.read()
+        except BaseException:
+            self._selector.load_state_dict(before)
+            raise
+        self._backward.last = decision
+        self.stats.decision(decision)
+        return decision, kept
+
+    def _screen_rows(self, kept: Kept, valid: Tensor) -> Screened:
+        return Screened(len(valid), kept, valid, self._backward.engine.communicates, self._forward.shared_loss)
+
+    def _signal(
+        self, name: str, logp: Tensor | None, advantages: Tensor | None, mask: Tensor | None, delight: Tensor | None
+    ) -> Signal:
+        if (delight is None) == (logp is None or advantages is None):
+            raise ValueError(f"{name}: give logp and advantages (and mask), or delight alone")
+        if delight is None:
+            assert logp is not None and advantages is not None
+            return Signal.of(logp, advantages, mask)
+        if mask is not None or logp is not None or advantages is not None:
+            raise ValueError(f"{name}: delight already holds logp, advantages and mask; give it alone")
+        if self._selector.config.priority not in ("delight", "uniform"):
+            raise ValueError(f"{name}: this priority needs logp and advantages, not delight alone")
+        if not isinstance(delight, Tensor) or delight.dim() not in (1, 2):
+            raise ValueError(f"{name}: delight must be a tensor of shape (B,), or (B, T)")
+        delight = delight.detach()
+        return Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
+
+    def logp(self, log_probs: Tensor) -> Tensor:
+        """Mark the log-prob of the actions taken, (B,) or (B, T); returns it. First source of delight.
+
+        Use it where the gate cannot see the policy (a density written out, a compiled loss) or where the log-prob also
+        stands in a KL term: marked inside the policy-gradient term alone, delight is that term's alone.
+        """
+        if self._detach is None or not torch.is_grad_enabled():
+            return log_probs
+        if log_probs.grad_fn is None:
+            if self._forward.calls and not self._forward.passes_through():
+                raise DelightError(
+                    "gate.logp: these log-probs have no graph, so no loss of them trains the model. Were they "
+                    "detached, or made under no_grad? Mark the log-probs that the loss is made of."
+                )
+            return log_probs
+        marked = log_probs.view_as(log_probs)
+        if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():
+            raise DelightError(
+                f"gate.logp: a tensor of shape {tuple(log_probs.shape)} could not be traced to the rows of a "
+                "gated call; mark the (B,) or (B, T) log-probs, in the batch's order"
+            )
+        return marked
+
+    def force(self, rows: Tensor) -> None:
+        """Keep these samples of the next population, whatever their delight: a bool mask, or indices."""
+        if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
+            raise ValueError("force: give a bool mask or integer indices, as a tensor")
+        self._backward.forced = rows.detach().flatten()
+
+    def flush(self) -> int:
+        """Decide and replay what waits now; returns how many calls that were.
+
+        With ``window=1`` the end of every backward does it. On several ranks, all of them must call it.
+        """
+        return self._backward.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, generator and counters: a run that loads them takes the same decisions."""
+        return {"selector": self._selector.state_dict(), "stats": dict(vars(self.stats))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken."""
+        self._selector.load_state_dict(state["selector"])
+        self._backward.stats = Stats(**state["stats"])
+
+
+def _everything(signal: Signal) -> Decision:
+    return Decision(
+        signal.delight, torch.arange(len(signal.delight), device=signal.delight.device), None, float("nan"), 1.0
+    )

@@ -1,0 +1,297 @@
+"""The engines that run a model on several ranks, as a gate sees them.
+
+An engine says which ranks train the model, whether a pass through it communicates, whether the coming backward
+reduces gradients, and how to run one pass of several without reducing them yet.
+"""
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kondo_hooks.core.call import Call
+from kondo_hooks.ranks.agreement import Ranks
+from kondo_hooks.ranks.hosts import accelerate_syncs
+
+
+class Engine:
+    """Plain PyTorch: no ranks of its own. The base of the others.
+
+    Attributes:
+        name: as the user knows it.
+        ranks: who trains this model.
+        communicates: whether every pass through the model has collectives in it, so that ranks must make the same
+            number of passes; without, only the reduction of the gradients has.
+        swaps_parameters: whether parameters are other objects, or hold other values, between passes.
+        takes_gradients: whether ``torch.autograd.grad`` gives the parameters' gradients of a pass on this rank.
+        reduces_later: whether gradients are reduced only after ``loss.backward()`` has returned.
+    """
+
+    name = "PyTorch"
+    communicates = False
+    swaps_parameters = False
+    takes_gradients = True
+    reduces_later = False
+
+    def __init__(self, wrappers: Sequence[Any], ranks: Ranks):
+        self.wrappers: list[Any] = list(wrappers)
+        self.ranks = ranks
+
+    def syncs(self) -> bool:
+        """Whether the host means the coming backward to reduce gradients: the end of its accumulation."""
+        return True
+
+    def reduces(self, call: Call) -> bool:
+        """Whether the replay of this call, the last of its population, is to reduce gradients."""
+        return self.syncs()
+
+    def ends_accumulation(self, call: Call) -> bool:
+        """Whether the host's gradient accumulation ends with the backward of this call."""
+        told = accelerate_syncs()
+        return self.reduces(call) and told is not False
+
+    def check_window(self, window: int | str) -> None:
+        """Refuse a window that nobody would ever end."""
+        if window == "auto" and not self.wrappers and accelerate_syncs() is None:
+            raise ValueError(
+                "window='auto' takes the end of gradient accumulation from the host, and there is none: the model is "
+                "not wrapped by DDP, FSDP or DeepSpeed and accelerate is not in use. Give the number of backwards."
+            )
+
+    @contextlib.contextmanager
+    def one_pass(self, reduces: bool) -> Iterator[None]:
+        """Around the forward and backward of one pass; gradients are reduced at its end, or kept for the next."""
+        yield
+
+    def backward(self, outputs: Sequence[Any], grads: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
+        """Backward from a pass's outputs into the parameters, or into ``inputs`` alone."""
+        torch.autograd.backward(outputs, grads, inputs=inputs)
+
+    def open(self, gate: Any) -> Callable[[], None]:
+        """Put in what the engine needs while a context is open; returns what takes it out.
+
+        Args:
+            gate: the backward side of the gate.
+        """
+        return lambda: None
+
+
+class DDP(Engine):
+    """``DistributedDataParallel``: forwards make no collectives but for buffers, and DDP's own flags see to these."""
+
+    name = "DistributedDataParallel"
+
+    def __init__(self, wrappers: Sequence[Any], ranks: Ranks):
+        super().__init__(wrappers, ranks)
+        # A static graph cannot do without a reduction in any pass: DDP fails under ``no_sync`` by itself.
+        self.communicates = any(wrapper.static_graph for wrapper in wrappers)
+
+    def syncs(self) -> bool:
+        """As DDP reads it, at the forward."""
+        return all(wrapper.require_backward_grad_sync for wrapper in self.wrappers)
+
+    def reduces(self, call: Call) -> bool:
+        """As it was at the call's forward: a backward outside of ``no_sync`` changes nothing."""
+        return call.syncs
+
+    @contextlib.contextmanager
+    def one_pass(self, reduces: bool) -> Iterator[None]:
+        """Under ``no_sync`` or, for a forward that had been outside of it, with gradients reduced again.
+
+        Buffers were broadcast when the batch was screened. Without another broadcast a rank may run as many forwards
+        as it needs to find out where its inputs keep their rows.
+        """
+        before = [(w, w.require_backward_grad_sync, w.broadcast_buffers) for w in self.wrappers]
+        for wrapper in self.wrappers:
+            wrapper.require_backward_grad_sync = reduces or self.communicates
+            wrapper.broadcast_buffers = False
+        try:
+            yield
+        finally:
+            for wrapper, sync, broadcast in before:
+                wrapper.require_backward_grad_sync, wrapper.broadcast_buffers = sync, broadcast
+
+
+class FSDP1(Engine):
+    """``FullyShardedDataParallel``."""
+
+    name = "FullyShardedDataParallel"
+    communicates = True
+    takes_gradients = False
+    swaps_parameters = True
+
+    def syncs(self) -> bool:
+        """Reads FSDP's private flag, which ``no_sync`` sets and nothing public tells."""
+        return all(wrapper._sync_gradients for wrapper in self.wrappers)
+
+    @contextlib.contextmanager
+    def one_pass(self, reduces: bool) -> Iterator[None]:
+        """Under ``no_sync`` unless it reduces."""
+        with contextlib.ExitStack() as stack:
+            if not reduces:
+                for wrapper in self.wrappers:
+                    stack.enter_context(wrapper.no_sync())
+            yield
+
+
+class FSDP2(Engine):
+    """``fully_shard``."""
+
+    name = "fully_shard"
+    communicates = True
+    takes_gradients = False
+    swaps_parameters = True
+
+    def syncs(self) -> bool:
+        """What ``set_requires_gradient_sync`` last set."""
+        return all(_fsdp2_syncs(wrapper) for wrapper in self.wrappers)
+
+    @contextlib.contextmanager
+    def one_pass(self, reduces: bool) -> Iterator[None]:
+        """With gradients kept unsharded unless it reduces."""
+        held = [] if reduces else [wrapper for wrapper in self.wrappers if _fsdp2_syncs(wrapper)]
+        for wrapper in held:
+            wrapper.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for wrapper in held:
+                wrapper.set_requires_gradient_sync(True)
+
+
+def _fsdp2_groups(wrapper: Any) -> list[Any]:
+    """Parameter groups of a ``fully_shard`` module; private, and the only way to its flags and its mesh."""
+    states = (module._get_fsdp_state() for module in wrapper.modules() if _is_fsdp2(module))
+    return [group for state in states for group in state._fsdp_param_groups]
+
+
+def _fsdp2_syncs(wrapper: Any) -> bool:
+    return all(group.reduce_grads for group in _fsdp2_groups(wrapper))
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
+
+
+def _is_deepspeed(module: nn.Module) -> bool:
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
+
+
+def find_engine(model: nn.Module, tensor_parallel: Any = None, global_scope: bool = False) -> Engine:
+    """The engine that runs ``model``, by the wrappers in it.
+
+    Args:
+        model: what is gated, with whatever wraps it.
+        tensor_parallel: process group of the ranks that see the same rows.
+        global_scope: without a wrapper, take the default process group's ranks for those that train it together.
+
+    Raises:
+        ValueError: naming a kind of parallelism that cannot be gated.
+    """
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise ValueError(
+            "gated: nn.DataParallel runs replicas of the model in threads of their own, where calls cannot be seen. "
+            "Use DistributedDataParallel (torchrun; a transformers Trainer then picks it), or one device."
+        )
+    if tops := _topmost(model, _is_deepspeed):
+        from kondo_hooks.integrations.deepspeed import DeepSpeed, refuse
+
+        refuse(tops[0], tensor_parallel)
+        return DeepSpeed(tops[0], tensor_parallel)
+    if tops := _topmost(model, lambda m: isinstance(m, DistributedDataParallel)):
+        _refuse_tensor_parallel(model, tensor_parallel, 0)
+        return DDP(tops, Ranks(tops[0].process_group, tensor_parallel))
+    if tops := _topmost(model, _is_fsdp1):
+        _refuse_tensor_parallel(model, tensor_parallel, 0)
+        hybrid = any("HYBRID" in str(top.sharding_strategy) for top in tops)
+        return FSDP1(tops, Ranks(dist.group.WORLD if hybrid else tops[0].process_group, tensor_parallel))
+    if tops := _topmost(model, _is_fsdp2):
+        meshes = {group.mesh_info.mesh for top in tops for group in _fsdp2_groups(top)}
+        _refuse_tensor_parallel(model, tensor_parallel, max((mesh.ndim for mesh in meshes), default=1))
+        return FSDP2(tops, Ranks(_group_of(meshes), tensor_parallel))
+    _refuse_tensor_parallel(model, tensor_parallel, 0)
+    together = global_scope and dist.is_available() and dist.is_initialized()
+    return Engine([], Ranks(dist.group.WORLD if together else None, tensor_parallel))
+
+
+def refuse_outer_wrapper(model: nn.Module) -> None:
+    """Refuse a model that an engine wraps from outside: its replay would pass the engine by.
+
+    Raises:
+        ValueError: naming the engine.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for found in gc.get_objects():
+        if not issubclass(type(found), nn.Module) or found is model or not _is_wrapper(found):
+            continue
+        if any(module is model for module in found.modules()):
+            raise ValueError(
+                f"gated: {type(model).__name__} is run by a {type(found).__name__} around it, which reduces its "
+                "gradients and would not see the replay. Gate what the host returned (the wrapper); in a Trainer, "
+                "gate trainer.model or use its KondoCallback."
+            )
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel) or _is_fsdp1(module) or _is_deepspeed(module)
+
+
+def _topmost(model: nn.Module, is_wrapper: Callable[[nn.Module], bool]) -> list[Any]:
+    found: list[nn.Module] = []
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if is_wrapper(module):
+            found.append(module)
+        else:
+            stack.extend(reversed(list(module.children())))
+    return found
+
+
+def _group_of(meshes: set[Any]) -> Any:
+    """The ranks of the mesh that a model is sharded on."""
+    if len(meshes) == 1:
+        (mesh,) = meshes
+        if mesh.ndim == 1:
+            return mesh.get_group()
+        if mesh.size() == dist.get_world_size():
+            return dist.group.WORLD
+    raise ValueError(
+        "gated: model is sharded by fully_shard on several device meshes, or on a part of a mesh of several "
+        "dimensions: which ranks train it together cannot be told. Shard it on one mesh of one dimension, or "
+        "on one that holds all ranks."
+    )
+
+
+def _refuse_tensor_parallel(model: nn.Module, group: Any, data_dims: int) -> None:
+    """Parameters sharded over more mesh dimensions than data parallelism uses: ranks share a batch."""
+    if group is not None or not dist.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > data_dims:
+            raise ValueError(
+                f"gated: {name} of {type(model).__name__} is a tensor-parallel parameter: its ranks see the same rows "
+                "and must take one decision. Name them: gated(..., tensor_parallel_group=mesh['tp'].get_group())"
+            )

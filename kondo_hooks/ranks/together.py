@@ -1,0 +1,190 @@
+"""All ranks as one batch: one decision over their rows, and kept rows moved so that each replays as many.
+
+Every rank computes the same from the same table, so nothing has to be agreed on afterwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.ranks.agreement import Ranks
+from kondo_hooks.rules.readback import to_device
+from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal
+
+_COLUMNS = 6  # delight, score, valid, forced, slot, row
+
+
+@dataclass
+class World:
+    """A decision over all ranks.
+
+    Attributes:
+        decision: this rank's part of it; ``price`` and ``rate`` are the world's.
+        kept: what is kept of each of this rank's calls.
+        counts: (ranks, slots) kept rows of each rank in each slot.
+    """
+
+    decision: Decision
+    kept: list[Kept]
+    counts: Tensor
+
+
+def decide(
+    selector: Selector,
+    samples: Samples | None,
+    signals: list[Signal],
+    slots: list[int],
+    forced: Tensor | None,
+    ranks: Ranks,
+) -> World:
+    """Choose among the rows of all ranks, as one batch in the order of the ranks.
+
+    Args:
+        selector: the same on every rank.
+        samples: this rank's; None if it failed, and then every rank raises.
+        signals: of each of its calls, (B,) or (B, P).
+        slots: for each call, which of the structures it has that all ranks have in common.
+        forced: (N,) samples of this rank that are kept.
+        ranks: who decides.
+    """
+    if samples is None:
+        ranks.gather(None, _COLUMNS)
+        raise AssertionError("unreachable: a failed rank raises in gather")
+    gathered = ranks.gather(_table(samples, signals, slots, forced), _COLUMNS)
+    union = torch.cat(gathered).cpu()  # the host waits for the device once, however many ranks there are
+    tables = union.split([len(table) for table in gathered])
+    scores = None if samples.scores is None else union[:, 1]
+    decision = selector.choose(Samples(union[:, 0], scores, union[:, 2] != 0), union[:, 3] != 0)
+    factors = decision.factors()
+    start, own, device = sum(map(len, tables[: ranks.rank])), tables[ranks.rank], samples.delight.device
+    here = (decision.kept >= start) & (decision.kept < start + len(own))
+    kept = decision.kept[here] - start
+    local = Decision(
+        samples.delight,
+        to_device(kept, device),
+        None if decision.weights is None else to_device(decision.weights[here].to(samples.delight.dtype), device),
+        decision.price,
+        decision.rate,
+        samples=int((own[:, 2] != 0).sum()),
+        sum_delight=float(own[:, 0].sum()),
+        sum_delight_kept=float(own[kept, 0].sum()),
+    )
+    mine = factors[start : start + len(own)].to(samples.delight.dtype)
+    return World(
+        local, [Kept.of(each) for each in selector.split(mine, signals)], _counts(tables, factors, max(slots) + 1)
+    )
+
+
+def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:
+    n = len(samples.delight)
+    valid = torch.ones(n, device="cpu") if samples.valid is None else samples.valid
+    rows, slot, first = [], [], 0
+    tokens = n == sum(s.valid.numel() for s in signals)
+    for signal, number in zip(signals, slots, strict=True):
+        batch = len(signal.valid)
+        per_row = signal.valid.numel() // batch if tokens else 1
+        rows.append(torch.arange(first, first + batch, device="cpu").repeat_interleave(per_row))
+        slot.append(torch.full((batch * per_row,), number, device="cpu"))
+        first += batch
+    columns = [
+        samples.delight,
+        samples.delight if samples.scores is None else samples.scores,
+        valid,
+        torch.zeros(n, device="cpu") if forced is None else forced,
+        torch.cat(slot),
+        torch.cat(rows),
+    ]
+    device = samples.delight.device
+    return torch.stack([to_device(c.to(torch.float64), device) for c in columns], 1)
+
+
+def _counts(tables: Sequence[Tensor], factors: Tensor, slots: int) -> Tensor:
+    counts = torch.zeros(len(tables), slots, dtype=torch.long, device="cpu")
+    start = 0
+    for rank, table in enumerate(tables):
+        kept = factors[start : start + len(table)] != 0
+        start += len(table)
+        rows = table[kept][:, 4:].unique(dim=0)
+        counts[rank] = torch.bincount(rows[:, 0].long(), minlength=slots)
+    return counts
+
+
+def imbalance(counts: Tensor) -> float:
+    """The busiest rank's kept rows over the mean: 1 is even."""
+    rows = counts.sum(1).double()
+    return float(rows.max() / rows.mean()) if rows.any() else 1.0
+
+
+def even_counts(counts: Tensor, movable: list[bool]) -> Tensor:
+    """(ranks, slots) rows after moving: within one row of each other in each movable slot, and in their sum."""
+    target = counts.clone()
+    ranks = len(counts)
+    extras = [0] * ranks
+    for slot, can in enumerate(movable):
+        if not can:
+            continue
+        kept = counts[:, slot].tolist()
+        target[:, slot] = sum(kept) // ranks
+        # One more for those that had the fewest extra rows so far; of these, for those that kept the most.
+        order = sorted(range(ranks), key=lambda rank: (extras[rank], -kept[rank], rank))
+        for rank in order[: sum(kept) % ranks]:
+            target[rank, slot] += 1
+            extras[rank] += 1
+    return target
+
+
+def balance(
+    parts: list[list[Part]], templates: list[Part], counts: Tensor, target: Tensor, ranks: Ranks, device: torch.device
+) -> list[list[Part]]:
+    """Move rows from ranks that kept more than their share to those that kept fewer.
+
+    Args:
+        parts: this rank's kept rows in each slot, held.
+        templates: for each slot a held part of this rank, whatever its rows.
+        counts: (ranks, slots) kept rows.
+        target: (ranks, slots) rows to replay.
+        ranks: who takes part.
+        device: where collectives run.
+    """
+    parcels: list[list[list[Tensor]]] = [[] for _ in range(ranks.size)]
+    staying = [list(slot) for slot in parts]
+    for slot in range(counts.shape[1]):
+        for giver, taker, n in _transfers((counts - target)[:, slot].tolist()):
+            if giver == ranks.rank:
+                staying[slot], leaving = _take_last(staying[slot], n)
+                for part in leaving:
+                    parcels[taker].append([torch.tensor(slot, device="cpu"), *part.to_tensors()])
+    for parcel in ranks.exchange(parcels, device):
+        for slot_number, *tensors in parcel:
+            slot = int(slot_number)
+            staying[slot].append(Part.from_tensors(templates[slot], tensors))
+    return staying
+
+
+def _transfers(surplus: list[int]) -> list[tuple[int, int, int]]:
+    """(giver, taker, rows) that bring every surplus to zero, the same on every rank."""
+    left, moves = list(surplus), []
+    for giver in range(len(left)):
+        for taker in range(len(left)):
+            if (n := min(left[giver], -left[taker])) > 0:
+                moves.append((giver, taker, n))
+                left[giver] -= n
+                left[taker] += n
+    return moves
+
+
+def _take_last(parts: list[Part], n: int) -> tuple[list[Part], list[Part]]:
+    """The parts without their last ``n`` rows, and those."""
+    staying, leaving = list(parts), []
+    while n:
+        last = staying.pop()
+        if len(last) > n:
+            index = torch.arange(len(last), device=last.rows.device)
+            staying.append(last.select(index[: len(last) - n]))
+            last = last.select(index[len(last) - n :])
+        leaving.append(last)
+        n -= len(last)
+    return staying, leaving

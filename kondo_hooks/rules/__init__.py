@@ -1,0 +1,1 @@
+"""Which rows, and how many: pure tensors, no model."""
