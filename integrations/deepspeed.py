@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kondo_hooks.delight.graph import reaches
 from kondo_hooks.ranks.agreement import Ranks
-from kondo_hooks.ranks.engines import Engine
+from kondo_hooks.ranks.engines import OnRanks
 
 
 def refuse(engine: Any, tensor_parallel: Any) -> None:
@@ -42,7 +42,7 @@ def refuse(engine: Any, tensor_parallel: Any) -> None:
         )
 
 
-class DeepSpeed(Engine):
+class DeepSpeed(OnRanks):
     """ZeRO 0 to 3."""
 
     name = "DeepSpeed"

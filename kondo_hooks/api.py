@@ -144,7 +144,7 @@ def gated(
     return Gated(
         model,
         config,
-        find_engine=lambda found: find_engine(found, tensor_parallel_group, scope == "global"),
+        find_engine=lambda found: find_engine(found, tensor_parallel_group, scope == "global", balance),
         spread=spread,
         checks=Checks(tolerance),
         audit=audit,

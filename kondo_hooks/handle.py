@@ -7,7 +7,6 @@ of the backward that reaches it, all calls of that backward form one population:
 chooses, and the kept rows are replayed with a graph and drive the backward.
 """
 
-import dataclasses
 import os
 import sys
 import weakref
@@ -20,15 +19,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from kondo_hooks.core.attach import attach
 from kondo_hooks.core.audit import Audit
+from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.idle import Idle, moves
 from kondo_hooks.core.screen import Forward, Reading
-from kondo_hooks.core.step import Backward
+from kondo_hooks.core.step import AtOnce, Step
 from kondo_hooks.delight.loss_code import observe_logp
 from kondo_hooks.errors import DelightError, WarnOnce
-from kondo_hooks.ranks.engines import Engine
-from kondo_hooks.ranks.hosts import adopt
+from kondo_hooks.hosts import adopt
+from kondo_hooks.ranks.engines import refuse_outer_wrapper
 from kondo_hooks.routes.screen_first import Screened
-from kondo_hooks.routes.window import Size, Spread
+from kondo_hooks.routes.window import Size, Spread, Window
 from kondo_hooks.rules.readback import Readback
 from kondo_hooks.rules.selection import (
     Decision,
@@ -75,17 +75,18 @@ class Gated:
         engine = find_engine(model)
         engine.check_window(spread.window)
         self._selector = Selector(config)
-        self._backward = Backward(
+        self._step = Step(
             ModuleState(model),
             engine,
-            spread,
             self._selector,
             checks,
             Audit(model, audit),
             Idle(self._target(), self._warn),
             self._warn,
+            _window(spread.window),
+            spread.micro_batch_size,
         )
-        self._forward = Forward(model, self._backward, reading, self._warn)
+        self._forward = Forward(model, self._step, reading, self._warn, refuse_outer_wrapper)
         self._selector.reseed(self._stream())
         self._detach: Callable[[], bool] | None = None
         self._entered = False
@@ -96,14 +97,14 @@ class Gated:
     @property
     def stats(self) -> Stats:
         """Counters of what was done so far."""
-        return self._backward.stats
+        return self._step.shared.stats
 
     @property
     def last(self) -> Decision | None:
         """The last decision: ``last.delight`` has one value a row of the population, in the order of the calls,
         and ``last.kept`` holds row indices into it. None before the first.
         """
-        return self._backward.last
+        return self._step.last
 
     # The context.
 
@@ -150,16 +151,16 @@ class Gated:
                 )
         self._unadopt = adopt(self)
         self._attach()
-        self._backward.watcher.open()
+        self._step.shared.watcher.open()
         return self
 
     def _attach(self) -> None:
         _active.add(self.model)
-        self._backward.state = self._state()
-        self._backward.checks.reruns = not self._backward.engine.communicates
+        self._step.shared.state = self._state()
+        self._step.checks.reruns = not self._step.shared.engine.communicates
         self._detach = attach(self.model, self._method, self._forward.intercept)
         self._close = [
-            self._backward.engine.open(self._backward),
+            self._step.shared.engine.open(self._step),
             register_optimizer_step_pre_hook(self._before_step).remove,
             register_optimizer_step_post_hook(self._after_step).remove,
         ]
@@ -174,13 +175,14 @@ class Gated:
         return ours
 
     def _state(self) -> ModuleState:
-        return ModuleState(self.model, self._backward.engine.swaps_parameters)
+        return ModuleState(self.model, self._step.shared.engine.swaps_parameters)
 
     def _target(self) -> str:
         return f"{type(self.model).__name__}.{self._method or '__call__'}"
 
     def _stream(self) -> int:
-        return self._backward.engine.ranks.rank if self._backward.spread.scope == "local" else 0
+        engine = self._step.shared.engine
+        return 0 if engine.together else engine.ranks.rank
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Look for waiting backwards; a closure may still bring the last, so then after it."""
@@ -194,27 +196,27 @@ class Gated:
 
     def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse to leave backwards waiting, or calls that none reached, if the optimizer is this model's."""
-        parameters = [*self._backward.state.parameters(), *self.model.parameters()]
-        if self._backward.window.backwards and moves(optimizer, parameters):
-            self._backward.check_step()
-        self._backward.idle.check(optimizer, parameters)
+        parameters = [*self._step.shared.state.parameters(), *self.model.parameters()]
+        if self._step.window.backwards and moves(optimizer, parameters):
+            self._step.check_step()
+        self._step.shared.idle.check(optimizer, parameters)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
             return
-        self._backward.watcher.close()
+        self._step.shared.watcher.close()
         ours = self._take_off()
         self._unadopt()
-        self._backward.unhook()
+        self._step.unhook()
         self._forward.screened = None
-        waiting = self._backward.window.backwards
-        self._backward.window.take()
+        waiting = self._step.window.backwards
+        self._step.window.take()
         if kind is not None:
             return
-        self._backward.engine.ranks.raise_own()
+        self._step.shared.engine.ranks.raise_own()
         if waiting:
             raise RuntimeError(
-                f"gated: the context ended while {waiting} of window={self._backward.spread.window!r} backwards waited "
+                f"gated: the context ended while {waiting} of window={self._step.window.size!r} backwards waited "
                 "for their decision; they are lost. Call gate.flush() before the end, or let window divide "
                 "their number."
             )
@@ -249,15 +251,15 @@ class Gated:
         """
         if not self.enabled:
             return
-        self._backward.window.take()
+        self._step.window.take()
         engine = self._find_engine(model)
-        engine.check_window(self._backward.spread.window)
+        engine.check_window(self._step.window.size)
         is_open = self._detach is not None
         if is_open:
             self._take_off()
         self.model = self._forward.model = model
         self._forward.calls = 0
-        self._backward.engine = engine
+        self._step.shared.engine = engine
         if not self._selector.step:
             self._selector.reseed(self._stream())
         if is_open:
@@ -266,8 +268,7 @@ class Gated:
     def host_defaults(self, *, window: Size, pairs: bool) -> None:
         """Options that the user left open, as the host knows them."""
         if "window" in self._unsaid:
-            self._backward.spread = dataclasses.replace(self._backward.spread, window=window)
-            self._backward.respread(self._backward.spread)
+            self._step.respread(_window(window))
         if "pairs" in self._unsaid and self._selector.config.unit == "sample":
             self._forward.pairs = pairs
 
@@ -321,10 +322,10 @@ class Gated:
         try:
             decision, mine = self._select(signal)
         except Exception as error:
-            ranks = self._backward.engine.ranks
-            if ranks.alone or self._backward.spread.scope == "global":
+            ranks = self._step.shared.engine.ranks
+            if self._step.shared.engine.together:
                 raise
-            ranks.announce(error)  # and keep nothing, until the others know
+            ranks.fail(error)  # and keep nothing, until the others know
             nothing = torch.arange(0, device=signal.delight.device)
             self._forward.screened = self._screen_rows(Kept(nothing, None), signal.valid)
             return Decision(signal.delight, nothing, None, float("nan"), 0.0)
@@ -351,17 +352,17 @@ class Gated:
     def _select(self, signal: Signal) -> tuple[Decision, Kept]:
         back, before = Readback(), self._selector.state_dict()
         try:
-            decision, (kept,), _ = self._backward.choose([signal], back=back)
+            decision, (kept,), _ = self._step.choose([signal], back=back)
             back.read()
         except BaseException:
             self._selector.load_state_dict(before)
             raise
-        self._backward.last = decision
+        self._step.last = decision
         self.stats.decision(decision)
         return decision, kept
 
     def _screen_rows(self, kept: Kept, valid: Tensor) -> Screened:
-        return Screened(len(valid), kept, valid, self._backward.engine.communicates, self._forward.shared_loss)
+        return Screened(len(valid), kept, valid, self._step.shared.engine.communicates, self._forward.shared_loss)
 
     def _signal(
         self, name: str, logp: Tensor | None, advantages: Tensor | None, mask: Tensor | None, delight: Tensor | None
@@ -407,14 +408,14 @@ class Gated:
         """Keep these samples of the next population, whatever their delight: a bool mask, or indices."""
         if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
             raise ValueError("force: give a bool mask or integer indices, as a tensor")
-        self._backward.forced = rows.detach().flatten()
+        self._step.forced = rows.detach().flatten()
 
     def flush(self) -> int:
         """Decide and replay what waits now; returns how many calls that were.
 
         With ``window=1`` the end of every backward does it. On several ranks, all of them must call it.
         """
-        return self._backward.flush()
+        return self._step.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """History, generator and counters: a run that loads them takes the same decisions."""
@@ -423,10 +424,14 @@ class Gated:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken."""
         self._selector.load_state_dict(state["selector"])
-        self._backward.stats = Stats(**state["stats"])
+        self._step.shared.stats = Stats(**state["stats"])
 
 
 def _everything(signal: Signal) -> Decision:
     return Decision(
         signal.delight, torch.arange(len(signal.delight), device=signal.delight.device), None, float("nan"), 1.0
     )
+
+
+def _window(size: Size) -> AtOnce:
+    return AtOnce() if size == 1 else Window(size)

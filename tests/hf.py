@@ -33,7 +33,7 @@ class Recorder(KondoCallback):
 
     def on_optimizer_step(self, *_, **__):
         self.decisions.append(self.gate.last)
-        self.engine = self.gate._backward.engine.name
+        self.engine = self.gate._step.shared.engine.name
 
     def kept(self):
         return [decision.kept.tolist() for decision in self.decisions]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kondo_hooks.core import arrival as population
-from kondo_hooks.ranks import passes
+from kondo_hooks.core import passes
 from tests.fuzz.programs import Program, Term, normal, numbered
 from tests.fuzz.run import run
 from tests.fuzz.shrink import script, shrink
@@ -60,7 +60,7 @@ def rolled(monkeypatch):
 def rescaled(monkeypatch):
     """Delight is read 25 times too large where a loss has two terms."""
     find_scales = population.find_scales
-    monkeypatch.setattr("kondo_hooks.core.step.find_scales", lambda *args: [s / 25 for s in find_scales(*args)])
+    monkeypatch.setattr("kondo_hooks.core.reader.find_scales", lambda *args: [s / 25 for s in find_scales(*args)])
 
 
 def raising(monkeypatch):

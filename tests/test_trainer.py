@@ -227,7 +227,7 @@ def test_other_models_are_not_adopted(tmp_path):
     before = list(trainer.callback_handler.callbacks)
     with kondo.gated(hf.llama(), rate=RATE, enabled=True) as gate:
         assert trainer.callback_handler.callbacks == before
-        assert gate._backward.spread.window == 1
+        assert gate._step.window.size == 1
         gate.model(
             input_ids=torch.ones(4, 3, dtype=torch.long), labels=torch.ones(4, 3, dtype=torch.long)
         ).loss.backward()

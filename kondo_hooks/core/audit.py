@@ -17,14 +17,14 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
+from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.kept_rows import Part, pack, reading, stands_alone
+from kondo_hooks.core.passes import as_in_screen
+from kondo_hooks.core.passes import forward as run_checked
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed, run
 from kondo_hooks.core.verify import verify_company
 from kondo_hooks.errors import ReplayMismatchError
-from kondo_hooks.ranks.engines import Engine
-from kondo_hooks.ranks.passes import as_in_screen
-from kondo_hooks.ranks.passes import forward as run_checked
 from kondo_hooks.same.state import ModuleState
 
 _ROWS = 64

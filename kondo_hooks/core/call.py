@@ -632,6 +632,10 @@ class Call:
         """Whether more than one input looks like rows, so that one of them may be shared."""
         return sum(self.size in leaf.shape for leaf in self.arguments) > 1
 
+    def in_doubt(self) -> bool:
+        """Whether an input may be read otherwise than is likeliest, so that a guess could let go of needed rows."""
+        return self.reads_several() or any(self.doubtful())
+
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
         return any(version_of(leaf) != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CoroutineType, GeneratorType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,11 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
 from kondo_hooks.core.call import Call
-from kondo_hooks.core.readings import find_anchor, settle_outputs, sizes_of_inputs
-from kondo_hooks.core.step import Backward
+from kondo_hooks.core.readings import Learned, find_anchor, settle_outputs, sizes_of_inputs
+from kondo_hooks.core.step import Step
 from kondo_hooks.delight.graph import find_sources
 from kondo_hooks.delight.inner_loss import Tape
 from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unknown_batch
-from kondo_hooks.ranks.engines import refuse_outer_wrapper
-from kondo_hooks.routes.screen_first import Screened
 from kondo_hooks.rows.axes import Rows, infer_batch_size
 from kondo_hooks.rows.tree import Tree, flatten, hidden_tensors, is_atom, map_tensors
 from kondo_hooks.same.state import forked_rng
@@ -44,6 +42,17 @@ class Reading:
     warmup_steps: int
 
 
+class DecidedFirst(Protocol):
+    """A decision that was taken before its call, which then runs the kept rows alone."""
+
+    batch: int
+    forwarded: int
+    hooks: list[Any]
+
+    def run(self, call: Call, batch_dim: int, learned: Learned, learned_outputs: dict[str, Rows | None]) -> Tree:
+        """Call the model on the kept rows, with a graph; returns its outputs in full size."""
+
+
 class Forward:
     """The forward side of a gate.
 
@@ -56,14 +65,16 @@ class Forward:
         calls: how many were made with grad.
     """
 
-    def __init__(self, model: nn.Module, backward: Backward, reading: Reading, warn: WarnOnce):
+    def __init__(
+        self, model: nn.Module, step: Step, reading: Reading, warn: WarnOnce, refuse: Callable[[nn.Module], None]
+    ):
         self.model = model
         self.pairs = reading.pairs
         self.shared_loss = reading.shared_loss
-        self.screened: Screened | None = None
+        self.screened: DecidedFirst | None = None
         self.tape = True
         self.calls = 0
-        self._backward = backward
+        self._step, self._refuse = step, refuse
         self._named = reading.named
         self._batch_dim = reading.batch_dim
         self._warmup_steps = reading.warmup_steps
@@ -78,12 +89,12 @@ class Forward:
 
     def passes_through(self) -> bool:
         """Whether all rows are kept now, so that nothing needs to be done."""
-        return self._backward.selector.step < self._warmup_steps or self._backward.selector.rate() == 1.0
+        return self._step.shared.selector.step < self._warmup_steps or self._step.shared.selector.rate() == 1.0
 
     @_disable_dynamo
     def intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for the model's call."""
-        with self._backward.watcher.off():
+        with self._step.shared.watcher.off():
             result, call, outputs = self._call(original, args, kwargs)
         # The steps of the model's own loss are loss code: they run watched.
         return result if call is None or call.inner is None else call.with_losses(result, outputs)
@@ -92,50 +103,50 @@ class Forward:
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         """What the model returned and, where the call was screened, its record and the node's outputs."""
-        if not torch.is_grad_enabled() or self._backward.running:
-            with self._backward.watcher.off():  # a sampler's many small calls would pay for being watched
+        if not torch.is_grad_enabled() or self._step.shared.running:
+            with self._step.shared.watcher.off():  # a sampler's many small calls would pay for being watched
                 return original(*args, **kwargs), None, ()
         self.calls += 1
-        if self.calls == 1 and not self._backward.engine.wrappers:
-            refuse_outer_wrapper(self.model)
+        if self.calls == 1 and not self._step.shared.engine.wrappers:
+            self._refuse(self.model)
         inputs = flatten((args, kwargs))[1]
-        if not (self._backward.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
+        if not (self._step.shared.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
             return original(*args, **kwargs), None, ()
         if self.passes_through():
-            self._backward.idle.ran()
+            self._step.shared.idle.ran()
             return self._run_ungated(original, args, kwargs, inputs), None, ()
-        if self._backward.state.is_unfinished():
-            with torch.no_grad(), self._backward.state.untouched():
+        if self._step.shared.state.is_unfinished():
+            with torch.no_grad(), self._step.shared.state.untouched():
                 original(*args, **kwargs)
-            self._backward.state.read()
+            self._step.shared.state.read()
         self._check_call()
-        backward = self._backward
+        step = self._step
         call = Call(
-            original, (args, kwargs), backward.state, backward.receive, self.pairs, self.shared_loss, backward.checks
+            original, (args, kwargs), step.shared.state, step.receive, self.pairs, self.shared_loss, step.checks
         )
         if self.screened is not None:
-            self._backward.idle.ran()
+            self._step.shared.idle.ran()
             return self._run_screened(call), None, ()
         return self._screen_call(call)
 
     def _run_screened(self, call: Call) -> Tree:
         assert self.screened is not None
         screened, self.screened = self.screened, None
-        if (norm := self._backward.state.mixes_batch()) is not None:
+        if (norm := self._step.shared.state.mixes_batch()) is not None:
             raise RuntimeError(
                 f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
                 "its statistics from them; put it in eval mode, or leave screen() away"
             )
-        result = screened.run(call, self._batch_dim, self._backward.learned, self._outputs_learned)
-        self._backward.ran_first(screened.hooks)
-        self._backward.stats.replayed(screened.forwarded, screened.batch)
+        result = screened.run(call, self._batch_dim, self._step.shared.learned, self._outputs_learned)
+        self._step.ran_first(screened.hooks)
+        self._step.shared.stats.replayed(screened.forwarded, screened.batch)
         return result
 
     def _check_call(self) -> None:
         """Refuse what would take gradients past the parameters that the replay reaches."""
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
-        if not self._backward.state.same_parameters():
+        if not self._step.shared.state.same_parameters():
             raise RuntimeError(
                 "gated: parameters or submodules of the model were replaced inside the context (functional_call, an "
                 "adapter put in?), which the replay would not see; do it before the context"
@@ -147,12 +158,12 @@ class Forward:
             )
 
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
-        call.syncs = self._backward.engine.syncs()
+        call.syncs = self._step.shared.engine.syncs()
         key = tuple(call.input_paths)
         if (anchor := self._anchors.get(key)) is not None:
             call.expect(call.inputs[anchor].shape[self._batch_dim], self._batch_dim)
         result = self._screen(call, self._record, self.tape)
-        state = self._backward.state
+        state = self._step.shared.state
         # What this forward made for good, layers or hooks, is there from the start for the one that counts.
         if made := not state.same_parameters():
             state.attributes.undo(call.change)
@@ -178,14 +189,14 @@ class Forward:
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
         self._record = call.random
-        if not self._backward.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
+        if not self._step.shared.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
             if call.lacks_batch():
                 raise ReplayMismatchError(unbatched(call.batch))
             self._with_batch[tuple(call.input_paths)] = call.batch
-        config = self._backward.selector.config
+        config = self._step.shared.selector.config
         unchecked = call.whole is not None or not config.hard or config.weight != "pg" or config.unit == "token"
-        with self._backward.engine.one_pass(False):
-            settle_outputs(call, self._settled, unchecked, self._warn, not self._backward.engine.communicates)
+        with self._step.shared.engine.one_pass(False):
+            settle_outputs(call, self._settled, unchecked, self._warn, not self._step.shared.engine.communicates)
         self._check_outputs(call)
         if call.carried:
             self._warn(
@@ -201,30 +212,30 @@ class Forward:
                 "Each call then chooses its own rows, and a row dropped in one call passes nothing back through it. "
                 "Put the whole sequence into one call (method=), or detach what is carried over.",
             )
-        self._backward.idle.screened()
-        self._backward.streams.note([*call.inputs, *call.outputs])
-        live, outputs = call.attach_node(result, self._backward.anchor)
+        self._step.shared.idle.screened()
+        self._step.shared.streams.note([*call.inputs, *call.outputs])
+        live, outputs = call.attach_node(result, self._step.entry.anchor)
         if self._named is not None:
             call.named = self._resolve(live, outputs)
         return live, call, outputs
 
     def _screen(self, call: Call, record: bool, tape: bool) -> Tree:
-        probe = None if self._backward.engine.communicates else self._backward.find_graphs
-        return call.screen(self._batch_dim, record, self._backward.copy_outputs, Tape() if tape else None, probe)
+        probe = None if self._step.shared.engine.communicates else self._step.looks.find_graphs
+        return call.screen(self._batch_dim, record, self._step.reader.copy_outputs, Tape() if tape else None, probe)
 
     def _screen_instead(self, call: Call, record: bool, tape: bool) -> Tree:
         """Once more, as if the first time had not been."""
-        self._backward.state.attributes.undo(call.change)
+        self._step.shared.state.attributes.undo(call.change)
         with forked_rng(call.rng), call.buffers.restored():
             return self._screen(call, record, tape)
 
     def _find_anchor(self, call: Call) -> int | None:
         """Which input has the rows on ``batch_dim``, where the inputs have several sizes there."""
-        if self._backward.engine.communicates:
+        if self._step.shared.engine.communicates:
             found = None
             doubtful = call.arguments[0].shape[call.batch_dim : call.batch_dim + 1] != (call.size,)
         else:
-            with self._backward.engine.one_pass(False):
+            with self._step.shared.engine.one_pass(False):
                 found = find_anchor(call)
             doubtful = found is None
         if doubtful:
@@ -233,7 +244,7 @@ class Forward:
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
         """Pass straight through; only count, when a backward comes."""
-        attributes = self._backward.state.attributes
+        attributes = self._step.shared.state.attributes
         known = {id(leaf) for leaf in attributes.take().tensors().values()}
         result = original(*args, **kwargs)
         outputs = flatten(result)[1]
@@ -249,11 +260,11 @@ class Forward:
             task = torch._C._current_graph_task_id()
             if task != counted:
                 counted = task
-                self._backward.stats.ungated(batch)
+                self._step.shared.stats.ungated(batch)
             if task != self._ungated_task:
                 self._ungated_task = task
-                self._backward.selector.step += 1
-                self._backward.stats.steps += 1
+                self._step.shared.selector.step += 1
+                self._step.shared.stats.steps += 1
 
         for leaf in (*outputs, *left):
             if leaf.grad_fn is not None:
@@ -262,7 +273,7 @@ class Forward:
 
     def _descends(self, leaf: Tensor) -> bool:
         sources = find_sources(leaf, trust=True) or []
-        return any(getattr(source.call, "state", None) is self._backward.state for source in sources)
+        return any(getattr(source.call, "state", None) is self._step.shared.state for source in sources)
 
     def _check_reach(self, call: Call, result: Tree) -> None:
         """Refuse outputs that hold tensors where they cannot be replaced."""
@@ -271,7 +282,7 @@ class Forward:
             if is_atom(value) or type(value).__module__ == "transformers.cache_utils":
                 return  # every decoder returns such a cache, and training uses none
             hidden = [t for t in hidden_tensors(value) if t.is_floating_point()]
-            state = self._backward.state
+            state = self._step.shared.state
             if hidden:
                 known = {id(t) for t in (*state.parameters(), *state.buffers(), *call.inputs)}
                 hidden = [t for t in hidden if id(t) not in known]
@@ -285,7 +296,7 @@ class Forward:
             map_tensors(lambda _path, leaf: leaf, result, other=look)
 
     def _check_outputs(self, call: Call) -> None:
-        if self._backward.state.has_forward_hooks():
+        if self._step.shared.state.has_forward_hooks():
             self._warn(
                 "hooks",
                 "gated: the model has forward hooks. They run without a graph when the batch is screened and again on "

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kondo_hooks.core.engine import Alone
 from kondo_hooks.errors import RankError
 from kondo_hooks.rules.selection import Samples
 
@@ -49,7 +50,7 @@ def _synchronise(devices: Iterable[torch.device]) -> None:
 _looks: Counter[str] = Counter()
 
 
-class Ranks:
+class Ranks(Alone):
     """A process group, or the lone process when there is none.
 
     Args:
@@ -70,12 +71,12 @@ class Ranks:
             self._prefix = "kondo_hooks/" + ",".join(map(str, members))
 
     @property
-    def alone(self) -> bool:
+    def alone(self) -> bool:  # type: ignore[override]
         """Whether there is no other rank to agree with."""
         return self.size == 1 and self._tensor_parallel is None
 
     @property
-    def tensor_parallel(self) -> bool:
+    def tensor_parallel(self) -> bool:  # type: ignore[override]
         """Whether other ranks see the same rows as this one."""
         return self._tensor_parallel is not None
 
@@ -91,7 +92,7 @@ class Ranks:
     # Failures.
 
     @property
-    def failed(self) -> bool:
+    def failed(self) -> bool:  # type: ignore[override]
         """Whether this rank holds a failure that the others do not all know of yet."""
         return self._failed is not None
 
@@ -103,6 +104,12 @@ class Ranks:
             key = self._key()
             number = self._store.add(f"{key}/count", 1)
             self._store.set(f"{key}/{number}", f"rank {rank}: {type(error).__name__}: {error}")
+
+    def fail(self, error: BaseException) -> None:
+        """Raise ``error``; where there are other ranks, tell them, and go on until all know."""
+        if self.alone:
+            raise error
+        self.announce(error)
 
     def _key(self) -> str:
         return f"{self._prefix}/{_looks[self._prefix]}"

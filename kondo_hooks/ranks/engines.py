@@ -15,74 +15,76 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
+from kondo_hooks.core.engine import Engine, Force
+from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.core.passes import Plan
+from kondo_hooks.core.readings import Learned
+from kondo_hooks.core.replay import Replayed
+from kondo_hooks.ranks import passes, together
 from kondo_hooks.ranks.agreement import Ranks
-from kondo_hooks.ranks.hosts import accelerate_syncs
+from kondo_hooks.rules.readback import Readback
+from kondo_hooks.rules.selection import Decision, Kept, Selector, Signal, check_finite
 
 
-class Engine:
-    """Plain PyTorch: no ranks of its own. The base of the others.
+class OnRanks(Engine):
+    """Plain PyTorch on several ranks that the user's code keeps together; the base of engines that wrap a model."""
 
-    Attributes:
-        name: as the user knows it.
-        ranks: who trains this model.
-        communicates: whether every pass through the model has collectives in it, so that ranks must make the same
-            number of passes; without, only the reduction of the gradients has.
-        swaps_parameters: whether parameters are other objects, or hold other values, between passes.
-        takes_gradients: whether ``torch.autograd.grad`` gives the parameters' gradients of a pass on this rank.
-        reduces_later: whether gradients are reduced only after ``loss.backward()`` has returned.
-    """
-
-    name = "PyTorch"
-    communicates = False
-    swaps_parameters = False
-    takes_gradients = True
-    reduces_later = False
+    ranks: Ranks
 
     def __init__(self, wrappers: Sequence[Any], ranks: Ranks):
-        self.wrappers: list[Any] = list(wrappers)
-        self.ranks = ranks
+        super().__init__(wrappers, ranks)
 
-    def syncs(self) -> bool:
-        """Whether the host means the coming backward to reduce gradients: the end of its accumulation."""
-        return True
+    def decide(
+        self, selector: Selector, signals: list[Signal] | None, slots: list[int], force: Force, back: Readback | None
+    ) -> tuple[Decision, list[Kept], Tensor | None]:
+        """As one batch over all ranks, if they decide together."""
+        ranks, samples = self.ranks, None
+        if not self.together and not ranks.tensor_parallel:
+            return super().decide(selector, signals, slots, force, back)
+        forced: Tensor | None = None
+        try:
+            if signals is None:
+                raise RuntimeError("gated: a call of this window could not be read")
+            samples = selector.samples(signals)
+            if ranks.tensor_parallel:
+                samples = ranks.share_samples(samples)
+            forced = force(samples)
+            if self.together and samples.scores is not None:
+                ignored = torch.zeros_like(samples.delight, dtype=torch.bool) if forced is None else forced
+                check_finite(samples.scores.masked_fill(ignored, 0), samples.delight.masked_fill(ignored, 0))
+        except Exception as error:
+            if not self.together:
+                raise
+            ranks.announce(error)
+            samples = None
+        if not self.together:
+            assert samples is not None and signals is not None
+            decision = selector.choose(samples, forced, back)
+            return decision, selector.kept_of(decision, signals), None
+        found = signals or []
+        decided = together.decide(selector, samples, found, slots or [0] * len(found), forced, ranks)
+        return decided.decision, decided.kept, decided.counts
 
-    def reduces(self, call: Call) -> bool:
-        """Whether the replay of this call, the last of its population, is to reduce gradients."""
-        return self.syncs()
+    def plan(
+        self,
+        arrivals: list[Arrival],
+        slots: list[int],
+        parts: list[Part | None],
+        counts: Tensor | None,
+        limit: int | None,
+        learned: Learned,
+    ) -> Plan:
+        """The same passes on every rank."""
+        return passes.plan(arrivals, slots, parts, counts, self, self.ranks, limit, learned)
 
-    def ends_accumulation(self, call: Call) -> bool:
-        """Whether the host's gradient accumulation ends with the backward of this call."""
-        told = accelerate_syncs()
-        return self.reduces(call) and told is not False
-
-    def check_window(self, window: int | str) -> None:
-        """Refuse a window that nobody would ever end."""
-        if window == "auto" and not self.wrappers and accelerate_syncs() is None:
-            raise ValueError(
-                "window='auto' takes the end of gradient accumulation from the host, and there is none: the model is "
-                "not wrapped by DDP, FSDP or DeepSpeed and accelerate is not in use. Give the number of backwards."
-            )
-
-    @contextlib.contextmanager
-    def one_pass(self, reduces: bool) -> Iterator[None]:
-        """Around the forward and backward of one pass; gradients are reduced at its end, or kept for the next."""
-        yield
-
-    def backward(self, outputs: Sequence[Any], grads: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
-        """Backward from a pass's outputs into the parameters, or into ``inputs`` alone."""
-        torch.autograd.backward(outputs, grads, inputs=inputs)
-
-    def open(self, gate: Any) -> Callable[[], None]:
-        """Put in what the engine needs while a context is open; returns what takes it out.
-
-        Args:
-            gate: the backward side of the gate.
-        """
-        return lambda: None
+    def run(self, group: list[Part], first: Arrival, learned: Learned, back: Readback) -> list[Replayed]:
+        """A failure is told to the others, and a silent pass takes its place."""
+        return passes.forward_as_one_of_many(group, first, self, learned, back)
 
 
-class DDP(Engine):
+class DDP(OnRanks):
     """``DistributedDataParallel``: forwards make no collectives but for buffers, and DDP's own flags see to these."""
 
     name = "DistributedDataParallel"
@@ -118,7 +120,7 @@ class DDP(Engine):
                 wrapper.require_backward_grad_sync, wrapper.broadcast_buffers = sync, broadcast
 
 
-class FSDP1(Engine):
+class FSDP1(OnRanks):
     """``FullyShardedDataParallel``."""
 
     name = "FullyShardedDataParallel"
@@ -140,7 +142,7 @@ class FSDP1(Engine):
             yield
 
 
-class FSDP2(Engine):
+class FSDP2(OnRanks):
     """``fully_shard``."""
 
     name = "fully_shard"
@@ -196,17 +198,26 @@ def _is_deepspeed(module: nn.Module) -> bool:
     return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
-def find_engine(model: nn.Module, tensor_parallel: Any = None, global_scope: bool = False) -> Engine:
+def find_engine(
+    model: nn.Module, tensor_parallel: Any = None, global_scope: bool = False, balance: bool = False
+) -> Engine:
     """The engine that runs ``model``, by the wrappers in it.
 
     Args:
         model: what is gated, with whatever wraps it.
         tensor_parallel: process group of the ranks that see the same rows.
-        global_scope: without a wrapper, take the default process group's ranks for those that train it together.
+        global_scope: all ranks decide as one; without a wrapper, these are the default process group's.
+        balance: kept rows then move between them.
 
     Raises:
         ValueError: naming a kind of parallelism that cannot be gated.
     """
+    engine = _find_engine(model, tensor_parallel, global_scope)
+    engine.together, engine.balance = global_scope and engine.ranks.size > 1, balance
+    return engine
+
+
+def _find_engine(model: nn.Module, tensor_parallel: Any, global_scope: bool) -> Engine:
     if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
         raise ValueError(
             "gated: nn.DataParallel runs replicas of the model in threads of their own, where calls cannot be seen. "
@@ -229,8 +240,10 @@ def find_engine(model: nn.Module, tensor_parallel: Any = None, global_scope: boo
         _refuse_tensor_parallel(model, tensor_parallel, max((mesh.ndim for mesh in meshes), default=1))
         return FSDP2(tops, Ranks(_group_of(meshes), tensor_parallel))
     _refuse_tensor_parallel(model, tensor_parallel, 0)
-    together = global_scope and dist.is_available() and dist.is_initialized()
-    return Engine([], Ranks(dist.group.WORLD if together else None, tensor_parallel))
+    on_ranks = global_scope and dist.is_available() and dist.is_initialized()
+    if not on_ranks and tensor_parallel is None:
+        return Engine()
+    return OnRanks([], Ranks(dist.group.WORLD if on_ranks else None, tensor_parallel))
 
 
 def refuse_outer_wrapper(model: nn.Module) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.arrival import Arrival
-from kondo_hooks.core.call import Call
 from kondo_hooks.core.readings import Learned
+from kondo_hooks.core.step import AtOnce
 from kondo_hooks.rows.axes import Layout
 from kondo_hooks.rules.readback import Readback, to_device
 from kondo_hooks.rules.selection import Kept, Selector, by_batch, top_k
@@ -75,7 +75,7 @@ class _Waiting:
         return left
 
 
-class Window:
+class Window(AtOnce):
     """The population that is being collected.
 
     Attributes:
@@ -87,10 +87,8 @@ class Window:
     """
 
     def __init__(self, size: Size):
-        self.size = size
-        self.arrivals: list[Arrival] = []
-        self.backwards = 0
-        self.back = Readback()
+        super().__init__()
+        self.size: Size = size
         self._longest = 0
         self._largest = 0
         self._forget()
@@ -222,6 +220,23 @@ class Window:
         self.least = self.least if most is None else min(self.least, most)
         return most
 
+    def without_gone(self, arrivals: list[Arrival], kept: list[Kept]) -> tuple[list[Kept], bool]:
+        """What is kept of each call, without rows that it has let go; and whether there were any."""
+        held = []
+        for a, mine in zip(arrivals, kept, strict=True):
+            if a.held is None:
+                held.append(torch.ones_like(mine.rows, dtype=torch.bool))
+            else:
+                have, rows = a.held.rows, mine.rows.to(a.held.rows.device)
+                held.append(have[torch.searchsorted(have, rows).clamp_max(len(have) - 1)] == rows)
+        if all(flags.all() for flags in held):
+            return kept, False
+        cut = [
+            Kept(k.rows[flags.to(k.rows.device)], None if k.factors is None else k.factors[flags.to(k.factors.device)])
+            for k, flags in zip(kept, held, strict=True)
+        ]
+        return cut, True
+
     def nbytes(self) -> int:
         """Bytes of the rows that wait."""
         total = 0
@@ -234,11 +249,6 @@ class Window:
         return total
 
 
-def in_doubt(call: Call) -> bool:
-    """Whether an input may be read otherwise than is likeliest, so that a guess could let go of what a replay needs."""
-    return call.reads_several() or any(call.doubtful())
-
-
 def _layout(arrival: Arrival, learned: Learned, communicates: bool) -> Layout | None:
     """How to cut the call's inputs into rows; None while that is in doubt."""
     if arrival.held is not None:
@@ -247,22 +257,4 @@ def _layout(arrival: Arrival, learned: Learned, communicates: bool) -> Layout | 
     call = arrival.call
     if (known := learned.known(call)) is not None:
         return known
-    return next(call.readings()) if communicates or not in_doubt(call) else None
-
-
-def without_gone(arrivals: list[Arrival], kept: list[Kept]) -> tuple[list[Kept], bool]:
-    """What is kept of each call, without rows that it has let go; and whether there were any."""
-    held = []
-    for a, mine in zip(arrivals, kept, strict=True):
-        if a.held is None:
-            held.append(torch.ones_like(mine.rows, dtype=torch.bool))
-        else:
-            have, rows = a.held.rows, mine.rows.to(a.held.rows.device)
-            held.append(have[torch.searchsorted(have, rows).clamp_max(len(have) - 1)] == rows)
-    if all(flags.all() for flags in held):
-        return kept, False
-    cut = [
-        Kept(k.rows[flags.to(k.rows.device)], None if k.factors is None else k.factors[flags.to(k.factors.device)])
-        for k, flags in zip(kept, held, strict=True)
-    ]
-    return cut, True
+    return next(call.readings()) if communicates or not call.in_doubt() else None

@@ -382,7 +382,7 @@ def test_rows_travel_to_another_rank_and_back():
     with kondo.gated(model, rate=0.5, window=2) as gate:
         logits, value, *_ = model(batch.x)
         (reinforce(logits, batch) + (value - batch.returns).pow(2).mean()).backward()
-        (part,) = [a.held for a in gate._backward.window.arrivals]
+        (part,) = [a.held for a in gate._step.window.arrivals]
         sent = [t.cpu() for t in part.to_tensors()]
         back = Part.from_tensors(part, sent)
         for ours, theirs in zip(back.held.inputs, part.held.inputs, strict=True):

@@ -1,0 +1,110 @@
+"""Delight of the calls that a backward has reached, and what is said of it."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kondo_hooks.core.arrival import Arrival, find_scales, find_signal
+from kondo_hooks.core.looks import Looks
+from kondo_hooks.core.shared import Shared
+from kondo_hooks.core.verify import name_of
+from kondo_hooks.delight.graph import Path
+from kondo_hooks.errors import DelightError
+from kondo_hooks.rules.readback import Readback
+from kondo_hooks.rules.selection import Signal
+
+_RESIDUAL = 0.1
+
+
+class Reader:
+    """Reads delight.
+
+    Attributes:
+        copy_outputs: whether the user's code has been seen to write into outputs.
+    """
+
+    def __init__(self, shared: Shared, looks: Looks):
+        self.shared = shared
+        self._looks = looks
+        self.copy_outputs = False
+
+    def read(self, arrivals: list[Arrival], back: Readback) -> None:
+        """Find each call's signal; some of what may be wrong is told when ``back`` is read."""
+        for a in arrivals:
+            if a.unsplit():
+                self._looks.forget_constants(a)
+            a.check(back)
+            if a.call.overwritten():
+                self.copy_outputs = True
+                with self.shared.looking():
+                    a.call.screen_again()
+        tokens = self.shared.selector.config.unit == "token"
+        read: list[Arrival] = []
+        unread: list[tuple[Arrival, DelightError]] = []
+        paths: list[list[list[Path]]] = []
+        for a in arrivals:
+            a.forced = a.overflowed()
+            try:
+                a.signal, a.offset, taken = find_signal(a, tokens, self._looks.probe_outputs, self._warn_residual)
+                a.call.policy = a.policy()
+                read.append(a)
+                paths.append(taken)
+            except DelightError as error:
+                unread.append((a, error))
+            self._warn_critic(a)
+        for a, scale in zip(read, find_scales(paths, [a.call.batch for a in read], self.shared.warn), strict=True):
+            assert a.signal is not None
+            u = a.signal.advantages
+            a.signal = replace(a.signal, advantages=u / (scale.to(u.device) if isinstance(scale, Tensor) else scale))
+            a.scale = scale
+        for a in arrivals:
+            for observation in a.call.observations:
+                observation.release()
+            if tokens and a.signal is not None:
+                self._looks.find_positions(a)
+        for a, cause in unread:
+            a.follow(b for b in arrivals if b.signal is not None)
+            if a.follows is None:
+                if self.shared.selector.config.priority != "uniform" or tokens:
+                    raise cause
+                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
+                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
+
+    def _warn_critic(self, arrival: Arrival) -> None:
+        """Say once where a rule that prefers some rows decides what something else than the policy learns from."""
+        config = self.shared.selector.config
+        unbiased = config.priority == "uniform" or (config.unbiased and config.hard)
+        if unbiased or not self.shared.warn.is_new("critic"):
+            return
+        for i in arrival.others():
+            self.shared.warn(
+                "critic",
+                f"gated: {name_of(arrival.call, i)} gets a gradient but holds no policy (a critic, an entropy bonus?). "
+                "It learns from the chosen rows alone, which are no fair sample: a critic learns the value of lucky "
+                "rows. Train it on all rows (a model of its own outside of the gate), or draw without bias: "
+                "priority='uniform', or deterministic=False, unbiased=True.",
+            )
+            return
+
+    def _warn_residual(self, residual: float) -> None:
+        if residual > _RESIDUAL:
+            self.shared.warn(
+                "residual",
+                f"gated: the loss is far from a policy gradient: {residual:.0%} of its gradient at the model's output "
+                "is something else (an entropy bonus, a KL term, a regression?). Delight was read off all of it; "
+                "mark the log-prob with gate.logp(...) to read it off the policy term alone.",
+            )
+
+    def warn_single(self, arrivals: list[Arrival]) -> None:
+        """The first population is one row: a gate that keeps a share of the rows always keeps it."""
+        config = self.shared.selector.config
+        always = config.price is None and not config.history and config.hard and config.deterministic
+        if not always or config.unit == "token" or self.shared.engine.together:
+            return
+        self.shared.warn(
+            "single",
+            f"gated: a backward here is one row, {arrivals[0].call.described()}, and of one row the gate always keeps "
+            "it: nothing is saved. Samples that are packed into one row, (1, total), are one to the gate: give each a "
+            "row of its own, (B, T), padded; where a step is several backwards, window=N chooses among their rows.",
+        )

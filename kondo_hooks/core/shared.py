@@ -1,0 +1,70 @@
+"""What the parts of a gate share: the model, who runs it, who decides, and what was learned of it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kondo_hooks.core.engine import Engine
+from kondo_hooks.core.idle import Idle
+from kondo_hooks.core.readings import Learned
+from kondo_hooks.delight.loss_code import LossWatcher
+from kondo_hooks.errors import WarnOnce
+from kondo_hooks.rules.selection import Selector
+from kondo_hooks.same.state import ModuleState
+from kondo_hooks.same.streams import Streams
+from kondo_hooks.stats import Stats
+
+
+@dataclass
+class Shared:
+    """What the parts of a gate share.
+
+    Attributes:
+        state: the model's.
+        engine: that runs the model.
+        selector: decides.
+        idle: notices steps that the gate had no part in.
+        warn: tells, once.
+        learned: where inputs keep their rows, as it was found by replaying.
+        watcher: sees the loss code and every call of a backward.
+        stats: counts.
+        streams: that calls and their gradients were made on.
+        micro_batch_size: most rows in one pass of the replay; None for all in one.
+        waits: whether a backward may leave its calls waiting for others.
+        running: whether the gate runs the model itself.
+    """
+
+    state: ModuleState
+    engine: Engine
+    selector: Selector
+    idle: Idle
+    warn: WarnOnce
+    learned: Learned
+    watcher: LossWatcher
+    micro_batch_size: int | None = None
+    stats: Stats = field(default_factory=Stats)
+    streams: Streams = field(default_factory=Streams)
+    waits: bool = False
+    running: bool = False
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """While the gate runs the model itself. A forward may renormalise weights in place: that is no step."""
+        self.running = True
+        before = self.state.versions()
+        try:
+            with self.watcher.off():
+                yield
+        finally:
+            self.running = False
+            self.state.forgive(before)
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """The same for the replay itself: an optimizer may step in its backward, and what a forward counts counts."""
+        self.running = self.state.attributes.counts = True
+        try:
+            with self.watcher.off():
+                yield
+        finally:
+            self.running = self.state.attributes.counts = False
