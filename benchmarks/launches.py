@@ -105,7 +105,7 @@ def cases() -> dict[str, Case]:
         return Language().to(DEVICE)
 
     def first(gate: Any) -> None:
-        gate.screen(delight=u)
+        gate.preselect(delight=u)
 
     return {
         "mlp": Case(mlp(), (x,), of_actions),

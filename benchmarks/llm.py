@@ -190,7 +190,7 @@ class Work:
         size = self.setting.micro_batch
         for part, of_part in zip(answers.micro_batches(size), kept.split(size), strict=True):
             if of_part.any():
-                gate.screen(kept=of_part)
+                gate.preselect(kept=of_part)
                 grpo_loss(self.logits(part.ids), part).backward()
 
     def kept_rows(self) -> int:

@@ -157,7 +157,7 @@ class Method:
     Attributes:
         gate: what ``kondo.gated`` is given, or None for a loop without a gate.
         loss: of the answers' log-probs and their batch.
-        screen: made for the model of a run, gives from a batch what ``gate.screen`` is told before the forward.
+        screen: made for the model of a run, gives from a batch what ``gate.preselect`` is told before the forward.
         epochs: updates a batch.
         prompts: in a batch, with ten answers each.
     """
@@ -341,7 +341,7 @@ def learn(
             for _ in range(method.epochs):
                 clock.start()
                 if screen is not None:
-                    gate.screen(**screen(batch))
+                    gate.preselect(**screen(batch))
                 logits = model(batch.sequences)
                 clock.stop("screen")
                 loss = method.loss(answers_logp(logits, batch), batch)

@@ -6,7 +6,7 @@
 
 - noise: token reversal (H 10, M 2; benchmarks/reversal.py) with an answer's delight, for DG that of each of its tokens,
   times 1 + s * N(0, 1), s from 0 to 2.
-- screens: the same, with delight from a cheaper or an older model, told by ``gate.screen`` before the forward.
+- screens: the same, with delight from a cheaper or an older model, told by ``gate.preselect`` before the forward.
 - gambling: a tabular bandit of 16 contexts and 10 arms; the best arm pays 1, the others 0 (the gap); noise of standard
   deviation s on one bad arm of each context, or on all arms. The baseline is the expected reward.
 - vocabulary: token reversal with H 5 and M tokens, at fixed rates and with the adaptive gate (price 0).
@@ -193,7 +193,7 @@ def run_screen(task: Screened) -> record.Rows:
         gated = nullcontext() if method.gate is None else kondo.gated(model, **method.gate, seed=i)
         with gated as gate:
             if told:
-                gate.screen(**told[i])
+                gate.preselect(**told[i])
             own = gradient(model, batch, method.loss)
         exact = delight(batch)
         kept = gate.last.kept if gate else torch.arange(len(exact))

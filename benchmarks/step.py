@@ -126,7 +126,7 @@ def steps(work: Workload) -> dict[str, Variant]:
     first = kondo.gated(work.model, rate=0.03)
 
     def screen_first() -> None:
-        first.screen(logp=sampler, advantages=work.advantages)
+        first.preselect(logp=sampler, advantages=work.advantages)
         full()
 
     outputs, grad = sampler, sampler

@@ -100,7 +100,7 @@ class KondoMixin:
         if inputs is None or gate is None or not torch.is_grad_enabled():
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         factors = inputs["kondo_factors"]
-        gate.screen(kept=factors)
+        gate.preselect(kept=factors)
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         dropped = (factors == 0).unsqueeze(1)
         logps = torch.where(dropped, inputs["kondo_logps"].to(logps.dtype), logps)

@@ -274,7 +274,7 @@ class Gated:
 
     # What the user says of a batch.
 
-    def screen(
+    def preselect(
         self,
         logp: Tensor | None = None,
         advantages: Tensor | None = None,
@@ -303,20 +303,20 @@ class Gated:
             ValueError: on missing arguments, shapes that do not fit, NaN or infinity.
         """
         if self._forward.pairs:
-            raise ValueError("screen: pairs=True is for rows that the gate screens itself; screen() takes single rows")
+            raise ValueError("preselect: pairs=True is for rows that the gate screens itself; it takes single rows")
         if self._forward.screened is not None:
-            raise RuntimeError("screen: called twice without a call of the model in between")
+            raise RuntimeError("preselect: called twice without a call of the model in between")
         if kept is not None:
             if any(given is not None for given in (logp, advantages, mask, delight)):
-                raise ValueError("screen: kept is decided already; give it alone")
+                raise ValueError("preselect: kept is decided already; give it alone")
             if not isinstance(kept, Tensor) or kept.dim() != 1:
-                raise ValueError("screen: kept must be a tensor of shape (B,), bool or factors")
+                raise ValueError("preselect: kept must be a tensor of shape (B,), bool or factors")
             if self.enabled and not self._forward.passes_through():
                 rows = kept.detach().nonzero().flatten()
                 mine = Kept(rows, kept.detach()[rows] if kept.is_floating_point() else None)
                 self._forward.screened = self._screen_rows(mine, torch.ones_like(kept, dtype=torch.bool))
             return None
-        signal = self._signal("screen", logp, advantages, mask, delight)
+        signal = self._signal("preselect", logp, advantages, mask, delight)
         if self._forward.passes_through() or not self.enabled:
             return _everything(signal)
         try:
@@ -332,6 +332,8 @@ class Gated:
         self._forward.screened = self._screen_rows(mine, signal.valid)
         return decision
 
+    screen = preselect  # its name until it was seen that it is the call that does not screen
+
     def select(
         self,
         logp: Tensor | None = None,
@@ -340,9 +342,9 @@ class Gated:
         *,
         delight: Tensor | None = None,
     ) -> Decision:
-        """Decide on rows that the model will get in several calls: give each its share by ``screen(kept=...)``.
+        """Decide on rows that the model will get in several calls: give each its share by ``preselect(kept=...)``.
 
-        Arguments, units and errors are those of :meth:`screen`.
+        Arguments, units and errors are those of :meth:`preselect`.
         """
         signal = self._signal("select", logp, advantages, mask, delight)
         if self._forward.passes_through() or not self.enabled:

@@ -950,7 +950,7 @@ def test_a_model_that_writes_into_its_input_is_told_so():
     assert model.weight.grad is None
 
 
-# Lists with an entry a row, after screen().
+# Lists with an entry a row, after preselect().
 
 
 class OfLists(nn.Module):
@@ -975,7 +975,7 @@ def test_lists_with_an_entry_a_row_are_cut_after_a_screen(rows):
     for _ in range(2):
         model.zero_grad()
         with kondo.gated(model, rate=0.4) as gate:
-            weights = gate.screen(delight=torch.rand(rows)).factors()
+            weights = gate.preselect(delight=torch.rand(rows)).factors()
             loss(model, 1.0).backward()
         assert gate.stats.forwarded == gate.stats.kept
     loss(reference, weights).backward()
@@ -985,6 +985,6 @@ def test_lists_with_an_entry_a_row_are_cut_after_a_screen(rows):
 def test_a_list_with_an_entry_a_row_is_refused_after_a_screen():
     model = OfLists(returns_list=True)
     with kondo.gated(model, rate=0.4) as gate:
-        gate.screen(delight=torch.rand(7))
+        gate.preselect(delight=torch.rand(7))
         with pytest.raises(RuntimeError, match="a list with an entry a row"):
             model(torch.randn(7, 4), [torch.randn(2, 4)] * 7)

@@ -40,6 +40,6 @@ def test_screen_first_never_runs_a_dropped_row():
     model, batch, rows = case.build(), make_batch(64, True, torch.float32), []
     model.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     with kondo.gated(model, rate=2 / 64) as gate:
-        gate.screen(logp=batch.old_logp, advantages=batch.advantages, mask=batch.mask)
+        gate.preselect(logp=batch.old_logp, advantages=batch.advantages, mask=batch.mask)
         case.call(model, batch).logits.log_softmax(-1)[..., 0].sum().backward()
     assert rows == [2]

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_gradient_after_a_screen_is_that_of_the_masked_full_backward(name, loss)
     with torch.no_grad():
         logp = pick(case.logits(case.call(reference, batch), batch), batch.actions)
     with kondo.gated(model, rate=0.25) as gate:
-        decision = gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
+        decision = gate.preselect(logp=logp, advantages=batch.advantages, mask=batch.mask)
         run(model, None)
     run(reference, kept_mask(decision.kept, 12, torch.float64))
     assert len(decision.kept) == 3 and gate.last is decision
@@ -201,7 +202,7 @@ def test_only_the_kept_rows_run_after_a_screen(setup):
     with kondo.gated(model, rate=0.25, audit=0) as gate:
         logp = sampled_logp(model, batch)
         for _ in range(2):
-            gate.screen(logp=logp, advantages=batch.advantages)
+            gate.preselect(logp=logp, advantages=batch.advantages)
             step(model, batch)
         step(model, batch)
     assert seen == [3, 3, 3]  # the last is the replay of a call that was not screened first
@@ -212,7 +213,7 @@ def test_a_call_without_grad_does_not_use_up_the_screen(setup):
     model, _, batch = setup
     seen = rows_with_a_graph(model.body[0])
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(delight=torch.arange(12.0))
+        gate.preselect(delight=torch.arange(12.0))
         with torch.no_grad():
             assert model(batch.x).shape == (12, K)
         model(batch.x)
@@ -227,7 +228,7 @@ def test_outputs_are_full_size_and_the_gradient_is_right_however_many_rows_a_scr
     model, reference = copies(case.build().double())
     batch = make_batch(12, case.sequence, torch.float64)
     with kondo.gated(model, rate=k / 12) as gate:
-        decision = gate.screen(delight=torch.arange(12.0).flip(0))
+        decision = gate.preselect(delight=torch.arange(12.0).flip(0))
         out = case.call(model, batch)
         reinforce(case.logits(out, batch), batch).backward()
     assert len(decision.kept) == k
@@ -264,7 +265,7 @@ def test_a_screen_does_not_cut_a_shared_input_whose_size_is_the_batch_size(rate)
     batch.actions, batch.advantages = batch.actions[:, 0], batch.advantages[:, 0]
     mask = torch.randn(5, 5).double()
     with kondo.gated(model, rate=rate) as gate:
-        decision = gate.screen(delight=torch.arange(5.0))
+        decision = gate.preselect(delight=torch.arange(5.0))
         reinforce(model(batch.x, mask), batch).backward()
     reinforce(reference(batch.x, mask), batch, kept_mask(decision.kept, 5, torch.float64)).backward()
     assert_same_gradient(model, reference)
@@ -274,7 +275,7 @@ def test_an_input_gets_the_gradient_of_the_kept_rows_after_a_screen(setup):
     model, reference, batch = setup
     x, y = (batch.x.clone().requires_grad_() for _ in range(2))
     with kondo.gated(model, rate=0.25) as gate:
-        decision = gate.screen(delight=torch.arange(12.0))
+        decision = gate.preselect(delight=torch.arange(12.0))
         reinforce(model(x), batch).backward()
     reinforce(reference(y), batch, kept_mask(decision.kept, 12, torch.float64)).backward()
     torch.testing.assert_close(x.grad, y.grad)
@@ -292,7 +293,7 @@ def test_a_screen_with_time_first(k):
         return (-batch.advantages.T * pick(output, batch.actions.T) * w).mean()
 
     with kondo.gated(model, rate=k / 8, batch_dim=1) as gate:
-        gate.screen(delight=torch.randn(8))
+        gate.preselect(delight=torch.randn(8))
         loss(model, 1).backward()
     assert len(gate.last.kept) == k == gate.stats.forwarded
     loss(reference, kept_mask(gate.last.kept, 8, torch.float64)).backward()
@@ -324,7 +325,7 @@ def test_a_screen_of_a_method():
         for _ in range(2):
             seen.clear()
             model.zero_grad()
-            gate.screen(logp=logp, advantages=batch.advantages)
+            gate.preselect(logp=logp, advantages=batch.advantages)
             loss(model, 1).backward()
     assert seen == [3]
     loss(reference, kept_mask(gate.last.kept, 12, torch.float64)).backward()
@@ -337,7 +338,7 @@ def test_screened_and_other_calls_add_up_in_one_backward(setup):
     with kondo.gated(model, rate=0.25) as gate:
         losses, kept = [], []
         for batch in batches[:2]:
-            decision = gate.screen(logp=sampled_logp(model, batch), advantages=batch.advantages)
+            decision = gate.preselect(logp=sampled_logp(model, batch), advantages=batch.advantages)
             kept.append(decision.kept)
             losses.append(reinforce(model(batch.x), batch))
         losses.append(reinforce(model(batches[2].x), batches[2]))
@@ -353,7 +354,7 @@ def test_screening_by_delight_alone(setup):
     model, reference, batch = setup
     delight = torch.randn(12, dtype=torch.float64)
     with kondo.gated(model, rate=0.25) as gate:
-        decision = gate.screen(delight=delight)
+        decision = gate.preselect(delight=delight)
         step(model, batch)
     assert set(decision.kept.tolist()) == set(delight.topk(3).indices.tolist())
     assert torch.equal(decision.delight, delight)
@@ -365,7 +366,7 @@ def test_screening_with_a_price_by_delight_of_a_tensor_that_has_a_graph(setup):
     model, _, batch = setup
     delight = torch.linspace(-1, 1, 12, dtype=torch.float64, requires_grad=True)
     with kondo.gated(model, price=0.5) as gate:
-        decision = gate.screen(delight=delight)
+        decision = gate.preselect(delight=delight)
         step(model, batch)
     assert decision.kept.tolist() == [9, 10, 11] and not decision.delight.requires_grad
     assert delight.grad is None
@@ -374,7 +375,7 @@ def test_screening_with_a_price_by_delight_of_a_tensor_that_has_a_graph(setup):
 def test_a_screen_that_keeps_nothing_gives_full_size_outputs_and_a_gradient_of_zero(setup):
     model, _, batch = setup
     with kondo.gated(model, price=10.0) as gate:
-        decision = gate.screen(delight=torch.zeros(12))
+        decision = gate.preselect(delight=torch.zeros(12))
         out = model(batch.x)
         reinforce(out, batch).backward()
     assert out.shape == (12, K) and len(decision.kept) == 0
@@ -390,7 +391,7 @@ def test_after_screen_an_output_keeps_its_rows_on_any_axis(layout, length, facto
     model, x = LaidOut(layout).double(), torch.randn(4, length, 3).double()
     factors = torch.tensor(factors, dtype=torch.float64)
     with kondo.gated(model, rate=0.5) as gate:
-        gate.screen(kept=factors)
+        gate.preselect(kept=factors)
         model.rows_first(model(x), 4).sin().sum().backward()
     ours = grads(model)
     model.zero_grad()
@@ -416,7 +417,7 @@ def test_after_screen_a_distribution_that_the_model_returns_has_the_batch_shape_
         return policy.log_prob(actions).reshape(5, -1).sum(1)
 
     with kondo.gated(model, rate=0.5) as gate:
-        gate.screen(kept=factors)
+        gate.preselect(kept=factors)
         policy = model(x)
         assert policy.batch_shape[0] == 5 and len(policy.sample()) == 5
         log_probs(policy).sum().backward()
@@ -429,7 +430,7 @@ def test_after_screen_a_distribution_that_the_model_returns_has_the_batch_shape_
 def test_after_screen_rows_that_are_flattened_in_another_order_are_refused():
     model, x = LaidOut("time_flat").double(), torch.randn(4, 3, 3).double()
     with kondo.gated(model, rate=0.5) as gate:
-        gate.screen(kept=torch.tensor([1.0, 0, 0.5, 0]))
+        gate.preselect(kept=torch.tensor([1.0, 0, 0.5, 0]))
         with pytest.raises(RuntimeError, match=r"of the model \(6, 7\) could not be told.*another order"):
             model(x)
 
@@ -468,7 +469,7 @@ def test_a_call_that_keeps_nothing_leaves_the_gradient_of_the_others_in_its_back
     def gated_loss(gate):
         hidden, terms = encoder(x), []
         for h, w in zip(hidden, factors, strict=True):
-            gate.screen(kept=w)
+            gate.preselect(kept=w)
             terms.append(model(h).sin().sum())
         return sum(terms) + hidden.sum()
 
@@ -500,7 +501,7 @@ def test_weights_multiply_the_kept_rows_terms(setup, options, factor, first):
     model, reference, batch = setup
     with kondo.gated(model, **options) as gate:
         if first:
-            gate.screen(logp=sampled_logp(model, batch), advantages=batch.advantages)
+            gate.preselect(logp=sampled_logp(model, batch), advantages=batch.advantages)
         step(model, batch)
     delight = -sampled_logp(reference, batch) * batch.advantages
     kept = kept_mask(gate.last.kept, 12, torch.float64)
@@ -530,7 +531,7 @@ def test_a_screen_decides_as_the_hook_does(setup, options):
             for seed in range(4):
                 batch = make_batch(12, False, torch.float64, seed)
                 if first:
-                    gate.screen(logp=sampled_logp(m, batch), advantages=batch.advantages)
+                    gate.preselect(logp=sampled_logp(m, batch), advantages=batch.advantages)
                 step(m, batch)
                 decisions.append((first, gate.last))
     for (_, a), (_, b) in zip(decisions[:4], decisions[4:], strict=True):
@@ -547,7 +548,7 @@ def test_a_screen_reduces_tokens_to_rows_over_the_mask(reduction):
     with torch.no_grad():
         logp = pick(model(batch.x)[0], batch.actions)
     with kondo.gated(model, rate=0.25, reduction=reduction) as gate:
-        decision = gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
+        decision = gate.preselect(logp=logp, advantages=batch.advantages, mask=batch.mask)
         model(batch.x)
     for b in range(8):
         terms = [(-logp[b, t] * batch.advantages[b, t]).item() for t in range(logp.shape[1]) if batch.mask[b, t].item()]
@@ -559,7 +560,7 @@ def test_integer_outputs_and_none_come_back_in_full_size_after_a_screen():
     model = PolicyAndValue().double()
     batch = make_batch(12, False, torch.float64)
     with kondo.gated(model, rate=0.25) as gate:
-        decision = gate.screen(delight=torch.arange(12.0).flip(0))
+        decision = gate.preselect(delight=torch.arange(12.0).flip(0))
         logits, value, best, nothing = model(batch.x)
     full = model(batch.x)
     assert decision.kept.tolist() == [0, 1, 2]
@@ -574,7 +575,7 @@ def test_a_scalar_output_that_the_loss_uses_is_refused_after_a_screen():
     model = ScalarOutput().double()
     batch = make_batch(12, False, torch.float64)
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(delight=torch.arange(12.0))
+        gate.preselect(delight=torch.arange(12.0))
         logits, aux = model(batch.x)
         assert aux.dim() == 0
         with pytest.raises(RuntimeError, match=r"output \[1\], which has no batch axis of size 12"):
@@ -585,12 +586,12 @@ def test_batch_norm_in_training_is_refused_after_a_screen_and_works_in_eval():
     model, reference = copies(CnnBatchNorm().double())
     batch = make_batch(12, False, torch.float64)
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(delight=torch.arange(12.0))
+        gate.preselect(delight=torch.arange(12.0))
         with pytest.raises(RuntimeError, match="BatchNorm2d in training mode"):
             model(batch.image)
         for m in (model, reference):
             m.eval()
-        decision = gate.screen(delight=torch.arange(12.0))
+        decision = gate.preselect(delight=torch.arange(12.0))
         reinforce(model(batch.image), batch).backward()
     reinforce(reference(batch.image), batch, kept_mask(decision.kept, 12, torch.float64)).backward()
     assert_same_gradient(model, reference)
@@ -600,8 +601,8 @@ def test_batch_norm_in_training_is_refused_after_a_screen_and_works_in_eval():
 def test_a_screen_of_another_number_of_rows_is_refused(setup, rows):
     model, _, batch = setup
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(delight=torch.arange(float(rows)))
-        with pytest.raises(ValueError, match=rf"screen\(\) was given {rows} rows"):
+        gate.preselect(delight=torch.arange(float(rows)))
+        with pytest.raises(ValueError, match=rf"preselect\(\) was given {rows} rows"):
             model(batch.x)
         step(model, batch)
         assert len(gate.last.delight) == 12
@@ -610,12 +611,12 @@ def test_a_screen_of_another_number_of_rows_is_refused(setup, rows):
 def test_a_second_screen_before_the_call_is_refused(setup):
     model, _, batch = setup
     with kondo.gated(model, rate=0.25) as gate:
-        first = gate.screen(delight=torch.arange(12.0))
-        with pytest.raises(RuntimeError, match="screen: called twice"):
-            gate.screen(delight=torch.arange(12.0))
+        first = gate.preselect(delight=torch.arange(12.0))
+        with pytest.raises(RuntimeError, match="preselect: called twice"):
+            gate.preselect(delight=torch.arange(12.0))
         assert gate.stats.steps == 1 and gate.last is first
         step(model, batch)
-        gate.screen(delight=torch.arange(12.0))
+        gate.preselect(delight=torch.arange(12.0))
 
 
 ONES = torch.ones(12)
@@ -650,7 +651,7 @@ def test_a_screen_that_cannot_be_right_is_refused_and_leaves_no_trace(setup, arg
     model, _, batch = setup
     with kondo.gated(model, rate=0.25) as gate:
         with pytest.raises(ValueError, match=r"[a-z]"):
-            gate.screen(**arguments)
+            gate.preselect(**arguments)
         assert gate.stats.steps == 0 and gate.last is None
         step(model, batch)
         assert gate.stats.steps == 1 and gate.stats.forwarded == 3
@@ -667,7 +668,7 @@ def test_a_screen_passes_through_where_the_gate_does(setup, options):
     model, reference, batch = setup
     seen = rows_with_a_graph(model.body[0])
     with kondo.gated(model, **options) as gate:
-        decision = gate.screen(delight=torch.arange(12.0))
+        decision = gate.preselect(delight=torch.arange(12.0))
         step(model, batch)
     assert decision.kept.tolist() == list(range(12)) and decision.rate == 1.0 and seen == [12]
     assert gate.stats.steps == (0 if "enabled" in options else 1)
@@ -778,7 +779,7 @@ def test_kept_tokens_of_a_policy_and_value_model_lose_no_term_and_dropped_ones_a
     seen = rows_with_a_graph(model.policy)
     with kondo.gated(model, rate=0.2, unit="token", audit=0, **options) as gate:
         if first:
-            gate.screen(logp=logp, advantages=batch.advantages, mask=batch.mask)
+            gate.preselect(logp=logp, advantages=batch.advantages, mask=batch.mask)
         actor_critic(model, batch).backward()
     valid, kept = int(batch.mask.sum()), gate.last.kept
     w = kept_mask(kept, 50, torch.float64).view(10, 5)
@@ -795,7 +796,7 @@ def test_the_screen_and_the_hook_keep_the_same_tokens():
     with torch.no_grad():
         logp = pick(model(batch.x)[0], batch.actions)
     with kondo.gated(model, rate=0.2, unit="token") as first:
-        first.screen(delight=(-logp * batch.advantages).masked_fill(batch.mask == 0, -100.0))
+        first.preselect(delight=(-logp * batch.advantages).masked_fill(batch.mask == 0, -100.0))
         actor_critic(model, batch).backward()
     with kondo.gated(other, rate=10 / int(batch.mask.sum()), unit="token") as second:
         actor_critic(other, batch).backward()
@@ -816,12 +817,12 @@ def test_tokens_screened_for_shifted_logits_are_exact_or_refused(cut):
     with torch.no_grad():
         logp = pick(shifted(reference(batch.x)[0], cut), actions)
     with kondo.gated(model, rate=0.2, unit="token") as gate:
-        gate.screen(logp=logp, advantages=advantages, mask=mask)
+        gate.preselect(logp=logp, advantages=advantages, mask=mask)
         value = loss(model)
         try:
             value.backward()
         except (RuntimeError, ValueError) as error:
-            assert cut == "first" and "screen" in str(error)
+            assert cut == "first" and "preselect" in str(error)
             return
     loss(reference, kept_mask(gate.last.kept, 40, torch.float64).view(10, 4)).backward()
     assert_same_gradient(model, reference)
@@ -863,7 +864,7 @@ def test_all_tokens_masked_gives_a_gradient_of_zero(first):
     batch.mask = torch.zeros_like(batch.mask)
     with kondo.gated(model, rate=0.2, unit="token") as gate:
         if first:
-            gate.screen(logp=-torch.ones(6, 5), advantages=batch.advantages, mask=batch.mask)
+            gate.preselect(logp=-torch.ones(6, 5), advantages=batch.advantages, mask=batch.mask)
         logits, value = model(batch.x)
         terms = -batch.advantages * pick(logits, batch.actions) + value**2
         (terms * batch.mask).sum().backward()
@@ -915,7 +916,7 @@ def test_forced_rows_are_kept_after_a_screen(setup):
     model, _, batch = setup
     with kondo.gated(model, rate=0.25) as gate:
         gate.force(torch.tensor([0]))
-        assert gate.screen(delight=torch.arange(12.0)).kept.tolist() == [0, 10, 11]
+        assert gate.preselect(delight=torch.arange(12.0)).kept.tolist() == [0, 10, 11]
         step(model, batch)
     assert gate.last.kept.tolist() == [0, 10, 11]
 
@@ -1086,7 +1087,7 @@ def test_a_screen_is_forgotten_when_the_context_closes(setup):
     gate = kondo.gated(model, rate=0.25)
     with gate:
         step(model, batch)
-        gate.screen(delight=torch.arange(12.0))
+        gate.preselect(delight=torch.arange(12.0))
     with gate:
         batch = make_batch(5, False, torch.float64)
         step(model, batch)
@@ -1164,7 +1165,7 @@ def test_one_selection_for_several_calls_is_that_of_the_whole_batch(setup):
         decision = gate.select(logp=logp, advantages=batch.advantages)
         factors = decision.factors()
         for half in (slice(0, 6), slice(6, 12)):
-            assert gate.screen(kept=factors[half]) is None
+            assert gate.preselect(kept=factors[half]) is None
             out = model(batch.x[half]).log_softmax(-1).gather(-1, batch.actions[half].unsqueeze(-1)).squeeze(-1)
             (-(batch.advantages[half] * out).sum() / 12).backward()
     found = grads(model)
@@ -1179,19 +1180,29 @@ def test_one_selection_for_several_calls_is_that_of_the_whole_batch(setup):
     assert gate.stats.forwarded == sum(max(1, int(keep[half].sum())) for half in (slice(0, 6), slice(6, 12)))
 
 
+def test_screen_is_the_old_name_of_preselect_and_says_nothing(setup):
+    model, _, batch = setup
+    assert kondo.Gated.screen is kondo.Gated.preselect
+    with warnings.catch_warnings(), kondo.gated(model, rate=0.25) as gate:
+        warnings.simplefilter("error")
+        gate.screen(delight=torch.arange(12.0))
+        model(batch.x).sum().backward()
+    assert gate.last.kept.tolist() == [9, 10, 11]
+
+
 def test_screen_takes_kept_rows_alone(setup):
     model, _, batch = setup
     with kondo.gated(model, rate=0.25) as gate:
         with pytest.raises(ValueError, match="kept is decided already"):
-            gate.screen(kept=torch.ones(12), delight=torch.ones(12))
+            gate.preselect(kept=torch.ones(12), delight=torch.ones(12))
         with pytest.raises(ValueError, match=r"kept must be a tensor of shape \(B,\)"):
-            gate.screen(kept=torch.ones(12, 2))
-        gate.screen(kept=torch.ones(5))
-        with pytest.raises(ValueError, match="screen\\(\\) was given 5 rows"):
+            gate.preselect(kept=torch.ones(12, 2))
+        gate.preselect(kept=torch.ones(5))
+        with pytest.raises(ValueError, match="preselect\\(\\) was given 5 rows"):
             model(batch.x)
     with kondo.gated(model, rate=1.0) as gate:
         assert len(gate.select(delight=torch.arange(12.0)).kept) == 12
-        gate.screen(kept=torch.zeros(12))
+        gate.preselect(kept=torch.zeros(12))
         model(batch.x).sum().backward()
         assert gate.stats.kept == 12
 
@@ -1200,8 +1211,8 @@ def test_screen_takes_kept_rows_alone(setup):
 def test_pairs_need_an_even_batch(rows):
     with kondo.gated(nn.Linear(3, 2), pairs=True) as gate, pytest.raises(ValueError, match="not even"):
         gate.model(rows)
-    with gate, pytest.raises(ValueError, match="screen: pairs=True"):
-        gate.screen(kept=torch.ones(4))
+    with gate, pytest.raises(ValueError, match="preselect: pairs=True"):
+        gate.preselect(kept=torch.ones(4))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_zero_initialised_path_does_not_hide_a_wrong_reading_of_the_batch_axis
 
     with kondo.gated(model, rate=0.03) as gate:
         if first:
-            gate.screen(delight=torch.arange(8.0))
+            gate.preselect(delight=torch.arange(8.0))
         loss(model).backward()
     loss(reference, kept_mask(gate.last.kept, 8, torch.float64)).backward()
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
@@ -203,7 +203,7 @@ def test_a_model_that_returns_its_parameter_is_left_clean():
         return -(Normal(mean, log_std.exp()).log_prob(torch.zeros(12, 2)).sum(-1) * batch.advantages).mean()
 
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(delight=batch.advantages)
+        gate.preselect(delight=batch.advantages)
         with pytest.raises(RuntimeError, match="no batch axis"):
             loss().backward()
     with kondo.gated(model, rate=1.0) as gate:

@@ -587,7 +587,7 @@ def test_what_is_left_after_a_screen_has_all_rows(kind, kept, batch):
     with kondo.gated(model, price=0.5) as gate:
         for _ in range(2):  # the second call finds what the first has left
             model.zero_grad()
-            weights = gate.screen(delight=delight).factors()
+            weights = gate.preselect(delight=delight).factors()
             loss(model, 1.0).backward()
     loss(reference, weights).backward()
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
@@ -635,7 +635,7 @@ def test_a_view_of_a_parameter_that_is_left_is_an_output(view, route, batch):
 
     options = {"micro_batch_size": 1} if route == "micro-batches" else {}
     with kondo.gated(model, rate=0.25, **options) as gate:
-        weights = gate.screen(delight=torch.rand(12)).factors() if route == "screen" else None
+        weights = gate.preselect(delight=torch.rand(12)).factors() if route == "screen" else None
         loss(model).backward()
     loss(reference, gate.last.factors() if weights is None else weights).backward()
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
@@ -722,6 +722,6 @@ def test_a_state_of_all_rows_after_a_screen_is_an_error_of_the_gate(batch):
 
     model = State().double()
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(delight=torch.rand(12))
-        with pytest.raises(RuntimeError, match=r"after screen.* 3 of the 12 rows .*If it keeps a state"):
+        gate.preselect(delight=torch.rand(12))
+        with pytest.raises(RuntimeError, match=r"after preselect.* 3 of the 12 rows .*If it keeps a state"):
             model(batch.x)

@@ -161,7 +161,7 @@ def test_layers_first_after_a_screen(layers, keep):
     x, weights, kept = double(B, FEATURES), double(layers, B, FEATURES), torch.zeros(B)
     kept[:keep] = 1
     with kondo.gated(model, rate=0.5) as gate:
-        gate.screen(kept=kept)
+        gate.preselect(kept=kept)
         (model(x) * weights).sum().backward()
     (reference(x) * weights * kept[:, None]).sum().backward()
     assert_same_gradient(model, reference)
@@ -229,7 +229,7 @@ def test_a_default_device_is_none_of_the_gates_business(meta_by_default, options
     with kondo.gated(model, **options) as gate:
         for _ in range(options.get("window", 1)):
             if first and "window" not in options:
-                gate.screen(logp=pick(reference(x), actions).detach(), advantages=advantages)
+                gate.preselect(logp=pick(reference(x), actions).detach(), advantages=advantages)
             policy_loss(model(x), actions, advantages).backward()
     for w in gate.last.factors().view(-1, B):
         policy_loss(reference(x), actions, advantages, w).backward()
@@ -334,7 +334,7 @@ def test_a_shared_vector_of_the_batchs_size_after_a_screen():
     x, scale, actions, advantages = double(B, FEATURES), double(B), torch.randint(K, (B,)), double(B)
     kept = torch.arange(B) % 4 == 0
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(kept=kept)
+        gate.preselect(kept=kept)
         policy_loss(model(x, scale), actions, advantages).backward()
     policy_loss(reference(x, scale), actions, advantages, kept).backward()
     assert_same_gradient(model, reference)
@@ -777,7 +777,7 @@ def test_a_shared_output_as_long_as_rows_are_kept_is_no_output_of_rows():
     x, actions, advantages = double(16, FEATURES), torch.randint(4, (16,)), double(16)
     for loss_of in (lambda logits, bias: 0.0, lambda logits, bias: bias.square().mean()):
         with kondo.gated(model, rate=0.25) as gate:
-            gate.screen(delight=torch.rand(16))
+            gate.preselect(delight=torch.rand(16))
             logits, bias = model(x)
             assert bias.shape == (4,) and logits.shape == (16, 4)
             loss = policy_loss(logits, actions, advantages) + loss_of(logits, bias)
@@ -798,7 +798,7 @@ def test_rows_that_are_trimmed_to_as_many_positions_as_rows_are_kept():
     model = Trims().double()
     mask = torch.arange(6) < torch.tensor([3] * 3 + [6] * 9)[:, None]
     with kondo.gated(model, rate=0.25) as gate:
-        gate.screen(kept=torch.arange(B) < 3)
+        gate.preselect(kept=torch.arange(B) < 3)
         assert model(double(B, 6, FEATURES), mask).shape == (B, 3, K)
 
 
@@ -820,6 +820,6 @@ def test_packed_outputs_after_a_screen_are_refused(layout):
     else:
         x = torch.nested.nested_tensor(rows, layout=torch.jagged)
     with kondo.gated(OnData(), rate=0.25) as gate:
-        gate.screen(delight=torch.rand(B))
+        gate.preselect(delight=torch.rand(B))
         with pytest.raises(RuntimeError, match="packed or jagged"):
             gate.model(x)

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-_SLOT = "_compiled_call_impl"
+from kondo_hooks import private
+
+_SLOT = private.CALLED_FIRST
 _MARK: Any = "kondo_hooks"
 
 
@@ -43,7 +45,7 @@ def attach(module: nn.Module, method: str | None, intercept: Callable[..., Any])
     missing = object()
     before = module.__dict__.get(name, missing)
     if method is None:
-        original = module._call_impl if before in (missing, None) else before
+        original = private.call_of(module) if before in (missing, None) else before
     else:
         original = getattr(module, method)
     ours = _Interceptor(intercept, original, name, module)
@@ -51,10 +53,10 @@ def attach(module: nn.Module, method: str | None, intercept: Callable[..., Any])
     if method is None:
         # Dynamo goes straight to `forward` where a module has no hooks; this entry, which belongs to no hook and
         # does nothing, sends it through `__call__`, so that a compiled training step meets the gate.
-        module._forward_hooks_with_kwargs[_MARK] = True
+        private.hooks_with_kwargs(module)[_MARK] = True
 
     def detach() -> bool:
-        module._forward_hooks_with_kwargs.pop(_MARK, None)
+        private.hooks_with_kwargs(module).pop(_MARK, None)
         if module.__dict__.get(name) is not ours:
             return False
         if before is missing:

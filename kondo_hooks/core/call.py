@@ -444,13 +444,13 @@ class Call:
             Walk(lambda _path, leaf: leaf, encode=look)(result)
         if packed:
             raise RuntimeError(
-                f"gated: after screen() the model returned {packed[0] or 'its output'} packed or jagged, where the "
-                "dropped rows have no place: pad it, or leave screen() away"
+                f"gated: after preselect() the model returned {packed[0] or 'its output'} packed or jagged, where the "
+                "dropped rows have no place: pad it, or leave preselect() away"
             )
         if not isinstance(result, Tensor) and (paths := self._find_rowwise(result, inputs=False, rows=rows)):
             raise RuntimeError(
-                f"gated: after screen() the model returned {min(paths) or 'its output'} as a list with an entry a row, "
-                "in which the dropped rows have none: pad or stack it, or leave screen() away"
+                f"gated: after preselect() the model returned {min(paths) or 'its output'} as a list with an entry a "
+                "row, in which the dropped rows have none: pad or stack it, or leave preselect() away"
             )
 
     def _cut_lists(self, result: Tree) -> None:
@@ -487,7 +487,7 @@ class Call:
         return self.run(*self._given[0], **self._given[1])
 
     def run_kept(self, inputs: Sequence[Tensor]) -> Tree:
-        """Run the model on the kept rows alone, after ``screen()``; refuses one that writes into its arguments."""
+        """Run the model on the kept rows alone, after ``preselect()``; refuses one that writes into its arguments."""
         result, args = self.run_again(inputs)
         known = {id(leaf) for leaf in inputs}
         written = [
@@ -497,8 +497,8 @@ class Call:
         ]
         if self._may_write and written:
             raise RuntimeError(
-                f"gated: after screen() the kept rows run alone, and the model writes {_argument(written[0])} into its "
-                "arguments, where it would have fewer rows than the batch: return it, or leave screen() away"
+                f"gated: after preselect() the kept rows run alone, and the model writes {_argument(written[0])} into "
+                "its arguments, where it would have fewer rows than the batch: return it, or leave preselect() away"
             )
         return result
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kondo_hooks import private
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.shared import Shared
 from kondo_hooks.delight.beside import Meeting, find_meetings, retaining
@@ -75,7 +76,7 @@ class Entry:
         """The parameters that an optimizer may step as soon as their gradient is there."""
         if self.shared.engine.wrappers:
             return []  # the hooks are the engine's
-        return [p for p in self.shared.state.parameters() if p._post_accumulate_grad_hooks]
+        return [p for p in self.shared.state.parameters() if private.has_hook_after_accumulation(p)]
 
     def _refuse_half_a_step(self, leaves: list[Tensor]) -> None:
         """Refuse a loss that reaches such a parameter past the gate, before anything is stepped."""

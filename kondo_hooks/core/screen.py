@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.nn.utils import parametrize
 
+from kondo_hooks import private
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.readings import Learned, find_anchor, settle_outputs, sizes_of_inputs
 from kondo_hooks.core.step import Step
@@ -91,7 +90,7 @@ class Forward:
         """Whether all rows are kept now, so that nothing needs to be done."""
         return self._step.shared.selector.step < self._warmup_steps or self._step.shared.selector.rate() == 1.0
 
-    @_disable_dynamo
+    @private.uncompiled
     def intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for the model's call."""
         with self._step.shared.watcher.off():
@@ -134,8 +133,8 @@ class Forward:
         screened, self.screened = self.screened, None
         if (norm := self._step.shared.state.mixes_batch()) is not None:
             raise RuntimeError(
-                f"gated: after screen() the kept rows run alone, and {norm} in training mode would take "
-                "its statistics from them; put it in eval mode, or leave screen() away"
+                f"gated: after preselect() the kept rows run alone, and {norm} in training mode would take "
+                "its statistics from them; put it in eval mode, or leave preselect() away"
             )
         result = screened.run(call, self._batch_dim, self._step.shared.learned, self._outputs_learned)
         self._step.ran_first(screened.hooks)
@@ -144,14 +143,14 @@ class Forward:
 
     def _check_call(self) -> None:
         """Refuse what would take gradients past the parameters that the replay reaches."""
-        if torch._C._are_functorch_transforms_active():
+        if private.in_transform():
             raise RuntimeError("gated: torch.func transforms (grad, vmap) of a gated model are not supported")
         if not self._step.shared.state.same_parameters():
             raise RuntimeError(
                 "gated: parameters or submodules of the model were replaced inside the context (functional_call, an "
                 "adapter put in?), which the replay would not see; do it before the context"
             )
-        if parametrize._cache_enabled:
+        if private.caches_parametrizations():
             raise RuntimeError(
                 "gated: parametrize.cached() would keep the screen's weights, which have no graph; use it inside the "
                 "model's forward, or leave it away"
@@ -257,7 +256,7 @@ class Forward:
 
         def count(_grad: Tensor) -> None:
             nonlocal counted
-            task = torch._C._current_graph_task_id()
+            task = private.graph_task()
             if task != counted:
                 counted = task
                 self._step.shared.stats.ungated(batch)

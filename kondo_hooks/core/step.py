@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
+from kondo_hooks import private
 from kondo_hooks.core import passes
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.audit import Audit
@@ -217,20 +217,20 @@ class Step:
             self._screened_first = False
             self.shared.engine.ranks.raise_failures(self.shared.state.devices())
 
-    @_disable_dynamo
+    @private.uncompiled
     def receive(self, call: Call, node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The node's backward: wait for the end of the backward, or decide at once for an input's gradient."""
         if self.shared.running:
             return ()  # an engine goes through the loss once more, for what else it leads to
         self.shared.streams.note(grads)
-        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        keeps_graph = private.keeps_graph()
         arrival = Arrival(
             call,
             node,
             list(grads),
             keeps_graph if self.entry.keeps_graph is None else self.entry.keeps_graph,
-            torch._C._current_graph_task_id(),
-            torch._C._will_engine_execute_node(node.next_functions[0][0]),
+            private.graph_task(),
+            private.will_run(node.next_functions[0][0]),
         )
         self.shared.idle.reached()
         if call.decides_at_once and not arrival.to_parameters:
@@ -249,7 +249,7 @@ class Step:
         waiting = self._populations.get(arrival.task)
         if waiting is None:
             waiting = self._populations[arrival.task] = _Population()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(waiting))
+            private.at_the_end(lambda: self._end(waiting))
         waiting.arrivals.append(arrival)
         return ()
 
@@ -268,7 +268,7 @@ class Step:
 
     # A population.
 
-    @_disable_dynamo
+    @private.uncompiled
     def _settle(self, population: _Population) -> list[Tensor | None]:
         """Read the calls of one backward, and decide if that fills the window; returns inputs' gradients."""
         arrivals = sorted(population.arrivals, key=lambda a: a.call.serial)

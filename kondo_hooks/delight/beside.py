@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kondo_hooks import private
 from kondo_hooks.delight.graph import Node, Source, edge_shape, is_gated, sources_of_result
 
 _RETAIN = 2  # where Tensor.backward and torch.autograd.backward take retain_graph
@@ -50,7 +51,7 @@ class Meeting:
         def hold(received: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             if sent[0] is None or all(received[slot] is None for slot in self.slots):
                 return received
-            self.sent, self.task = sent[0].detach(), torch._C._current_graph_task_id()
+            self.sent, self.task = sent[0].detach(), private.graph_task()
             held = list(received)
             for slot in self.slots:
                 grad = received[slot]

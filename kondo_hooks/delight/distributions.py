@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
+
+from kondo_hooks import private
 
 Listener = Callable[[Distribution, Tensor], None]
 
@@ -95,8 +97,7 @@ def parameters(distribution: Distribution) -> Iterator[Tensor]:
 def take_off(mode: TorchFunctionMode) -> list[Any] | None:
     """Take a mode, and it alone, off the stack; returns the modes above it, None if it was not there."""
     above: list[Any] = []
-    while torch._C._len_torch_function_stack():
-        found = _pop_mode()
+    while (found := private.pop_mode()) is not None:
         if found is mode:
             break
         above.append(found)
@@ -110,7 +111,7 @@ def take_off(mode: TorchFunctionMode) -> list[Any] | None:
 def put_on(modes: Sequence[Any]) -> None:
     """Put modes that were taken off back, the last one first."""
     for mode in reversed(modes):
-        _push_mode(mode)
+        private.push_mode(mode)
 
 
 # What leaves log-probs log-probs: of a row's dimensions together, or in another shape or type.
@@ -151,7 +152,7 @@ class LogProbs(TorchFunctionMode):
 
     def _note(self, _: Distribution, log_probs: Tensor) -> None:
         if not self._found and not torch.compiler.is_compiling():
-            _push_mode(self)
+            private.push_mode(self)
         self._found[id(log_probs)] = log_probs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kondo_hooks import private
+
 Node = Any  # torch.autograd.graph.Node, without a public constructor to check against
 Edge = tuple[Node, int]
 Kind = Literal["logp", "nll", "prob", "unknown"]
@@ -108,7 +110,7 @@ def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
 
 def sources_of_result(node: Node) -> list[Source] | None:
     """The calls that the rows of an operation's result come from, as :func:`find_sources` finds them."""
-    if len(node._input_metadata) != 1 or node.name() not in {*_ELEMENTWISE, *_MATRICES, *_JOINS}:
+    if len(private.result_shapes(node)) != 1 or node.name() not in {*_ELEMENTWISE, *_MATRICES, *_JOINS}:
         return None
     sources = _Follower(also=_MATRICES).follow((node, 0))
     if not sources or sum(source.entries for source in sources) != edge_shape((node, 0))[sources[0].row_axis]:
@@ -246,7 +248,7 @@ def _all(sources: Sequence[Source | None]) -> _Sources:
 
 def edge_shape(edge: Edge) -> tuple[int, ...]:
     """Of the tensor that an edge stands for."""
-    return tuple(edge[0]._input_metadata[edge[1]].shape)
+    return private.result_shape(*edge)
 
 
 def _signed(value: int) -> int:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.overrides import TorchFunctionMode, _pop_mode
+from torch.overrides import TorchFunctionMode
 
+from kondo_hooks import private
 from kondo_hooks.delight.distributions import is_inside, listen, parameters, put_on, take_off
 from kondo_hooks.delight.graph import OBSERVATION, Node, Path, Source, find_sources
 from kondo_hooks.rules.selection import Signal
@@ -59,7 +60,7 @@ class Observation:
         """Take the gradient at ``tensor`` when a backward reaches it."""
 
         def hook(grad: Tensor) -> None:
-            self.grad, self.task = grad.detach(), torch._C._current_graph_task_id()
+            self.grad, self.task = grad.detach(), private.graph_task()
             self.signals.clear()
 
         node: Node = tensor.grad_fn
@@ -196,7 +197,7 @@ class LossWatcher(TorchFunctionMode):
             if is_inside():
                 self._put_off.append(look)
             else:
-                with torch._C.DisableTorchFunction():
+                with private.without_modes():
                     look()
         return result
 
@@ -205,7 +206,7 @@ class LossWatcher(TorchFunctionMode):
         inside, self._put_off = self._put_off, []
         if not self._on or log_probs.grad_fn is None or not log_probs.dim():
             return
-        with torch._C.DisableTorchFunction():
+        with private.without_modes():
             observation = observe_logp(log_probs, False) or _observe_rows_of(distribution, log_probs)
             if observation is None:
                 for look in inside:
@@ -225,7 +226,7 @@ class LossWatcher(TorchFunctionMode):
             self._on = was_on
             if above is not None:
                 for _ in above:
-                    _pop_mode()
+                    private.pop_mode()
                 put_on([*above, self])
 
 

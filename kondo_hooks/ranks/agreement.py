@@ -15,23 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kondo_hooks import private
 from kondo_hooks.core.engine import Alone
 from kondo_hooks.errors import RankError
 from kondo_hooks.rules.selection import Samples
 
 
-def _default_store() -> Any:
-    """The key-value store behind the default process group. Not public: torch has no other way to it."""
-    return dist.distributed_c10d._get_default_store()
-
-
 def _collective_device(group: Any) -> torch.device:
-    """Where a group can run collectives, the host if it can. Not public: torch tells it to its own object collectives.
+    """Where a group can run collectives, the host if it can.
 
     Never read off tensors of this rank: parameters may be offloaded, and a rank that failed has no others, while all
     ranks must use one backend.
     """
-    kind = dist.distributed_c10d._get_object_coll_device(group)
+    kind = private.collective_device(group)
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
@@ -66,7 +62,7 @@ class Ranks(Alone):
         self._failed: BaseException | None = None
         self._store: Any = None
         if not self.alone:
-            self._store = _default_store()
+            self._store = private.default_store()
             members = dist.get_process_group_ranks(group) if tensor_parallel is None else ["world"]
             self._prefix = "kondo_hooks/" + ",".join(map(str, members))
 
@@ -87,7 +83,7 @@ class Ranks(Alone):
 
     def carries(self, device: torch.device) -> bool:
         """Whether the ranks can exchange tensors that are there."""
-        return device.type in {kind.type for kind in self._group._device_types}
+        return device.type in private.carried_devices(self._group)
 
     # Failures.
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kondo_hooks import private
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.engine import Engine, Force
@@ -129,8 +130,8 @@ class FSDP1(OnRanks):
     swaps_parameters = True
 
     def syncs(self) -> bool:
-        """Reads FSDP's private flag, which ``no_sync`` sets and nothing public tells."""
-        return all(wrapper._sync_gradients for wrapper in self.wrappers)
+        """What ``no_sync`` sets."""
+        return all(private.fsdp1_syncs(wrapper) for wrapper in self.wrappers)
 
     @contextlib.contextmanager
     def one_pass(self, reduces: bool) -> Iterator[None]:
@@ -168,9 +169,8 @@ class FSDP2(OnRanks):
 
 
 def _fsdp2_groups(wrapper: Any) -> list[Any]:
-    """Parameter groups of a ``fully_shard`` module; private, and the only way to its flags and its mesh."""
-    states = (module._get_fsdp_state() for module in wrapper.modules() if _is_fsdp2(module))
-    return [group for state in states for group in state._fsdp_param_groups]
+    """Parameter groups of all ``fully_shard`` modules inside of one."""
+    return [g for module in wrapper.modules() if _is_fsdp2(module) for g in private.fsdp2_groups(module)]
 
 
 def _fsdp2_syncs(wrapper: Any) -> bool:

@@ -53,8 +53,8 @@ def _check_positions(grad: Tensor, valid: Tensor) -> None:
     used[:, :tokens] &= ~valid.to(used.device)
     if used.any():
         raise RuntimeError(
-            f"gated: screen() was given {tokens} tokens a row for outputs of {grad.shape[1]} positions, and the loss "
-            f"uses others than the first {tokens}: give screen() logp, advantages and mask of {grad.shape[1]} positions"
+            f"gated: preselect() was given {tokens} tokens a row for outputs of {grad.shape[1]} positions, and the "
+            f"loss uses others than the first {tokens}: give it logp, advantages and mask of {grad.shape[1]} positions"
         )
 
 
@@ -93,7 +93,7 @@ class Screened:
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
             shapes = [tuple(leaf.shape) for leaf in call.inputs]
             raise ValueError(
-                f"gated: screen() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
+                f"gated: preselect() was given {batch} rows, but no input of the call has them on axis {batch_dim} "
                 f"(inputs: {shapes})"
             )
         kept = self.kept
@@ -121,9 +121,9 @@ class Screened:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"gated: after screen() the kept rows run alone, and on {len(rows)} of the {batch} rows of this call "
-                f"the model failed: {type(error).__name__}: {error}. If it keeps a state of all rows, or needs "
-                "several, leave screen() away."
+                f"gated: after preselect() the kept rows run alone, and on {len(rows)} of the {batch} rows of this "
+                f"call the model failed: {type(error).__name__}: {error}. If it keeps a state of all rows, or needs "
+                "several, leave preselect() away."
             ) from error
         call.refuse_row_lists(result, len(rows))
         change = call.state.attributes.compare(before, lambda _: False)
@@ -231,7 +231,7 @@ class Screened:
                 failure = failure or error
         raise RuntimeError(
             "gated: which axis of the outputs holds the rows could not be told: the model does not run on one row "
-            "more. Give it a batch size that no other axis has, or leave screen() away"
+            "more. Give it a batch size that no other axis has, or leave preselect() away"
         ) from failure
 
     def _outputs_of(self, call: Call, inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -250,8 +250,8 @@ class Screened:
         apart = (where.take(other, first) - leaf).detach().abs().max()
         if apart > call.autocast.tolerance(leaf) * other.detach().abs().max():
             raise RuntimeError(
-                f"gated: after screen() the rows of output {path or 'of the model'} {tuple(leaf.shape)} could not be "
-                "told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
+                f"gated: after preselect() the rows of output {path or 'of the model'} {tuple(leaf.shape)} could not "
+                "be told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
             )
         return where
 

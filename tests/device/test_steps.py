@@ -168,7 +168,7 @@ def test_screen_first(told_on):
         logp = model(batch.x).log_softmax(-1).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
     reference = copy.deepcopy(model)
     with kondo.gated(model, rate=0.25) as gate:
-        decision = gate.screen(logp=logp.to(told_on), advantages=batch.advantages.to(told_on))
+        decision = gate.preselect(logp=logp.to(told_on), advantages=batch.advantages.to(told_on))
         reinforce(model(batch.x), batch).backward()
     assert gate.stats.forwarded == 3
     reinforce(reference(batch.x), batch, decision.factors()).backward()
@@ -179,7 +179,7 @@ def test_screen_first(told_on):
 def test_screen_first_with_nothing_kept_and_with_tokens(weight):
     model, batch = mlp(), batch_on(sequence=True)
     with kondo.gated(model, price=0.3, unit="token", weight=weight) as gate:
-        decision = gate.screen(delight=batch.advantages)
+        decision = gate.preselect(delight=batch.advantages)
         reinforce(model(batch.x), batch).backward()
     reference = copy.deepcopy(model)
     reference.zero_grad()
@@ -188,7 +188,7 @@ def test_screen_first_with_nothing_kept_and_with_tokens(weight):
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
     model.zero_grad()
     with kondo.gated(model, price=1e9) as gate:
-        gate.screen(delight=batch.advantages.sum(1))
+        gate.preselect(delight=batch.advantages.sum(1))
         reinforce(model(batch.x), batch).backward()
     assert all(not p.grad.any() for p in model.parameters())
 
@@ -276,7 +276,7 @@ def test_screen_first_on_two_devices(inputs_on):
     model, batch = TwoDevices().double(), batch_on(inputs_on)
     reference = copy.deepcopy(model)
     with kondo.gated(model, rate=0.25, weight="dg") as gate:
-        decision = gate.screen(delight=batch.advantages)
+        decision = gate.preselect(delight=batch.advantages)
         two_device_loss(model(batch.x), batch).backward()
     two_device_loss(reference(batch.x), batch, decision.factors()).backward()
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
@@ -333,7 +333,7 @@ def test_default_device(default, model_on, options):
         assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
         torch.set_default_device(default)
         with kondo.gated(model, rate=0.25) as gate:
-            gate.screen(delight=batch.advantages)
+            gate.preselect(delight=batch.advantages)
             reinforce(model(batch.x), batch).backward()
     finally:
         torch.set_default_device(None)
@@ -429,7 +429,7 @@ def test_a_forward_on_another_stream_than_its_backward(options, loss_on_side):
             side.wait_stream(main)
             with side:
                 if screens:
-                    gate.screen(delight=batch.advantages.sum(1))
+                    gate.preselect(delight=batch.advantages.sum(1))
                 out = model(batch.x)
                 loss = reinforce(out, batch) / 3 if loss_on_side else None
             if loss is None:

@@ -140,7 +140,7 @@ def _is_ours(error: Exception) -> bool:
     ours = type(error).__module__.startswith("kondo_hooks") or any(
         "gated: " in n for n in getattr(error, "__notes__", ())
     )
-    return ours or str(error).startswith(("gated: ", "screen: ", "select: ", "force: ", "gate.", "delight is NaN"))
+    return ours or str(error).startswith(("gated: ", "preselect: ", "select: ", "force: ", "gate.", "delight is NaN"))
 
 
 class _Both:
@@ -250,10 +250,10 @@ class _Both:
         if self.p.route == "hook":
             return None
         if decided is None:
-            factors = gate.screen(**self._signal(b)).factors()
+            factors = gate.preselect(**self._signal(b)).factors()
         else:
             factors = decided[call * self.p.batch :][: len(b.x)]
-            gate.screen(kept=factors)
+            gate.preselect(kept=factors)
         return self._in_shape(factors, b, len(b.x))
 
     def _backward(self, total: Tensor, batches: list[Any], keep: bool) -> list[Tensor]:

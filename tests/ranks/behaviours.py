@@ -349,7 +349,7 @@ def screen_first(name: str) -> dict[str, Any]:
             net(b.x).log_softmax(-1).gather(1, b.actions.unsqueeze(1)).squeeze(1).nan_to_num(-1.0) for b in batches
         ]
     with kondo.gated(host.model, price=0.0) as gate:
-        gate.screen(logp=sampled[rank], advantages=batches[rank].advantages)
+        gate.preselect(logp=sampled[rank], advantages=batches[rank].advantages)
         one_step(host, batches[rank])
     kept = (-sampled[0] * batches[0].advantages > 0).float()
     (loss_of(net(batches[0].x), batches[0], kept) / ranks).backward()
@@ -363,7 +363,7 @@ def screen_first(name: str) -> dict[str, Any]:
         if rank == 1:
             logp[0] = torch.nan
         try:
-            gate.screen(logp=logp, advantages=batches[rank].advantages)
+            gate.preselect(logp=logp, advantages=batches[rank].advantages)
             one_step(host, batches[rank])
             found["raised"] = None
         except (RuntimeError, ValueError) as error:

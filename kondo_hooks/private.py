@@ -1,0 +1,152 @@
+"""What is private in torch and no public way leads to, each behind one function.
+
+Each looks for its name when it is first used, and says which versions are known where it is gone. Known: torch 2.13.
+``tests/test_private.py`` calls all of them, so it fails loudly when torch changes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# Decorates what Dynamo must not trace. ``torch.compiler.disable`` would import the compiler to do it.
+from torch._compile import _disable_dynamo as uncompiled
+
+_KNOWN = "2.13"
+
+__all__ = ["uncompiled"]
+
+
+@functools.cache
+def _named(path: str) -> Any:
+    """What stands in torch under a dotted name."""
+    found: Any = torch
+    for name in path.split("."):
+        found = _of(found, name)
+    return found
+
+
+def _of(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        where = getattr(owner, "__name__", type(owner).__name__)
+        raise RuntimeError(
+            f"gated: torch {torch.__version__} has no {name} in {where}, which the gate needs; it is known to work "
+            f"with torch {_KNOWN}. Install that, or report the version."
+        ) from error
+
+
+# Autograd.
+
+
+def graph_task() -> int:
+    """Number of the backward that runs now; -1 if none does."""
+    return int(_named("_C._current_graph_task_id")())
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now keeps its graph."""
+    return bool(_named("_C._autograd._get_current_graph_task_keep_graph")())
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward that runs now goes on to this node."""
+    return bool(_named("_C._will_engine_execute_node")(node))
+
+
+def at_the_end(callback: Callable[[], None]) -> None:
+    """Have the backward that runs now call this when it has ended."""
+    _named("autograd.Variable._execution_engine.queue_callback")(callback)
+
+
+def result_shapes(node: Any) -> list[tuple[int, ...]]:
+    """Shapes of an operation's results, which its backward is given gradients of."""
+    return [tuple(metadata.shape) for metadata in _of(node, "_input_metadata")]
+
+
+def result_shape(node: Any, i: int) -> tuple[int, ...]:
+    """Shape of one of them."""
+    return tuple(_of(node, "_input_metadata")[i].shape)
+
+
+def has_hook_after_accumulation(parameter: nn.Parameter) -> bool:
+    """Whether a hook runs as soon as a parameter's gradient is there: an optimizer that steps in the backward?"""
+    return bool(_of(parameter, "_post_accumulate_grad_hooks"))
+
+
+# Modes and transforms.
+
+
+def pop_mode() -> Any:
+    """Take the uppermost ``TorchFunctionMode`` off; None if there is none."""
+    return _named("overrides._pop_mode")() if _named("_C._len_torch_function_stack")() else None
+
+
+def push_mode(mode: Any) -> None:
+    """Put a ``TorchFunctionMode`` on."""
+    _named("overrides._push_mode")(mode)
+
+
+def without_modes() -> Any:
+    """A context in which no ``TorchFunctionMode`` and no subclass sees what is done."""
+    return _named("_C.DisableTorchFunction")()
+
+
+def in_transform() -> bool:
+    """Whether ``torch.func`` transforms are at work."""
+    return bool(_named("_C._are_functorch_transforms_active")())
+
+
+def caches_parametrizations() -> bool:
+    """Whether ``torch.nn.utils.parametrize.cached()`` is open."""
+    return bool(_of(_named("nn.utils.parametrize"), "_cache_enabled"))
+
+
+# Several ranks.
+
+
+def default_store() -> Any:
+    """The key-value store behind the default process group."""
+    return _named("distributed.distributed_c10d._get_default_store")()
+
+
+def collective_device(group: Any) -> str:
+    """Kind of device where a group can run collectives, the host if it can: where torch puts its own objects."""
+    return str(_named("distributed.distributed_c10d._get_object_coll_device")(group))
+
+
+def carried_devices(group: Any) -> set[str]:
+    """Kinds of devices whose tensors a group can exchange."""
+    return {device.type for device in _of(group, "_device_types")}
+
+
+def fsdp1_syncs(wrapper: Any) -> bool:
+    """What ``FullyShardedDataParallel.no_sync`` sets."""
+    return bool(_of(wrapper, "_sync_gradients"))
+
+
+def fsdp2_groups(module: Any) -> list[Any]:
+    """Parameter groups of a ``fully_shard`` module, which alone have its flags, and its mesh without others' axes."""
+    return list(_of(_of(module, "_get_fsdp_state")(), "_fsdp_param_groups"))
+
+
+# Modules.
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """What ``module(...)`` runs, hooks and all, unless something stands in ``CALLED_FIRST``."""
+    found: Callable[..., Any] = _of(module, "_call_impl")
+    return found
+
+
+CALLED_FIRST = "_compiled_call_impl"
+"""The attribute of a module that its call looks at before anything else."""
+
+
+def hooks_with_kwargs(module: nn.Module) -> dict[Any, bool]:
+    """Which forward hooks of a module take keyword arguments."""
+    found: dict[Any, bool] = _of(module, "_forward_hooks_with_kwargs")
+    return found
