@@ -1,6 +1,7 @@
 """A healthy kernel that sums in another order for fewer rows never raises; rows that are tied always do."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import kondo_hooks as kondo
+from tests.reference import grads, largest_relative_difference
 
 ROWS, WIDTH, ACTIONS = 64, 48, 8
 
@@ -148,3 +150,128 @@ def test_what_depends_on_the_batch_size_alone_is_no_rounding_of_autocast(share):
         loss = F.cross_entropy(model(x).float(), actions)
         with pytest.raises(kondo.ReplayMismatchError) if share else contextlib.nullcontext():
             loss.backward()
+
+
+# Where the loss picks log-probs from a log-softmax of the outputs, these stand for the logits.
+
+
+class Words(nn.Module):
+    """A language model; ``coupled`` ties each row to the mean of all."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6, dtype=dtype), nn.Linear(6, 11, dtype=dtype)
+        self.coupled = 0.0
+
+    def forward(self, ids):
+        logits = self.head(self.embed(ids).tanh())
+        return logits + self.coupled * logits.mean(0) * torch.arange(11, device=ids.device)
+
+
+def gathered(logits, ids, u, w):
+    return -(logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1) * u * w).mean()
+
+
+def shifted(logits, ids, u, w):
+    return gathered(logits[:, :-1], ids[:, 1:], u, w)
+
+
+def completions(logits, ids, u, w):
+    return gathered(logits[:, 1:-1].float(), ids[:, 2:], u, w)
+
+
+def with_entropy(logits, ids, u, w):
+    logp = logits.log_softmax(-1)
+    return -((logp.gather(-1, ids[..., None]).squeeze(-1) * u - 0.1 * (logp.exp() * logp).sum(-1)) * w).mean()
+
+
+def several_entries(logits, ids, u, w):
+    return -(
+        logits.log_softmax(-1).gather(-1, torch.stack([ids, (ids + 1) % 11], -1)) * u[..., None] * w[..., None]
+    ).mean()
+
+
+def sub_vocabulary(logits, ids, u, w):
+    return gathered(logits[..., :9], ids % 9, u, w)
+
+
+def cooled(logits, ids, u, w):
+    return gathered(logits / 0.7, ids, u, w)
+
+
+PICKS = {f.__name__: f for f in (gathered, shifted, completions, with_entropy, several_entries, sub_vocabulary, cooled)}
+STANDING_IN = {"gathered", "shifted", "completions", "with_entropy", "several_entries"}
+
+
+@pytest.fixture
+def texts():
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(11, (12, 5), generator=g), torch.randn(12, 1, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_log_probs_stand_for_logits_and_every_step_is_exact(name, texts):
+    ids, u = texts
+    model = Words()
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25) as gate:
+        for step in range(3):
+            model.zero_grad()
+            logits = model(ids)
+            call = logits.grad_fn.kondo_call
+            held = []
+            call.receive = lambda *args, call=call, own=call.receive, held=held: (
+                held.append(dict(call.picked)),
+                own(*args),
+            )[1]
+            PICKS[name](logits, ids, u, torch.ones(12, 1)).backward()
+            reference.zero_grad()
+            PICKS[name](reference(ids), ids, u, gate.last.factors()[:, None]).backward()
+            tolerance = 1e-5 if name == "completions" else 1e-10
+            assert largest_relative_difference(grads(model), grads(reference)) < tolerance
+            assert bool(held[0]) == (step > 0 and name in STANDING_IN)
+
+
+@pytest.mark.parametrize("name", sorted(STANDING_IN))
+def test_a_coupling_that_comes_later_is_seen_in_the_log_probs(name, texts):
+    ids, u = texts
+    model = Words()
+    with kondo.gated(model, rate=0.25):
+        for _ in range(2):
+            PICKS[name](model(ids), ids, u, torch.ones(12, 1)).backward()
+        before = grads(model)
+        model.coupled = 0.01
+        with pytest.raises(kondo.ReplayMismatchError, match="depends on the other rows"):
+            PICKS[name](model(ids), ids, u, torch.ones(12, 1)).backward()
+        assert largest_relative_difference(grads(model), before) == 0
+        model.coupled = 0.0
+        PICKS[name](model(ids), ids, u, torch.ones(12, 1)).backward()
+
+
+def test_logits_that_were_written_into_do_not_go(texts):
+    ids, u = texts
+    model = Words()
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25) as gate:
+        for _ in range(3):
+            model.zero_grad()
+            logits = model(ids)
+            loss = gathered(logits, ids, u, torch.ones(12, 1))
+            logits.detach().zero_()
+            loss.backward()
+    gathered(reference(ids), ids, u, gate.last.factors()[:, None]).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+def test_a_second_backward_of_one_loss_has_its_log_probs(texts):
+    ids, u = texts
+    model = Words()
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25) as gate:
+        for _ in range(2):
+            model.zero_grad()
+            loss = gathered(model(ids), ids, u, torch.ones(12, 1))
+            loss.backward(retain_graph=True)
+            loss.backward()
+    (2 * gathered(reference(ids), ids, u, gate.last.factors()[:, None])).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10

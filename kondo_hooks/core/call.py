@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from kondo_hooks.delight.distributions import LogProbs
 from kondo_hooks.delight.graph import Path
 from kondo_hooks.delight.inner_loss import InnerLoss, Tape, find_losses
+from kondo_hooks.delight.loss_code import Picked
 from kondo_hooks.errors import ReplayMismatchError
 from kondo_hooks.rows.axes import (
     Layout,
@@ -82,6 +83,8 @@ class Call:
         checks: how strictly a replay is held against the screen.
         policy: the outputs that hold the policy, once its delight was found.
         syncs: whether the host meant to reduce gradients in the backward of this call, at its forward.
+        lets_go: whether log-probs of the actions may stand for logits once the loss has been computed.
+        picked: the log-probs that stand for an output.
         writes_into: an input that the model writes into in place, if there is one.
     """
 
@@ -106,6 +109,7 @@ class Call:
     named: Any = None
     policy: frozenset[int] = frozenset()
     syncs: bool = True
+    lets_go: bool = False
     inner: InnerLoss | None = None
 
     def __post_init__(self) -> None:
@@ -133,6 +137,7 @@ class Call:
         self._output_versions: list[int] = []
         self.random = False
         self.writes_into: str | None = None
+        self.picked: dict[int, Picked] = {}
         self.log_probs: dict[int, Literal["logp", "nll"]] = {}
         self.loss_paths: dict[int, list[Path]] = {}
         self.returned: list[Tensor] = []
@@ -217,7 +222,7 @@ class Call:
         uses = Uses(*carried.values()) if carried else None
         with (
             torch.no_grad(),
-            no_fast_path(),
+            no_fast_path() if self.state.has_fast_path else contextlib.nullcontext(),
             self.state.plain_dropout(),
             uncompiled() if record or uses else contextlib.nullcontext(),
             uses or contextlib.nullcontext(),
@@ -636,13 +641,22 @@ class Call:
         """Whether an input may be read otherwise than is likeliest, so that a guess could let go of needed rows."""
         return self.reads_several() or any(self.doubtful())
 
+    def let_go(self, i: int, picked: Picked) -> None:
+        """Keep log-probs for the logits of output ``i``, unless the user's code has written into these."""
+        output = self.outputs[i]
+        unchanged = version_of(output) == self._output_versions[i] and i not in self.picked
+        if self.lets_go and unchanged and i < self._returned and self.rows[i] == Rows(0):
+            self.picked[i] = picked
+            self.outputs[i] = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape)
+            self._output_versions[i] = version_of(self.outputs[i])
+
     def overwritten(self) -> bool:
         """Whether the user's code has written into the outputs since the screen."""
         return any(version_of(leaf) != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""
-        self.outputs = self.run_without_graph(self.inputs)
+        self.outputs, self.picked = self.run_without_graph(self.inputs), {}
         self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -728,13 +742,13 @@ class Call:
 
         self.inputs = [stub(leaf) for leaf in self.inputs]
         self.args = unflatten(self.args, self.inputs)
-        self.outputs = [stub(leaf) for leaf in self.outputs]
+        self.outputs, self.picked = [stub(leaf) for leaf in self.outputs], {}
         self._input_versions = [version_of(leaf) for leaf in self.inputs]
         self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
-        self.args, self.inputs, self.outputs = ((), {}), [], []
+        self.args, self.inputs, self.outputs, self.picked = ((), {}), [], [], {}
         self._given = ((), {})
         # What the forward left in the model may lead here: a cycle through autograd is never freed.
         del self.change, self.run, self.receive, self.state

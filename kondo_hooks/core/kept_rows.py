@@ -113,7 +113,9 @@ class Part:
         if self.held is not None:
             return self.held.measures[i]
         where = self.call.rows[i]
-        return None if where is None else measure(by_column(self.call.outputs[i], where.axis))
+        if where is None or i in self.call.picked:
+            return None
+        return measure(by_column(self.call.outputs[i], where.axis))
 
     def repeat(self, index: Tensor) -> "Part":
         """Its rows, by position, some of them more than once."""

@@ -213,6 +213,9 @@ class Forward:
             )
         self._step.shared.idle.screened()
         self._step.shared.streams.note([*call.inputs, *call.outputs])
+        shared = self._step.shared
+        known = shared.learned.known(call) is not None
+        call.lets_go = known and not (shared.waits or shared.engine.balance or self._named)
         live, outputs = call.attach_node(result, self._step.entry.anchor)
         if self._named is not None:
             call.named = self._resolve(live, outputs)

@@ -21,6 +21,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.delight.loss_code import Picked
 from kondo_hooks.errors import ReplayMismatchError, coupled_rows
 from kondo_hooks.rules.readback import Readback
 from kondo_hooks.same.rounding import Limit, by_column, differences
@@ -56,12 +57,15 @@ def verify_later(replayed: "Replayed", back: Readback) -> None:
     call = replayed.group[0].call
     for i, output in replayed.all_outputs.items():
         lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
-        limit = call.checks.limit(call.paths[i], lowest, usual, "logits" if i in call.policy else "")
+        holds = "log-probs" if i in call.picked else "logits" if i in call.policy else ""
+        limit = call.checks.limit(call.paths[i], lowest, usual, holds)
 
         def note(excess: list[float], most: float = limit.absolute) -> None:
             replayed.in_doubt |= not excess[0] <= most
 
         for compared in _compare(replayed.group, i, output):
+            if output.device.type == "cpu" and compared.same:
+                continue
             back.ask([compared.excess(limit.relative)], note)
 
 
@@ -144,13 +148,22 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
     assert where is not None
     axis = where.axis
     for part, rows in zip(group, rows_of(group, i, output), strict=True):
-        grad, expected = part.grads[i], part.output(i)
-        if isinstance(grad, RankOne):
+        grad, picked = part.grads[i], call.picked.get(i) if part.held is None else None
+        expected = part.output(i) if picked is None else None
+        if picked is not None:
+            index = part.rows.to(picked.index.device)
+            screened = picked.values.index_select(0, index).reshape(-1, 1)
 
-            def picked(rows: Tensor, grad: RankOne = grad) -> Tensor:
+            def log_probs(rows: Tensor, picked: Picked = picked, index: Tensor = index) -> Tensor:
+                return picked.of(rows, index).reshape(-1, 1)
+
+            yield _Compared(part, i, rows, log_probs, screened, None)
+        elif isinstance(grad, RankOne):
+
+            def by_form(rows: Tensor, grad: RankOne = grad) -> Tensor:
                 return grad.log_probs(rows[tuple(slice(n) for n in grad.shape)]).reshape(-1, 1)
 
-            yield _Compared(part, i, rows, picked, grad.logp.reshape(-1, 1), grad.coefficient.reshape(-1, 1))
+            yield _Compared(part, i, rows, by_form, grad.logp.reshape(-1, 1), grad.coefficient.reshape(-1, 1))
         elif expected is not None:
             if any(a > b for a, b in zip(expected.shape, rows.shape, strict=True)) or (
                 len(group) == 1 and expected.shape != rows.shape
@@ -166,8 +179,8 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
 
 def _limit(call: Call, i: int, output: Tensor) -> Limit:
     lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
-    holds = "logits" if i in call.policy else ""
-    if holds and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
+    holds = "log-probs" if i in call.picked else "logits" if i in call.policy else ""
+    if holds == "logits" and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
         holds = "log-probs"
     return call.checks.limit(call.paths[i], lowest, usual, holds)
 

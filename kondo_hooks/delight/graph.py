@@ -100,12 +100,36 @@ def find_sources(tensor: Tensor, trust: bool = False) -> list[Source] | None:
     All of them have the same row axis, and their entries fill it. ``trust`` accepts operations that are not known to
     keep the rows in order, except those that reorder.
     """
-    if tensor.grad_fn is None:
+    node: Node = tensor.grad_fn
+    if node is None:
         return None
-    sources = _Follower(trust).follow((tensor.grad_fn, tensor.output_nr))
+    parent, nr = node.next_functions[0] if node.name() == "LogSoftmaxBackward0" else (None, 0)
+    if (call := getattr(parent, "kondo_call", None)) is not None:  # by far the most frequent way
+        placed = _place_output(call, nr)
+        moved = placed and _along(node, node.name(), edge_shape((parent, nr)), tuple(tensor.shape), placed)
+        sources: _Sources = [replace(moved, kind="logp")] if moved else None
+    else:
+        sources = _Follower(trust).follow((node, tensor.output_nr))
     if not sources or sum(source.entries for source in sources) != tensor.shape[sources[0].row_axis]:
         return None
     return sources
+
+
+def is_log_softmax(tensor: Tensor) -> bool:
+    """Whether a tensor is the log-softmax over the last axis of a call's own output, or of some of its positions."""
+    node: Node = tensor.grad_fn
+    if node.name() != "LogSoftmaxBackward0" or _signed(node._saved_dim) % tensor.dim() != tensor.dim() - 1:
+        return False
+    while (node := node.next_functions[0][0]) is not None:
+        if hasattr(node, "kondo_call"):
+            return True
+        positions = node.name() == "SliceBackward0" and node._saved_step == 1 and tensor.dim() > 2
+        if not (positions and _signed(node._saved_dim) == 1) and node.name() not in (
+            "ToCopyBackward0",
+            "AliasBackward0",
+        ):
+            return False
+    return False
 
 
 def sources_of_result(node: Node) -> list[Source] | None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kondo_hooks import private
 from kondo_hooks.delight.distributions import is_inside, listen, parameters, put_on, take_off
-from kondo_hooks.delight.graph import OBSERVATION, Node, Path, Source, find_sources
+from kondo_hooks.delight.graph import OBSERVATION, Node, Path, Source, find_sources, is_log_softmax
 from kondo_hooks.rules.selection import Signal
 
 
@@ -38,6 +38,7 @@ class Observation:
         values_axis: the axis of the values that holds positions, if that is another.
         picked_axis: the axis of what was picked from that the actions are on, if there is one.
         parameters: the calls whose outputs are parameters of the distribution that was asked.
+        picked: what stands for an output's logits where it is picked from their log-softmax.
         paths: the ways from the loss that a backward takes to it, found as that starts.
     """
 
@@ -50,6 +51,7 @@ class Observation:
     values_axis: int | None = None
     picked_axis: int | None = None
     grad: Tensor | None = None
+    picked: "Picked | None" = None
     task: int = -1
     parameters: list[Source] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
@@ -62,6 +64,8 @@ class Observation:
         def hook(grad: Tensor) -> None:
             self.grad, self.task = grad.detach(), private.graph_task()
             self.signals.clear()
+            if self.picked is not None:
+                self.sources[0].call.let_go(self.sources[0].output, self.picked)
 
         node: Node = tensor.grad_fn
         if OBSERVATION in node.metadata:
@@ -116,6 +120,27 @@ class Observation:
         """Forget the gradient after a decision; a second backward brings its own."""
         self.grad = None
         self.signals.clear()
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The log-probs of the actions, for which logits need not be kept to hold another run against.
+
+    Attributes:
+        index: (B, 1) or (B, P, ..., 1), or more entries at each position.
+        values: the log-probs, in its shape.
+        offset: the logits' position that the first of P is for.
+    """
+
+    index: Tensor
+    values: Tensor
+    offset: int
+
+    def of(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """(n, ...) log-probs of the same actions by the logits of another run of some rows."""
+        index = self.index.index_select(0, rows)
+        cut = logits.narrow(1, self.offset, index.shape[1]) if logits.dim() > 2 else logits
+        return cut.log_softmax(-1, self.values.dtype).gather(-1, index)
 
 
 def join(signals: list[Signal]) -> Signal:
@@ -241,7 +266,7 @@ def _sources(tensor: Any) -> list[Source] | None:
 
 def _gather(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> None:
     if result.dim():
-        _pick(result, input, dim % result.dim())
+        _pick(result, input, dim % result.dim(), index)
 
 
 def _take_along_dim(result: Tensor, input: Tensor, indices: Tensor, dim: int | None = None) -> None:
@@ -272,8 +297,8 @@ def _getitem(result: Tensor, input: Tensor, index: Any) -> None:
     _pick(result, input, input.dim() - 1)
 
 
-def _pick(result: Tensor, input: Tensor, dim: int) -> None:
-    """``result`` picks one entry of ``input`` along ``dim`` at each position."""
+def _pick(result: Tensor, input: Tensor, dim: int, index: Tensor | None = None) -> None:
+    """``result`` picks one entry of ``input`` along ``dim`` at each position, the one that ``index`` says."""
     if (sources := _sources(input)) is None:
         return
     axis, kind = sources[0].row_axis, sources[0].kind
@@ -287,6 +312,10 @@ def _pick(result: Tensor, input: Tensor, dim: int) -> None:
     else:
         observation = _pick_unknown(values, input.detach(), dim, sources)
     observation.position_axis, observation.picked_axis = 0 if axis == 1 else 1, dim
+    if kind == "logp" and index is not None and len(sources) == 1 and dim == input.dim() - 1 and is_log_softmax(input):
+        (source,), alike = sources, (index.shape[0], *index.shape[2:-1]) == (input.shape[0], *input.shape[2:-1])
+        if axis == 0 and source.repeat == 1 and alike and (dim == 1 or source.position_axis == 1):
+            observation.picked = Picked(index, values, source.offset if dim > 1 else 0)
     observation.attach(result)
 
 

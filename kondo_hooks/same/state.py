@@ -18,6 +18,7 @@ class ModuleState:
 
     Attributes:
         name: of the module's class.
+        has_fast_path: whether layers in it take another path without grad, in eval mode.
 
     Args:
         module: the module.
@@ -39,6 +40,8 @@ class ModuleState:
         kinds = ("_modules",) if self._swaps else ("_modules", "_parameters")
         self._children = [(m, kind, dict(getattr(m, kind).items())) for m in self._modules for kind in kinds]
         self._dropping_rnns = [m for m in self._modules if isinstance(m, nn.RNNBase) and m.dropout]
+        kinds_with_fast_path = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        self.has_fast_path = any(isinstance(m, kinds_with_fast_path) for m in self._modules)
         self._batch_norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         values = (value for m in self._modules for value in m.__dict__.values())
         self._generators = [value for value in values if isinstance(value, torch.Generator)]

@@ -11,7 +11,7 @@ MOST = {
     "mlp, price": (2, 15, None),
     "mlp, drawn": (2, 20, None),
     "mlp, random rows": (1, 15, None),
-    "language model": (1, 15, 1.05),
+    "language model": (1, 20, 0.0),
     "loss inside": (1, 25, 0.0),
     "loss inside, bfloat16": (1, 25, 0.0),
     "screen first": (1, 15, 0.0),
