@@ -52,6 +52,13 @@ def test_all_ranks_on_devices_fail_together(built: Path):
     assert "NaN" in failing["plain"]["error"] and "rank 1" in healthy["plain"]["error"]
 
 
+def test_a_decision_of_all_ranks_waits_as_often_however_many_there_are(built: Path):
+    of_two, of_three = (
+        launch("tests.device.on_ranks", n, {"fails": False, "counts": True}, 200)[0]["waits"] for n in (2, 3)
+    )
+    assert of_two[-1] == of_three[-1] <= 4
+
+
 NAMES = "zeros ones empty full arange rand randn randint randperm tensor eye linspace empty_strided"
 MAKE = {f"torch.{name}" for name in NAMES.split()}
 

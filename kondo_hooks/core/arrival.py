@@ -162,7 +162,7 @@ class Arrival:
         part = self._take(to_device(kept.rows, self._device))
         if kept.factors is None:
             return part
-        return part.weighted(kept.factors.to(self._device), self.offset, self.source, self.positions)
+        return part.weighted(to_device(kept.factors, self._device), self.offset, self.source, self.positions)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +25,7 @@ from kondo_hooks.core.replay import Replayed
 from kondo_hooks.ranks import passes, together
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import Decision, Kept, Selector, Signal, check_finite
+from kondo_hooks.rules.selection import Decision, Kept, Selector, Signal
 
 
 class OnRanks(Engine):
@@ -52,9 +51,6 @@ class OnRanks(Engine):
             if ranks.tensor_parallel:
                 samples = ranks.share_samples(samples)
             forced = force(samples)
-            if self.together and samples.scores is not None:
-                ignored = torch.zeros_like(samples.delight, dtype=torch.bool) if forced is None else forced
-                check_finite(samples.scores.masked_fill(ignored, 0), samples.delight.masked_fill(ignored, 0))
         except Exception as error:
             if not self.together:
                 raise

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.errors import RankError
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import to_device
-from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal
+from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal, check_finite
 
 _COLUMNS = 6  # delight, score, valid, forced, slot, row
 
@@ -56,6 +57,7 @@ def decide(
     gathered = ranks.gather(_table(samples, signals, slots, forced), _COLUMNS)
     union = torch.cat(gathered).cpu()  # the host waits for the device once, however many ranks there are
     tables = union.split([len(table) for table in gathered])
+    _check_finite(tables, ranks)
     scores = None if samples.scores is None else union[:, 1]
     decision = selector.choose(Samples(union[:, 0], scores, union[:, 2] != 0), union[:, 3] != 0)
     factors = decision.factors()
@@ -76,6 +78,19 @@ def decide(
     return World(
         local, [Kept.of(each) for each in selector.split(mine, signals)], _counts(tables, factors, max(slots) + 1)
     )
+
+
+def _check_finite(tables: Sequence[Tensor], ranks: Ranks) -> None:
+    """Raise on every rank if a score or a delight of one is NaN or infinite; all of them see the same tables."""
+    for rank, table in enumerate(tables):
+        scores, delight = (column.masked_fill(table[:, 3] != 0, 0) for column in (table[:, 1], table[:, 0]))
+        try:
+            check_finite(scores, delight)
+        except ValueError as error:
+            if rank == ranks.rank:
+                error.add_note(f"Every rank stops here; the first to fail was rank {rank}.")
+                raise
+            raise RankError(f"gated: rank {rank}: ValueError: {error}\nEvery rank stops here.") from None
 
 
 def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:

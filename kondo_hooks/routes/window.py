@@ -76,15 +76,7 @@ class _Waiting:
 
 
 class Window(AtOnce):
-    """The population that is being collected.
-
-    Attributes:
-        size: how many backwards make one; "auto" leaves it to the host's gradient accumulation.
-        arrivals: calls that backwards have reached, in order.
-        backwards: how many backwards those are.
-        back: what is to be read of them when they are decided on.
-        least: a decision that keeps no more samples than this finds all of their rows.
-    """
+    """The population that is being collected; attributes as of ``AtOnce``."""
 
     def __init__(self, size: Size):
         super().__init__()

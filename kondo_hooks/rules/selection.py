@@ -249,7 +249,8 @@ class Kept:
     def of(cls, factors: Tensor) -> "Kept":
         """Of (B,) or (B, P) factors, 0 where dropped."""
         rows = (factors if factors.dim() == 1 else factors.ne(0).any(1)).nonzero().flatten()
-        return cls(rows, factors[rows])
+        mine = factors[rows]
+        return cls(rows, None if mine.device.type == "cpu" and bool((mine == 1).all()) else mine)
 
     def spread(self, batch: int, dtype: torch.dtype) -> Tensor:
         """(batch,) or (batch, P) factors, 0 where dropped."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import kondo_hooks as kondo
 from tests.cases import Mlp, make_batch
 from tests.device import emu
+from tests.device.counting import counted
 from tests.reference import grads, largest_relative_difference
 
 
@@ -28,7 +29,24 @@ def loss_of(model, batch, weights=1.0):
 def main(argument: dict[str, Any]) -> dict[str, Any]:
     """What came of each of several options; with ``fails`` a rank that cannot decide."""
     dist.init_process_group("gloo")
+    if argument.get("counts"):
+        return {"waits": waits()}
     return {name: window(argument["fails"], options) for name, options in argument["options"].items()}
+
+
+def waits() -> list[int]:
+    """How often the host waits in each of three decisions of all ranks as one."""
+    torch.manual_seed(1)
+    device = f"emu:{dist.get_rank() % emu.DEVICES}"
+    model = Mlp().to(device)
+    batch = make_batch(12, False, torch.float32, seed=dist.get_rank()).to(device)
+    found = []
+    with kondo.gated(model, rate=0.25, scope="global"):
+        for _ in range(3):
+            with counted() as step:
+                loss_of(model, batch).backward()
+            found.append(step.synchronisations)
+    return found
 
 
 def window(fails: bool, options: dict[str, Any]) -> dict[str, Any]:
