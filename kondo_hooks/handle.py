@@ -210,7 +210,7 @@ class Gated:
         self._step.unhook()
         self._forward.screened = None
         waiting = self._step.window.backwards
-        self._step.window.take()
+        self._step.drop()
         if kind is not None:
             return
         self._step.shared.engine.ranks.raise_own()
@@ -251,7 +251,7 @@ class Gated:
         """
         if not self.enabled:
             return
-        self._step.window.take()
+        self._step.drop()
         engine = self._find_engine(model)
         engine.check_window(self._step.window.size)
         is_open = self._detach is not None
@@ -359,7 +359,7 @@ class Gated:
         except BaseException:
             self._selector.load_state_dict(before)
             raise
-        self._step.last = decision
+        self._step.last, self._step.forced = decision, None
         self.stats.decision(decision)
         return decision, kept
 

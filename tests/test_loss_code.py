@@ -452,18 +452,101 @@ def test_the_kept_rows_share_in_a_parameter_of_the_loss_code_weighted_and_drawn(
     assert largest_relative_difference(grads(model), expected) < 1e-10
 
 
-def test_the_kept_rows_share_in_a_parameter_of_the_loss_code_in_a_window(data):
+def test_in_a_window_a_parameter_in_the_loss_code_is_told(data):
+    """It would be asked for its share when the user may have changed what the loss is made of."""
+    x, _, u = data
+    model = Gaussian().double()
+    noise = torch.randn(B, 2).double()
+
+    def run():
+        with kondo.gated(model, rate=0.25, window=2):
+            gaussian(model(x) + model.log_std.exp() * noise, fixed, u).backward()
+            noise.normal_()
+            gaussian(model(x), model.log_std, u).backward()
+
+    assert len([message for message in warned(run) if "log_std together" in message]) == 1
+
+
+def asked(loss, inputs, how):
+    """Gradients of some leaves alone, as a program may ask for them."""
+    if how == "grad":
+        return torch.autograd.grad(loss, inputs)
+    loss.backward(inputs=inputs)
+    return [leaf.grad for leaf in inputs]
+
+
+@pytest.mark.parametrize("how", ["grad", "inputs"])
+@pytest.mark.parametrize("both", [True, False])
+def test_a_leaf_behind_a_parameter_that_is_not_the_models_keeps_its_gradient(how, both, data):
     x, _, u = data
     model, reference = copies(Gaussian().double())
-    with kondo.gated(model, rate=0.25, window=2) as gate:
-        for part in (slice(0, B // 2), slice(B // 2, B)):
-            y = model(x[part])
-            logp = Normal(y, model.log_std.exp()).log_prob(torch.ones_like(y)).sum(-1)
-            (-(logp * u[part]).sum() / B).backward()
-            if part.start == 0:
-                assert model.log_std.grad is None or not model.log_std.grad.any()
-    expected = masked("in_a_density", reference, x, u, gate.last.factors())
-    assert largest_relative_difference(grads(model), expected) < 1e-10
+    alpha = torch.full((), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def loss(m):
+        return gaussian(m(x), m.log_std * alpha, u)
+
+    def run():
+        with kondo.gated(model, rate=0.25):
+            found = asked(loss(model), [model.log_std, alpha] if both else [alpha], how)[-1].clone()
+        alpha.grad = None
+        torch.testing.assert_close(found, torch.autograd.grad(loss(reference), alpha)[0])
+
+    told = [message for message in warned(run) if "log_std together" in message]
+    assert len(told) == both
+
+
+def test_a_parameter_of_one_gate_that_meets_rows_of_another_is_told_and_keeps_its_gradient(data):
+    x, _, u = data
+    (ours, ours_too), (other, _) = copies(Gaussian().double()), copies(Gaussian().double())
+
+    def run():
+        with kondo.gated(ours, rate=0.25) as gate, kondo.gated(other, rate=0.25):
+            for _ in range(2):
+                ours.zero_grad()
+                (gaussian(ours(x), fixed, u) + gaussian(other(x), ours.log_std, u)).backward()
+        assert not gate._step.entry._meetings
+        gaussian(other(x), ours_too.log_std, u).backward()
+        torch.testing.assert_close(ours.log_std.grad, ours_too.log_std.grad)
+
+    assert [message for message in warned(run) if "log_std together" in message]
+
+
+def test_rows_of_two_calls_that_meet_before_the_parameter_are_told(data):
+    x, _, u = data
+    model = Gaussian().double()
+
+    def run():
+        with kondo.gated(model, rate=0.25, priority="uniform"):
+            gaussian(model(x) + 0.1 * model(x + 1), model.log_std, u).backward()
+
+    assert [message for message in warned(run) if "log_std together" in message]
+
+
+def test_one_parameter_that_cannot_be_split_does_not_keep_others_from_it(data):
+    x, _, u = data
+    model, reference = copies(Gaussian().double())
+    model.other = nn.Parameter(torch.ones(2).double())
+    reference.other = nn.Parameter(torch.ones(2).double())
+
+    def run():
+        with kondo.gated(model, rate=0.25) as gate:
+            (gaussian(model(x), model.log_std, u) + (model(x).flip(0) + model.other).pow(2).mean()).backward()
+        w = gate.last.factors()[:B]
+        gaussian(reference(x), reference.log_std, u * w).backward()
+        torch.testing.assert_close(model.log_std.grad, reference.log_std.grad)
+
+    told = [message for message in warned(run) if "together with its outputs" in message]
+    assert len(told) == 1 and "other" in told[0]
+
+
+def test_a_second_backward_of_a_loss_with_a_parameter_is_autograds_error(data):
+    x, _, u = data
+    model = Gaussian().double()
+    with kondo.gated(model, rate=0.25):
+        loss = gaussian(model(x), model.log_std, u)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("retain", [False, True])

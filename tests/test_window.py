@@ -1,6 +1,7 @@
 """Windows in one process: several backwards as one population, what waits for it, and what is never lost."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -340,3 +341,74 @@ def test_a_closure_may_bring_the_last_backward_and_must():
         optimizer.step(closure)
         assert gate.stats.steps == 1
         optimizer.step(closure)
+
+
+def _forced_late(rows, **options):
+    model = Wide(40).double()
+    reference = copy.deepcopy(model)
+    g = torch.Generator().manual_seed(0)
+    data = [
+        (
+            torch.randint(0, 11, (8, 3), generator=g),
+            torch.randint(0, 40, (8, 3), generator=g),
+            torch.randn(8, 1, generator=g),
+        )
+        for _ in range(2)
+    ]
+
+    def loss_of(logits, actions, advantages, weights=1.0):
+        logp = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return (-weights * advantages.double() * logp).mean()
+
+    with warnings.catch_warnings(record=True) as told, kondo.gated(model, window=2, **options) as gate:
+        warnings.simplefilter("always")
+        for i, (ids, actions, advantages) in enumerate(data):
+            if i == 1:
+                gate.force(torch.tensor(rows))
+            loss_of(model(ids), actions, advantages).backward()
+    weights = gate.last.factors().view(2, 8, 1)
+    for (ids, actions, advantages), w in zip(data, weights, strict=True):
+        loss_of(reference(ids), actions, advantages, w).backward()
+    return largest_relative_difference(grads(model), grads(reference)), [str(w.message) for w in told]
+
+
+@pytest.mark.parametrize(
+    "options", [{"rate": 0.25}, {"rate": 0.1}, {"rate": 0.1, "priority": "uniform"}, {"price": 0.3}], ids=str
+)
+@pytest.mark.parametrize("rows", [[6, 7, 1], [0, 1, 2, 3, 4, 5, 6, 7]], ids=len)
+def test_rows_that_are_forced_when_they_have_been_let_go_are_told(options, rows):
+    apart, told = _forced_late(rows, **options)
+    assert apart < 1e-10 or any("no longer held" in message for message in told)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("options", [{"priority": "uniform"}, {"deterministic": False}, {}], ids=str)
+def test_a_decision_that_fails_is_as_if_it_had_not_been(window, options):
+    """The random stream and the forced rows are there for the next one."""
+    g = torch.Generator().manual_seed(0)
+    x, actions, u = (
+        torch.randn(16, 6, generator=g),
+        torch.randint(0, 4, (16, 1), generator=g),
+        torch.randn(16, generator=g),
+    )
+
+    def kept(fails):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4)
+
+        def backward(u):
+            (-(model(x).log_softmax(-1).gather(1, actions)[:, 0] * u).mean()).backward()
+
+        with kondo.gated(model, rate=0.25, window=window, seed=3, **options) as gate:
+            gate.force(torch.tensor([2, 7]))
+            if fails:
+                for _ in range(window - 1):
+                    backward(u)
+                with pytest.raises(ValueError, match="NaN"):
+                    backward(torch.where(torch.arange(16) == 5, torch.nan, u))
+                model.zero_grad()
+            for _ in range(window):
+                backward(u)
+            return gate.last.kept.tolist()
+
+    assert kept(True) == kept(False)

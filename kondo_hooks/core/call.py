@@ -114,6 +114,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.serial = next(_serial)
+        self.released = False
         self.input_paths: list[str] = []
         self.inputs: list[Tensor] = []
         self._given: Tree = self.args
@@ -748,6 +749,7 @@ class Call:
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
+        self.released = True
         self.args, self.inputs, self.outputs, self.picked = ((), {}), [], [], {}
         self._given = ((), {})
         # What the forward left in the model may lead here: a cycle through autograd is never freed.
@@ -804,5 +806,10 @@ class _Node(torch.autograd.Function):
                 "Compute this loss outside the context, or with the gate disabled."
             )
         call = ctx.kondo_call
+        if call.released:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: a gated call lets go of its tensors when it has "
+                "been replayed. Specify retain_graph=True if you need to backward through it again."
+            )
         inputs = call.receive(call, ctx, grads)
         return (None, None, *inputs)

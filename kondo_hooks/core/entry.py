@@ -47,7 +47,9 @@ class Entry:
         try:
             if func is not torch.autograd.grad:
                 self._refuse_half_a_step(leaves)
-            if meetings := self._find_meetings(nodes, leaves):
+            asked = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
+            asked = [asked] if isinstance(asked, Tensor) else None if asked is None else list(asked)
+            if meetings := self._find_meetings(nodes, leaves, asked):
                 probes += [meeting.hold() for meeting in meetings]
                 self._meetings += meetings
                 args, kwargs, self.keeps_graph = retaining(func, args, kwargs)
@@ -63,12 +65,9 @@ class Entry:
                     kwargs = {**kwargs, "inputs": [*wanted, self.anchor]}
             with self._settled_after():
                 return func(*args, **kwargs)
-        except BaseException:
-            self._meetings = [m for m in self._meetings if m not in meetings]
-            raise
         finally:
             self._only, self.keeps_graph = None, None
-            self._meetings = [m for m in self._meetings if m.sent is not None]
+            self._meetings = [m for m in self._meetings if m not in meetings]
             for probe in probes:
                 probe.remove()
 
@@ -90,25 +89,36 @@ class Entry:
                     "optimizer, or step after the backward. Nothing was changed."
                 )
 
-    def _find_meetings(self, roots: list[Any], leaves: list[Tensor]) -> list[Meeting]:
-        """Where parameters of the model meet rows in the loss code; told where rows cannot be told apart there."""
-        names = {id(p): name for name, p in self.shared.state.named_parameters()} if leaves else {}
+    def _find_meetings(self, roots: list[Any], leaves: list[Tensor], wanted: list[Tensor] | None) -> list[Meeting]:
+        """Where parameters of the model meet rows in the loss code; told where rows cannot be told apart there.
+
+        Args:
+            roots: the loss's ``grad_fn``.
+            leaves: that it leads to past the gated calls.
+            wanted: what alone gets a gradient, if not all of them do.
+        """
+        shared = self.shared
+        names = {id(p): name for name, p in shared.state.named_parameters()} if leaves else {}
         mine = [id(leaf) for leaf in leaves if id(leaf) in names]
-        meetings = find_meetings(roots, mine) if mine else []
-        if not meetings:
+        if not mine or (wanted is not None and not any(id(leaf) in names for leaf in wanted)):
             return []
-        engine = self.shared.engine
-        whole = engine.wrappers or engine.balance or self.shared.selector.config.unit == "token"
-        if not whole and all(meeting.is_split for meeting in meetings):
-            return meetings
-        first = next((m for m in meetings if not m.is_split), meetings[0])
-        self.shared.warn(
-            "outside",
-            f"gated: the loss code uses the model's parameter {names[min(first.leaves, key=mine.index)]} together with "
-            "its outputs, so rows that are dropped still reach that parameter. Return it from forward, expanded to the "
-            "batch, and use what forward returned.",
-        )
-        return []
+        whole = shared.engine.wrappers or shared.engine.balance or shared.selector.config.unit == "token"
+        # What waits for others would be asked again when the user's code may have changed what it is made of.
+        whole = whole or shared.waits or not all(id(leaf) in names for leaf in wanted or ())
+        split = []
+        for meeting in find_meetings(roots, mine):
+            here = all(source.call.state is shared.state for source in meeting.sources or ())
+            if meeting.is_split and here and not whole and not (meeting.others and wanted is not None):
+                split.append(meeting)
+                continue
+            name = names[min(meeting.leaves, key=mine.index)]
+            shared.warn(
+                f"outside {name}",
+                f"gated: the loss code uses the model's parameter {name} together with its outputs, so rows that are "
+                "dropped still reach that parameter. Return it from forward, expanded to the batch, and use what "
+                "forward returned.",
+            )
+        return split
 
     def send_to_met(self, arrivals: list[Arrival], kept: list[Kept]) -> None:
         """The kept rows' share in the gradients of parameters that the loss code uses itself."""

@@ -133,6 +133,7 @@ class Step:
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
         self._ended: list[_Population] | None = None
         self._hooks: list[Any] = []
+        self._before: dict[str, Any] | None = None
         self._screened_first = False
         self.respread(window)
 
@@ -146,6 +147,11 @@ class Step:
             with self.shared.streams.joined():
                 self._finish()
         return waiting
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        self.window.take()
+        self._before = None
 
     def respread(self, window: AtOnce) -> None:
         """Form populations otherwise, from now on."""
@@ -282,6 +288,8 @@ class Step:
                     step(arrivals)
                 except Exception as error:
                     engine.ranks.fail(error)
+            if self._before is None:
+                self._before = self.shared.selector.state_dict()
             self.window.add(arrivals)
             self.window.back.take_over(back)
             if self.window.is_full(engine.ends_accumulation(arrivals[-1].call)):
@@ -299,7 +307,7 @@ class Step:
         engine = self.shared.engine
         ranks = engine.ranks
         reduces = engine.reduces(arrivals[-1].call)
-        before = self.shared.selector.state_dict()
+        before, self._before = self._before or self.shared.selector.state_dict(), None
         try:
             decision: Decision | None = None
             parts: list[Part | None] = [None] * len(arrivals)
@@ -328,7 +336,7 @@ class Step:
             return inputs
         if self.last is None and decision.samples == 1:
             self.reader.warn_single(arrivals)
-        self.last = decision
+        self.last, self.forced = decision, None
         self.shared.stats.decision(decision)
         self.shared.stats.replayed(0, sum(a.call.batch for a in arrivals))
         for a in arrivals:
@@ -349,11 +357,12 @@ class Step:
         signals = [a.signal for a in leaders if a.signal is not None]
         found = signals if len(signals) == len(leaders) and not self.shared.engine.ranks.failed else None
         forced = None if found is None else self._forced(leaders, found)
+        by_user = self.forced is not None
         of_leaders = [slot for a, slot in zip(arrivals, slots, strict=True) if a.follows is None]
         decision, chosen, counts = self.choose(found, forced, of_leaders, back)
         by_leader = {id(a): mine for a, mine in zip(leaders, chosen, strict=True)}
         kept = [by_leader[id(a.follows or a)] for a in arrivals]
-        if counts is None and len(decision.kept) <= least:
+        if counts is None and not by_user and len(decision.kept) <= least:
             return decision, kept, counts
         kept, lost = self.window.without_gone(arrivals, kept)
         if lost:
@@ -399,8 +408,11 @@ class Step:
     def _with_users(self, forced: Tensor | None, samples: Samples) -> Tensor | None:
         if self.forced is None:
             return forced
-        rows, self.forced = self.forced.to(samples.delight.device), None
-        mine = forced_mask(rows, len(samples.delight))
+        try:
+            mine = forced_mask(self.forced.to(samples.delight.device), len(samples.delight))
+        except ValueError:
+            self.forced = None  # said once, and not at every step to come
+            raise
         return mine if forced is None else mine | forced
 
 

@@ -3,8 +3,9 @@
 A GPU's kernels sum in another order for another number of rows, so equality is not to be had. What is held against
 what, the cheapest first:
 
-1. Only where the loss sent a gradient. Each column of an output (a class, a feature) has its own measure, its largest
-   value among those that came out otherwise: a mask of -1e9 or one large column must not hide the others.
+1. Only where the loss sent a gradient; and of logits only the log-probs of the actions, where the loss took nothing
+   else from them. Each column of an output (a class, a feature) has its own measure, its largest value among those that
+   came out otherwise: a mask of -1e9 or one large column must not hide the others.
 2. A column that fails is measured by all rows of the screen: a value near zero is no measure of its own rounding. A
    log-prob may differ by some fraction of a nat, whatever its size.
 3. Then a control decides: the same rows once more, in a batch of the screen's size and without the other rows. Rounding
@@ -148,16 +149,17 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
     assert where is not None
     axis = where.axis
     for part, rows in zip(group, rows_of(group, i, output), strict=True):
-        grad, picked = part.grads[i], call.picked.get(i) if part.held is None else None
+        grad, picked = part.grads[i], part.call.picked.get(i) if part.held is None else None
         expected = part.output(i) if picked is None else None
         if picked is not None:
             index = part.rows.to(picked.index.device)
             screened = picked.values.index_select(0, index).reshape(-1, 1)
+            sent = None if picked.sent is None else picked.sent.index_select(0, index).reshape(-1, 1)
 
             def log_probs(rows: Tensor, picked: Picked = picked, index: Tensor = index) -> Tensor:
                 return picked.of(rows, index).reshape(-1, 1)
 
-            yield _Compared(part, i, rows, log_probs, screened, None)
+            yield _Compared(part, i, rows, log_probs, screened, sent)
         elif isinstance(grad, RankOne):
 
             def by_form(rows: Tensor, grad: RankOne = grad) -> Tensor:

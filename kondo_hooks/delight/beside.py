@@ -25,8 +25,10 @@ class Meeting:
     Attributes:
         node: the operation.
         slots: its operands that come from parameters alone.
-        sources: the calls that the rows of its result come from; None if these rows cannot be followed.
+        sources: the calls that the rows of its result come from; None if these rows cannot be followed, or come from
+            others, too.
         leaves: ids of the parameters.
+        others: whether leaves that are none of the parameters stand behind these operands, too.
         sent: what the backward brought to its result; None before, or if that is not wanted.
         task: id of that backward.
     """
@@ -35,6 +37,7 @@ class Meeting:
     slots: list[int]
     sources: list[Source] | None
     leaves: frozenset[int]
+    others: bool = False
     sent: Tensor | None = None
     task: int = -1
 
@@ -98,45 +101,59 @@ def find_meetings(roots: Sequence[Node], leaves: Collection[int]) -> list[Meetin
         roots: the loss's ``grad_fn``.
         leaves: ids of the leaves.
     """
-    origin: dict[Node, tuple[bool, frozenset[int]]] = {}  # whether a node comes from a call, and from which leaves
+    origins: dict[Node, _Origin] = {}
     meetings: list[Meeting] = []
     stack = list(roots)
     while stack:
         node = stack[-1]
         edges = [] if is_gated(node) else [edge for edge in node.next_functions if edge[0] is not None]
-        missing = [parent for parent, _ in edges if parent not in origin]
-        if node not in origin and missing:
+        missing = [parent for parent, _ in edges if parent not in origins]
+        if node not in origins and missing:
             stack += missing
             continue
         stack.pop()
-        if node in origin:
+        if node in origins:
             continue
-        each = [origin[parent] for parent, _ in edges]
-        if any(mine and not rows for rows, mine in each) and any(rows for rows, _ in each):
-            meetings += _meeting(node, origin)
-        mine = frozenset().union(*(found for _, found in each))
-        if (leaf := id(getattr(node, "variable", None))) in leaves:
-            mine |= {leaf}
-        origin[node] = (is_gated(node) or any(rows for rows, _ in each), mine)
+        each = [origins[parent] for parent, _ in edges]
+        calls = frozenset().union(*(origin.calls for origin in each))
+        if is_gated(node):
+            calls |= {id(getattr(node, "kondo_call", node))}
+        leaf = id(getattr(node, "variable", None))
+        mine = frozenset().union(*(origin.leaves for origin in each)) | ({leaf} & set(leaves))
+        others = any(origin.others for origin in each) or (hasattr(node, "variable") and leaf not in leaves)
+        origins[node] = _Origin(calls, mine, others)
+        if any(origin.leaves and not origin.calls for origin in each) and any(origin.calls for origin in each):
+            meetings += _meeting(node, origins)
     return meetings
 
 
-def _meeting(node: Node, origin: dict[Node, tuple[bool, frozenset[int]]]) -> list[Meeting]:
+@dataclass(frozen=True)
+class _Origin:
+    """What a node comes from: calls, leaves that are asked for, and whether any other leaf."""
+
+    calls: frozenset[int]
+    leaves: frozenset[int]
+    others: bool
+
+
+def _meeting(node: Node, origins: Mapping[Node, _Origin]) -> list[Meeting]:
     """No meeting where reduced values are added up: neither has a share in the other's gradient."""
     slots: list[int] = []
     mine: frozenset[int] = frozenset()
-    adds = node.name().startswith(("Add", "Sub", "Rsub", "Stack", "Cat"))
-    reduced = adds
+    reduced, others = node.name().startswith(("Add", "Sub", "Rsub", "Stack", "Cat")), False
     for slot, (parent, nr) in enumerate(node.next_functions):
         if parent is None:
             continue
-        rows, found = origin[parent]
-        if found and not rows:
+        origin = origins[parent]
+        if origin.leaves and not origin.calls:
             slots.append(slot)
-            mine |= found
-        reduced = reduced and not (rows and math.prod(edge_shape((parent, nr))) > 1)
+            mine |= origin.leaves
+            others |= origin.others
+        reduced = reduced and not (origin.calls and math.prod(edge_shape((parent, nr))) > 1)
     sources = sources_of_result(node)
-    return [] if reduced and not sources else [Meeting(node, slots, sources, mine)]
+    if sources and {id(source.call) for source in sources} != origins[node].calls:
+        sources = None  # rows of another call are mixed in, and may be decided on otherwise
+    return [] if reduced and not sources else [Meeting(node, slots, sources, mine, others)]
 
 
 def retaining(

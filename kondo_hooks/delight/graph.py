@@ -4,6 +4,7 @@ The graph's nodes are torch's own; their names and saved attributes are read her
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -291,7 +292,7 @@ def _dims(node: Node, rank: int) -> set[int]:
 
 def _place_output(call: Any, output: int) -> Source | None:
     """Where rows and positions of a call's output stand."""
-    where = call.rows[output]
+    where = call.rows[output] if output < len(call.outputs) else None  # none once it was released
     if where is None:
         return None
     rank = call.outputs[output].dim()
@@ -697,6 +698,7 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
 
     below = _Targets()
     seen: set[Node] = set()
+    uses, observed = below.uses, below.observed
     # A node, the first addition above it with the share of its terms, and the last sum of scalars put side by side.
     stack: list[tuple[Node, _Sum, _Sum]] = [(root, None, None) for root in roots]
 
@@ -714,6 +716,7 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
         name, parents = node.name(), [parent for parent in node.next_functions if parent[0] is not None]
         share = 1.0 if top is None else top[1]
         if (observation := node.metadata.get(OBSERVATION)) is not None:
+            observed.append((node, observation))
             if observation.own_scale is not None:
                 addition = None if top is None else probe(top[0])
                 note(observation, Path(addition, probe(node), share, observation.own_scale))
@@ -732,12 +735,26 @@ def probe_scales(roots: Sequence[Node]) -> tuple[list[Probe], list[Tensor]]:
             continue
         if name in ("AddBackward0", "SubBackward0") and is_scalar and top is None:
             top = (node, 1.0)
+        uses.update(parents)
         for parent, nr in parents:
             if top is not None and (call := getattr(parent, "kondo_call", None)) is not None:
                 unreduced((call, nr), top, joined)
             stack.append((parent, top, joined))
+    for node, observation in observed:
+        observation.alone = observation.picked is not None and _is_sole_use(node, uses)
     leaves = [node.variable for node in {*seen, *below.seen} if hasattr(node, "variable")]
     return list(probes.values()), leaves
+
+
+def _is_sole_use(node: Node, uses: Counter[Edge]) -> bool:
+    """Whether all that a loss takes from a call's output goes through this operation, and nowhere else on the way."""
+    while (edge := node.next_functions[0])[0] is not None:
+        if uses[edge] != 1:
+            return False
+        if hasattr(edge[0], "kondo_call"):
+            return True
+        node = edge[0]
+    return False
 
 
 def is_gated(node: Node) -> bool:
@@ -760,10 +777,17 @@ def _paths(target: Target) -> list[Path]:
 
 
 class _Targets:
-    """The observations and the calls' outputs below a node, each node looked at once."""
+    """The observations and the calls' outputs below a node, each node looked at once.
+
+    Attributes:
+        uses: how many of the nodes use each result.
+        observed: the nodes with an observation.
+    """
 
     def __init__(self) -> None:
         self._below: dict[Node, frozenset[Target]] = {}
+        self.uses: Counter[Edge] = Counter()
+        self.observed: list[tuple[Node, Any]] = []
 
     @property
     def seen(self) -> Iterable[Node]:
@@ -787,12 +811,15 @@ class _Targets:
 
     def _join(self, node: Node, parents: list[Edge]) -> frozenset[Target]:
         found: frozenset[Target] = frozenset()
+        self.uses.update(parents)
         for parent, nr in parents:
             call = getattr(parent, "kondo_call", None)
             more = self._below.get(parent, frozenset()) if call is None else frozenset([(call, nr)])
             found = found if more <= found else more if found <= more else found | more
-        observation = node.metadata.get(OBSERVATION)
-        return found if observation is None else found | {observation}
+        if (observation := node.metadata.get(OBSERVATION)) is None:
+            return found
+        self.observed.append((node, observation))
+        return found | {observation}
 
 
 def _each_of(name: str, node: Node, parents: list[Edge]) -> float | Tensor | None:

@@ -38,7 +38,8 @@ class Observation:
         values_axis: the axis of the values that holds positions, if that is another.
         picked_axis: the axis of what was picked from that the actions are on, if there is one.
         parameters: the calls whose outputs are parameters of the distribution that was asked.
-        picked: what stands for an output's logits where it is picked from their log-softmax.
+        picked: what can stand for an output's logits where it is picked from their log-softmax.
+        alone: whether the loss of the coming backward takes nothing else from these logits.
         paths: the ways from the loss that a backward takes to it, found as that starts.
     """
 
@@ -52,6 +53,7 @@ class Observation:
     picked_axis: int | None = None
     grad: Tensor | None = None
     picked: "Picked | None" = None
+    alone: bool = False
     task: int = -1
     parameters: list[Source] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
@@ -64,8 +66,8 @@ class Observation:
         def hook(grad: Tensor) -> None:
             self.grad, self.task = grad.detach(), private.graph_task()
             self.signals.clear()
-            if self.picked is not None:
-                self.sources[0].call.let_go(self.sources[0].output, self.picked)
+            if self.picked is not None and self.alone and not private.keeps_graph():
+                self.sources[0].call.let_go(self.sources[0].output, replace(self.picked, sent=self.grad))
 
         node: Node = tensor.grad_fn
         if OBSERVATION in node.metadata:
@@ -130,11 +132,13 @@ class Picked:
         index: (B, 1) or (B, P, ..., 1), or more entries at each position.
         values: the log-probs, in its shape.
         offset: the logits' position that the first of P is for.
+        sent: the loss's gradient at them.
     """
 
     index: Tensor
     values: Tensor
     offset: int
+    sent: Tensor | None = None
 
     def of(self, logits: Tensor, rows: Tensor) -> Tensor:
         """(n, ...) log-probs of the same actions by the logits of another run of some rows."""
@@ -314,6 +318,7 @@ def _pick(result: Tensor, input: Tensor, dim: int, index: Tensor | None = None) 
     observation.position_axis, observation.picked_axis = 0 if axis == 1 else 1, dim
     if kind == "logp" and index is not None and len(sources) == 1 and dim == input.dim() - 1 and is_log_softmax(input):
         (source,), alike = sources, (index.shape[0], *index.shape[2:-1]) == (input.shape[0], *input.shape[2:-1])
+        alike = alike and index.shape == result.shape
         if axis == 0 and source.repeat == 1 and alike and (dim == 1 or source.position_axis == 1):
             observation.picked = Picked(index, values, source.offset if dim > 1 else 0)
     observation.attach(result)

@@ -143,7 +143,7 @@ class Window(AtOnce):
         each = [part.reshape(len(part), -1) for part in selector.split(scores, signals)]
         if most is None:
             assert config.price is not None
-            flags = [part > config.price for part in each]
+            flags = [part >= config.price for part in each]  # what is equal may be above it in another type
             rows = torch.cat([mine.any(1) for mine in flags]).nonzero().flatten()
             for group, mine in zip(groups, by_batch(rows, [len(part) for part in each]), strict=True):
                 self._hold(group, mine, learned, communicates)
