@@ -221,7 +221,8 @@ class Window(AtOnce):
             else:
                 have, rows = a.held.rows, mine.rows.to(a.held.rows.device)
                 held.append(have[torch.searchsorted(have, rows).clamp_max(len(have) - 1)] == rows)
-        if all(flags.all() for flags in held):
+        device = next((a.held.rows.device for a in arrivals if a.held is not None), held[0].device)
+        if bool(torch.cat([to_device(flags, device) for flags in held]).all()):
             return kept, False
         cut = [
             Kept(k.rows[flags.to(k.rows.device)], None if k.factors is None else k.factors[flags.to(k.factors.device)])
