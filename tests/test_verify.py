@@ -307,6 +307,17 @@ def test_what_else_a_loss_takes_from_logits_is_compared_too(name, texts):
             loss().backward()
 
 
+def assert_third_step_is_exact(model, loss, rows=12):
+    """``loss(model, w)`` with each row's terms times w, (rows, 1): from the second step on log-probs may stand in."""
+    reference = copy.deepcopy(model)
+    with kondo.gated(model, rate=0.25) as gate:
+        for _ in range(3):
+            model.zero_grad()
+            loss(model, torch.ones(rows, 1)).backward()
+    loss(reference, gate.last.factors()[:, None]).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
 def test_log_probs_that_got_no_gradient_are_not_compared(texts):
     """Masked positions take the mean of the batch."""
     ids, u = texts
@@ -317,30 +328,16 @@ def test_log_probs_that_got_no_gradient_are_not_compared(texts):
             logits = super().forward(ids)
             return torch.where(mask[: len(ids), :, None], logits, logits.mean((0, 1)))
 
-    model = Padded()
-    reference = copy.deepcopy(model)
-    with kondo.gated(model, rate=0.25) as gate:
-        for _ in range(3):
-            model.zero_grad()
-            gathered(model(ids), ids, u * mask, torch.ones(12, 1)).backward()
-    gathered(reference(ids), ids, u * mask, gate.last.factors()[:, None]).backward()
-    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    assert_third_step_is_exact(Padded(), lambda m, w: gathered(m(ids), ids, u * mask, w))
 
 
 def test_a_broadcast_index_is_left_alone(texts):
     ids, u = texts
-    model = Words()
-    reference = copy.deepcopy(model)
 
-    def loss(logits, w):
-        return -(torch.take_along_dim(logits.log_softmax(-1), ids[:, :1, None], -1).squeeze(-1) * u * w).mean()
+    def loss(m, w):
+        return -(torch.take_along_dim(m(ids).log_softmax(-1), ids[:, :1, None], -1).squeeze(-1) * u * w).mean()
 
-    with kondo.gated(model, rate=0.25) as gate:
-        for _ in range(3):
-            model.zero_grad()
-            loss(model(ids), torch.ones(12, 1)).backward()
-    loss(reference(ids), gate.last.factors()[:, None]).backward()
-    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    assert_third_step_is_exact(Words(), loss)
 
 
 def test_another_backward_of_the_same_logits_reads_them_as_they_were(texts):
@@ -357,16 +354,9 @@ def test_another_backward_of_the_same_logits_reads_them_as_they_were(texts):
 
 def test_calls_of_one_backward_that_run_again_together_have_their_own_log_probs(texts):
     ids, u = texts
-    model = Words()
-    reference = copy.deepcopy(model)
     others = (ids + 1) % 11
 
-    def loss(m, first, second):
-        return gathered(m(ids), ids, u, first) + gathered(m(others), ids, u, second)
+    def loss(m, w):
+        return gathered(m(ids), ids, u, w[:12]) + gathered(m(others), ids, u, w[12:])
 
-    with kondo.gated(model, rate=0.25) as gate:
-        for _ in range(3):
-            model.zero_grad()
-            loss(model, torch.ones(12, 1), torch.ones(12, 1)).backward()
-    loss(reference, *gate.last.factors().view(2, 12, 1)).backward()
-    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    assert_third_step_is_exact(Words(), loss, rows=24)

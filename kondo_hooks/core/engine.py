@@ -15,7 +15,7 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.kept_rows import Part, pack
-from kondo_hooks.core.passes import Plan, complete, forward, settled
+from kondo_hooks.core.passes import Plan, checked, complete
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed
 from kondo_hooks.hosts import accelerate_syncs
@@ -126,11 +126,15 @@ class Engine:
             The decision, what is kept of each call, and with all ranks as one batch, (ranks, slots), how many rows
             each rank keeps.
         """
+        samples = self.samples(selector, signals)
+        decision = selector.choose(samples, force(samples), back)
+        return decision, selector.kept_of(decision, signals or []), None
+
+    def samples(self, selector: Selector, signals: list[Signal] | None) -> Samples:
+        """What is chosen among; raises if a call could not be read."""
         if signals is None:
             raise RuntimeError("gated: a call of this window could not be read")
-        samples = selector.samples(signals)
-        decision = selector.choose(samples, force(samples), back)
-        return decision, selector.kept_of(decision, signals), None
+        return selector.samples(signals)
 
     def plan(
         self,
@@ -163,9 +167,7 @@ class Engine:
             learned: where inputs keep their rows; updated.
             back: what is to be read before the pass's backward.
         """
-        done = forward(group, learned, back)
-        back.read()
-        return settled(done, learned)
+        return checked([group], learned, back)
 
     def open(self, gate: Any) -> Callable[[], None]:
         """Put in what the engine needs while a context is open; returns what takes it out.

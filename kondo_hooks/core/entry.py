@@ -47,17 +47,15 @@ class Entry:
         try:
             if func is not torch.autograd.grad:
                 self._refuse_half_a_step(leaves)
-            asked = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
-            asked = [asked] if isinstance(asked, Tensor) else None if asked is None else list(asked)
-            if meetings := self._find_meetings(nodes, leaves, asked):
+            wanted = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
+            wanted = [wanted] if isinstance(wanted, Tensor) else None if wanted is None else list(wanted)
+            if meetings := self._find_meetings(nodes, leaves, wanted):
                 probes += [meeting.hold() for meeting in meetings]
                 self._meetings += meetings
                 args, kwargs, self.keeps_graph = retaining(func, args, kwargs)
             if func is torch.autograd.grad:
                 return self._autograd_grad(*args, **kwargs)
-            wanted = kwargs.get("inputs")
             if wanted is not None:
-                wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
                 mine = {id(p) for p in self.shared.state.parameters()}
                 only = [leaf for leaf in wanted if id(leaf) in mine]
                 if only:
@@ -124,10 +122,7 @@ class Entry:
         """The kept rows' share in the gradients of parameters that the loss code uses itself."""
         if not self._meetings:
             return
-        by_call = {
-            (id(a.call), a.task): mine.spread(a.call.batch, torch.float64)
-            for a, mine in zip(arrivals, kept, strict=True)
-        }
+        by_call = {id(a.call): mine.spread(a.call.batch, torch.float64) for a, mine in zip(arrivals, kept, strict=True)}
         ready = [m for m in self._meetings if m.is_ready(by_call)]
         self._meetings = [m for m in self._meetings if m not in ready]
         due = [pair for meeting in ready for pair in meeting.release(by_call)]

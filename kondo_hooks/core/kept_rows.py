@@ -1,6 +1,6 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -198,43 +198,38 @@ class Part:
 
     @classmethod
     def holding(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None], layout: Layout) -> "Part":
-        """Rows of a call with their own copy of what a replay needs, in the least space that is exact."""
-        inputs = [
-            leaf.detach() if where is None else where.take(leaf.detach(), rows)
-            for leaf, where in zip(call.inputs, layout, strict=True)
-        ]
-        held: list[Gradient | None] = []
-        outputs, measures = [], []
-        for i, (where, grad) in enumerate(zip(call.rows, grads, strict=True)):
-            form = None
-            if grad is not None and where == Rows(0):
-                form = RankOne.of(call.outputs[i], grad, rows.to(grad.device))
-            output = None if grad is None or where is None or form is not None else where.take(call.outputs[i], rows)
-            held.append(form or _take(call, i, grad, rows))
-            outputs.append(output)
-            measures.append(
-                None if output is None or where is None else measure(by_column(call.outputs[i], where.axis))
-            )
-        return cls(call, rows, held, Held(layout, inputs, outputs, measures))
+        """Rows of a call with their own copy of what a replay needs, out of the gradients at its whole outputs."""
+        return cls(call, rows, [])._hold(layout, grads, rows, lambda i: call.outputs[i])
 
     def hold(self, layout: Layout) -> "Part":
-        """The same with its own copy of what a replay needs, in the least space that is exact."""
+        """The same with its own copy of what a replay needs."""
         if self.held is not None:
             return self
+        return self._hold(layout, self.grads, torch.arange(len(self), device=self.rows.device), self.output)
+
+    def _hold(
+        self,
+        layout: Layout,
+        grads: Sequence[Gradient | None],
+        index: Tensor,
+        outputs: Callable[[int], Tensor | None],
+    ) -> "Part":
+        """In the least space that is exact: gradients and outputs are those at ``index`` of what is given."""
         inputs = [
             leaf.detach() if where is None else self.input(i, where)
             for i, (leaf, where) in enumerate(zip(self.call.inputs, layout, strict=True))
         ]
-        grads, outputs, measures = list(self.grads), [], []
-        for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
-            output = None if grad is None or where is None else self.output(i)
+        forms: list[Gradient | None] = []
+        held: list[Tensor | None] = []
+        for i, (where, grad) in enumerate(zip(self.call.rows, grads, strict=True)):
+            output = None if grad is None or where is None else outputs(i)
+            form = None
             if output is not None and where == Rows(0) and isinstance(grad, Tensor):
-                form = RankOne.of(output, grad, torch.arange(len(output), device=output.device))
-                if form is not None:
-                    grads[i], output = form, None
-            outputs.append(output)
-            measures.append(None if output is None else self.measure(i))
-        return replace(self, grads=grads, held=Held(layout, inputs, outputs, measures))
+                form = RankOne.of(output, grad, index.to(grad.device))
+            forms.append(form or _take(self.call, i, grad, index))
+            held.append(None if output is None or where is None or form else where.take(output, index))
+        measures = [None if output is None else self.measure(i) for i, output in enumerate(held)]
+        return replace(self, grads=forms, held=Held(layout, inputs, held, measures))
 
     def nbytes(self) -> int:
         """Bytes that it holds of its own."""

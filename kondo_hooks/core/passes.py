@@ -80,6 +80,13 @@ def settled(replayed: list[Replayed], learned: Learned) -> list[Replayed]:
     return result
 
 
+def checked(groups: list[list[Part]], learned: Learned, back: Readback) -> list[Replayed]:
+    """Run groups with a graph, and hold all of them against their screens with one wait for the device."""
+    done = [replayed for group in groups for replayed in forward(group, learned, back)]
+    back.read()
+    return settled(done, learned)
+
+
 @contextlib.contextmanager
 def as_in_screen(replayed: list[Replayed]) -> Iterator[None]:
     """Around a backward: random numbers as the screen drew them, and nothing at all from rows that stand in."""

@@ -50,9 +50,7 @@ class Replays:
             )
         with self.shared.replaying():
             if not self._one_at_a_time(planned):
-                done = [r for group in planned.groups for r in passes.forward(group, self.shared.learned, back)]
-                back.read()
-                done = passes.settled(done, self.shared.learned)
+                done = passes.checked(planned.groups, self.shared.learned, back)
                 has_graph = [bool(r.outputs) for r in done]
                 with passes.as_in_screen(done):
                     self._backward(first, done)

@@ -57,9 +57,7 @@ def verify_later(replayed: "Replayed", back: Readback) -> None:
     """
     call = replayed.group[0].call
     for i, output in replayed.all_outputs.items():
-        lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
-        holds = "log-probs" if i in call.picked else "logits" if i in call.policy else ""
-        limit = call.checks.limit(call.paths[i], lowest, usual, holds)
+        limit = _limit(call, i, output, wait=False)
 
         def note(excess: list[float], most: float = limit.absolute) -> None:
             replayed.in_doubt |= not excess[0] <= most
@@ -179,10 +177,11 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
             yield _Compared(part, i, rows, values, by_column(expected, axis), sent)
 
 
-def _limit(call: Call, i: int, output: Tensor) -> Limit:
+def _limit(call: Call, i: int, output: Tensor, wait: bool = True) -> Limit:
+    """What may differ in an output; log-probs that nobody has told are seen by their values if there is time."""
     lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
     holds = "log-probs" if i in call.picked else "logits" if i in call.policy else ""
-    if holds == "logits" and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
+    if wait and holds == "logits" and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
         holds = "log-probs"
     return call.checks.limit(call.paths[i], lowest, usual, holds)
 

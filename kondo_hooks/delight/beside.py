@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks import private
 from kondo_hooks.delight.graph import Node, Source, edge_shape, is_gated, sources_of_result
 
 _RETAIN = 2  # where Tensor.backward and torch.autograd.backward take retain_graph
@@ -30,7 +29,6 @@ class Meeting:
         leaves: ids of the parameters.
         others: whether leaves that are none of the parameters stand behind these operands, too.
         sent: what the backward brought to its result; None before, or if that is not wanted.
-        task: id of that backward.
     """
 
     node: Node
@@ -39,7 +37,6 @@ class Meeting:
     leaves: frozenset[int]
     others: bool = False
     sent: Tensor | None = None
-    task: int = -1
 
     @property
     def is_split(self) -> bool:
@@ -54,7 +51,7 @@ class Meeting:
         def hold(received: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             if sent[0] is None or all(received[slot] is None for slot in self.slots):
                 return received
-            self.sent, self.task = sent[0].detach(), private.graph_task()
+            self.sent = sent[0].detach()
             held = list(received)
             for slot in self.slots:
                 grad = received[slot]
@@ -63,20 +60,18 @@ class Meeting:
 
         return self.node.register_hook(hold)
 
-    def is_ready(self, calls: Collection[tuple[int, int]]) -> bool:
-        """Whether the backward came by, and its calls are among these."""
-        return self.sent is not None and all((id(s.call), self.task) in calls for s in self.sources or ())
+    def is_ready(self, calls: Collection[int]) -> bool:
+        """Whether the backward came by, and its calls are among these, by their ids."""
+        return self.sent is not None and all(id(source.call) in calls for source in self.sources or ())
 
-    def release(
-        self, factors: Mapping[tuple[int, int], Tensor]
-    ) -> list[tuple[torch.autograd.graph.GradientEdge, Tensor]]:
+    def release(self, factors: Mapping[int, Tensor]) -> list[tuple[torch.autograd.graph.GradientEdge, Tensor]]:
         """What is due to each operand, now that each row's factor is known.
 
         Args:
-            factors: (B,) of each call, by its id and that of the backward.
+            factors: (B,) of each call, by its id.
         """
         assert self.sources is not None and self.sent is not None
-        each = torch.cat([factors[id(source.call), self.task] for source in self.sources]).to(self.sent)
+        each = torch.cat([factors[id(source.call)] for source in self.sources]).to(self.sent)
         shape = [1] * self.sent.dim()
         shape[self.sources[0].row_axis] = -1
         with torch.no_grad():

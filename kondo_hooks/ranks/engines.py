@@ -25,7 +25,7 @@ from kondo_hooks.core.replay import Replayed
 from kondo_hooks.ranks import passes, together
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import Decision, Kept, Selector, Signal
+from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal
 
 
 class OnRanks(Engine):
@@ -40,29 +40,24 @@ class OnRanks(Engine):
         self, selector: Selector, signals: list[Signal] | None, slots: list[int], force: Force, back: Readback | None
     ) -> tuple[Decision, list[Kept], Tensor | None]:
         """As one batch over all ranks, if they decide together."""
-        ranks, samples = self.ranks, None
-        if not self.together and not ranks.tensor_parallel:
+        if not self.together:
             return super().decide(selector, signals, slots, force, back)
+        samples: Samples | None = None
         forced: Tensor | None = None
         try:
-            if signals is None:
-                raise RuntimeError("gated: a call of this window could not be read")
-            samples = selector.samples(signals)
-            if ranks.tensor_parallel:
-                samples = ranks.share_samples(samples)
+            samples = self.samples(selector, signals)
             forced = force(samples)
         except Exception as error:
-            if not self.together:
-                raise
-            ranks.announce(error)
+            self.ranks.fail(error)
             samples = None
-        if not self.together:
-            assert samples is not None and signals is not None
-            decision = selector.choose(samples, forced, back)
-            return decision, selector.kept_of(decision, signals), None
         found = signals or []
-        decided = together.decide(selector, samples, found, slots or [0] * len(found), forced, ranks)
+        decided = together.decide(selector, samples, found, slots or [0] * len(found), forced, self.ranks)
         return decided.decision, decided.kept, decided.counts
+
+    def samples(self, selector: Selector, signals: list[Signal] | None) -> Samples:
+        """The same on ranks that see the same rows."""
+        samples = super().samples(selector, signals)
+        return self.ranks.share_samples(samples) if self.ranks.tensor_parallel else samples
 
     def plan(
         self,

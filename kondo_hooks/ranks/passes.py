@@ -11,7 +11,7 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.kept_rows import Part, cut, pack, reading, same_constants, same_values, stands_alone
-from kondo_hooks.core.passes import Plan, complete, forward, settled
+from kondo_hooks.core.passes import Plan, checked, complete
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed, assemble, check_unchanged, held_layout, silenced, with_gradients
 from kondo_hooks.core.replay import forward as run_assembled
@@ -87,9 +87,7 @@ def forward_as_one_of_many(
     if engine.communicates:
         return [_exactly_one(group, first, engine, learned, back)]
     try:
-        done = forward(group, learned, back)
-        back.read()
-        done = settled(done, learned)
+        done = checked([group], learned, back)
     except Exception as error:
         ranks.fail(error)
         group, inputs, _ = _standing_in(first, learned)

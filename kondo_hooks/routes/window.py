@@ -11,7 +11,7 @@ from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.step import AtOnce
 from kondo_hooks.rows.axes import Layout
-from kondo_hooks.rules.readback import Readback, to_device
+from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.selection import Kept, Selector, by_batch, top_k
 
 Size = int | Literal["auto"]
@@ -93,8 +93,7 @@ class Window(AtOnce):
 
     def add(self, arrivals: list[Arrival]) -> None:
         """One more backward."""
-        self.arrivals += arrivals
-        self.backwards += 1
+        super().add(arrivals)
         self._largest = max(self._largest, sum(a.call.batch for a in arrivals))
 
     def is_full(self, host_syncs: bool) -> bool:
@@ -103,12 +102,9 @@ class Window(AtOnce):
 
     def take(self) -> list[Arrival]:
         """The population, and an empty window."""
-        arrivals, self.arrivals = self.arrivals, []
-        self.back = Readback()
-        self._forget()
         self._longest = max(self._longest, self.backwards)
-        self.backwards = 0
-        return arrivals
+        self._forget()
+        return super().take()
 
     def compact(self, new: list[Arrival], selector: Selector, ranks: int, learned: Learned, communicates: bool) -> None:
         """Let go of the rows that cannot be chosen any more, and hold the others in the least space.

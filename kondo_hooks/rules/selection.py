@@ -248,7 +248,7 @@ class Kept:
     @classmethod
     def of(cls, factors: Tensor) -> "Kept":
         """Of (B,) or (B, P) factors, 0 where dropped."""
-        rows = (factors if factors.dim() == 1 else factors.ne(0).any(1)).nonzero().flatten()
+        rows = _any_of_row(factors).nonzero().flatten()
         mine = factors[rows]
         return cls(rows, None if mine.device.type == "cpu" and bool((mine == 1).all()) else mine)
 
@@ -284,13 +284,18 @@ def check_finite(scores: Tensor, delight: Tensor) -> None:
 
 
 def _ask_finite(back: Readback, scores: Tensor, delight: Tensor) -> None:
-    ends = [end for values in ({id(scores): scores, id(delight): delight}.values()) for end in values.aminmax()]
+    ends = [*scores.aminmax(), *(() if delight is scores else delight.aminmax())]
 
     def check(found: list[float]) -> None:
         if not all(map(math.isfinite, found)):
             check_finite(scores.to(delight.device), delight)
 
     back.ask(ends, check)
+
+
+def _any_of_row(factors: Tensor) -> Tensor:
+    """(B,) bool: rows of (B,) or (B, P) factors with one that is not zero."""
+    return factors.ne(0) if factors.dim() == 1 else factors.ne(0).any(1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -309,8 +314,13 @@ def by_batch(rows: Tensor, sizes: list[int]) -> list[Tensor]:
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest of (N,) scores, ascending; ties go to the lower index."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:k].sort().values
+    return _top(scores, k)[0]
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same, and these scores in descending order."""
+    ordered = torch.sort(scores, descending=True, stable=True)
+    return ordered.indices[:k].sort().values, ordered.values[:k]
 
 
 def gate_probability(scores: Tensor, price: float | Tensor, temperature: float) -> Tensor:
@@ -465,7 +475,7 @@ class Selector:
         """What a decision over several batches keeps of each; waits for the device once if there are several."""
         if self.config.unit == "token":
             factors = self.split(decision.factors(), signals)
-            rows = torch.cat([f.ne(0).any(1) if f.dim() > 1 else f.ne(0) for f in factors]).nonzero().flatten()
+            rows = torch.cat([_any_of_row(f) for f in factors]).nonzero().flatten()
             each = by_batch(rows, [len(f) for f in factors])
             return [Kept(mine, f[mine]) for mine, f in zip(each, factors, strict=True)]
         each = by_batch(decision.kept, [len(signal.valid) for signal in signals])
@@ -516,9 +526,8 @@ class Selector:
             kept = self._pay(ranked, price, rate)
             return kept, None, price
         forced = int((ranked == torch.inf).sum()) if ranked is not scores else 0
-        k = max(1, round(rate * n), forced)
-        ordered = torch.sort(ranked, descending=True, stable=True)
-        return ordered.indices[:k].sort().values, None, ordered.values[k - 1]
+        kept, highest = _top(ranked, max(1, round(rate * n), forced))
+        return kept, None, highest[-1]
 
     def _quantile(self, scores: Tensor, rate: float) -> Tensor:
         """The price that keeps ``rate`` of this batch and of the last decisions, less what is owed."""
