@@ -88,7 +88,7 @@ class Audit:
 
 def _structure(call: Call) -> Any:
     """What calls have in common that one look covers: alike on all ranks, so without sizes."""
-    return (*call.input_paths, *call.paths, *call.flags[0][:1], hash(tuple(call.flags[1])))
+    return (*call.input_paths, *call.paths, *call.scene.flags[0][:1], hash(call.scene.flags[1]))
 
 
 def _compare_values(arrival: Arrival, rate: float, learned: Learned) -> None:
@@ -130,7 +130,7 @@ def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState |
         return True
     if not all(g is None or bool(g.isfinite().all()) for g in ours):
         return False  # a loss scaled too high: the next decision tells
-    dtype = alone[0].call.autocast.lowest(next(iter(done[0].all_outputs.values())))
+    dtype = alone[0].call.scene.autocast.lowest(next(iter(done[0].all_outputs.values())))
     apart, worst = _distance(ours, theirs)
     if apart <= _GRADIENT[dtype]:
         return True

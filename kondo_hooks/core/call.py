@@ -6,9 +6,8 @@ user's loss and receives ``g = dL/d(outputs)``.
 
 import contextlib
 import itertools
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,22 +40,14 @@ from kondo_hooks.rows.encoded import (
     is_array,
 )
 from kondo_hooks.rows.tree import Tree, Walk, flatten, map_tensors, unflatten
-from kondo_hooks.same.attributes import Change, version_of
-from kondo_hooks.same.randomness import Draws, RecordDraws
+from kondo_hooks.same.attributes import version_of
 from kondo_hooks.same.rounding import Checks
-from kondo_hooks.same.state import (
-    Autocast,
-    BufferRecord,
-    ModuleState,
-    RngState,
-    forked_rng,
-    rng_state,
-    rng_state_now,
-    same_rng_state,
-)
-from kondo_hooks.same.uses import Uses, memory_of
+from kondo_hooks.same.scene import Scene, no_fast_path
+from kondo_hooks.same.state import ModuleState
 
 _serial = itertools.count()
+_NONE: frozenset[Any] = frozenset()
+_NOTHING_GIVEN: Tree = ((), {})
 _GIVEN = "the input "
 LEFT = "the attribute "
 
@@ -76,8 +67,8 @@ class Call:
         batch: number of rows.
         inner: the losses that the model computed.
         whole: why only a replay of the whole batch can be exact, if so.
-        change: what the screen found and left in the modules' attributes. Tensors with rows that it replaced there are
-            inputs, too, after the arguments: a state that it may have read.
+        scene: what the replay has to find as the screen did. Tensors with rows that the screen replaced in attributes
+            are inputs, too, after the arguments: a state that it may have read.
         paths: of the outputs in what the model returned, and in the attributes.
         named: which output the user named, and as what.
         checks: how strictly a replay is held against the screen.
@@ -95,12 +86,6 @@ class Call:
     pairs: bool = False
     shared_loss: bool = False
     checks: Checks = field(default_factory=Checks)
-    flags: tuple[list[bool], list[bool]] = field(init=False)
-    autocast: Autocast = field(init=False)
-    rng: RngState = field(init=False)
-    buffers: BufferRecord = field(init=False)
-    change: Change = field(init=False)
-    draws: Draws = field(default_factory=Draws)
     whole: str | None = None
     paths: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -119,34 +104,27 @@ class Call:
         self.inputs: list[Tensor] = []
         self._given: Tree = self.args
         self._ids: set[int] = set()
-        self._rowwise: set[str] = set()
+        self._rowwise: Set[str] = _NONE
         self._has_lists = False
-        self._rowwise_outputs: set[str] = set()
-        self._ragged: set[str] = set()
+        self._rowwise_outputs: Set[str] = _NONE
+        self._ragged: Set[str] = _NONE
         walk = Walk(self._note_input, fresh=True, encode=self._encode_input)
         self.args = walk(self.args)
         # The dict of keyword arguments is new in every call of a function.
-        self._spare = walk.spare
+        self._spare: Sequence[tuple[Any, Any]] = walk.spare
         self._may_write = walk.copies > 1 or walk.objects > 0
         self._writes = False
-        devices = {leaf.device for leaf in self.inputs} | self.state.devices()
-        self.flags = self.state.flags()
-        self.autocast = Autocast.current(devices)
-        self.rng = rng_state(devices, self.state.generators())
+        self.scene = Scene(self.state, {leaf.device for leaf in self.inputs})
         self._aliases: dict[str, str] = {}
-        self._observations: list[weakref.ref[Any]] = []
+        self._observations: tuple[weakref.ref[Any], ...] = ()
         self._output_versions: list[int] = []
-        self.random = False
         self.writes_into: str | None = None
         self.picked: dict[int, Picked] = {}
         self.log_probs: dict[int, Literal["logp", "nll"]] = {}
         self.loss_paths: dict[int, list[Path]] = {}
-        self.returned: list[Tensor] = []
-        self.left_behind: list[str] = []
-        self.carried: list[str] = []
-        self.in_buffers: list[str] = []
+        self.returned: Sequence[Tensor] = ()
         self._arguments = len(self.inputs)
-        self._left_paths: list[str] = []
+        self.left_paths: Sequence[str] = ()
         self._left_live: dict[int, Tensor] = {}
         self._returned = 0
         self._expected = 0
@@ -188,7 +166,7 @@ class Call:
 
     def observe(self, observation: Any) -> None:
         """Note a log-prob seen in the loss; it refers to this call, so only weakly."""
-        self._observations.append(weakref.ref(observation))
+        self._observations += (weakref.ref(observation),)
 
     @property
     def decides_at_once(self) -> bool:
@@ -212,48 +190,21 @@ class Call:
             tape: notes how the model computes a loss of its own.
             probe: finds out which of the tensors that the forward left in attributes have a graph.
         """
-        self.draws = Draws()
-        self.buffers = self.state.buffers_before()
-        attributes = self.state.attributes.before()
+        scene = self.scene
         before = [version_of(leaf) for leaf in self.inputs]
-        carried = self.state.attributes.with_graphs(attributes)
-        if carried:
-            own = {memory_of(leaf) for leaf in (*self.state.parameters(), *self.inputs)}
-            carried = {path: leaf for path, leaf in carried.items() if memory_of(leaf) not in own}
-        uses = Uses(*carried.values()) if carried else None
-        with (
-            torch.no_grad(),
-            no_fast_path() if self.state.has_fast_path else contextlib.nullcontext(),
-            self.state.plain_dropout(),
-            uncompiled() if record or uses else contextlib.nullcontext(),
-            uses or contextlib.nullcontext(),
-            RecordDraws(self.draws, self.rng) if record else contextlib.nullcontext(),
-            tape or contextlib.nullcontext(),
-            LogProbs() as log_probs,
-        ):
+        with scene.screened(record, self.inputs), tape or contextlib.nullcontext(), LogProbs() as log_probs:
             result = self.run_given()
-        self.carried = self.state.attributes.read_of(carried, uses.each) if uses else []
-        self.state.note_changes(self.buffers)
-        self._input_versions = [version_of(leaf) for leaf in self.inputs]
-        changed = enumerate(zip(before, self._input_versions, strict=True))
-        overwritten = [i for i, (old, new) in changed if old != new]
-        self._overwritten = {id(self.inputs[i]) for i in overwritten}
+        self._input_versions = tuple([version_of(leaf) for leaf in self.inputs])
+        overwritten = [i for i, (old, new) in enumerate(zip(before, self._input_versions, strict=True)) if old != new]
+        self._overwritten = {id(self.inputs[i]) for i in overwritten} if overwritten else _NONE
         self.writes_into = _argument(self.input_paths[overwritten[0]]) if overwritten else None
-        self._parameter_versions = self.state.versions()
-        self.rng += self.draws.others
-        self.random = not same_rng_state(self.rng, rng_state_now(self.rng))
-        if self.draws.missed or (self.random and not record):
-            self.whole = "a random operation in it was not recorded"
-        elif self.draws.indivisible:
-            self.whole = f"{self.draws.indivisible} draws its random numbers inside the kernel"
-        elif (norm := self.state.mixes_batch()) is not None:
-            self.whole = f"{norm} in training mode computes statistics over the batch"
+        self.whole = scene.whole or self.whole
         self._find_batch(result, batch_dim)
-        self.change = self.state.attributes.compare(attributes, self._is_state)
+        scene.compare(self._is_state)
         self._add_states()
-        if probe is not None and self.state.attributes.unknown(self.change):
+        if probe is not None and self.state.attributes.unknown(scene.change):
             probe(self)
-        self._left_paths = self.state.attributes.with_graph(self.change, probe is not None)
+        self.left_paths = self.state.attributes.with_graph(scene.change, probe is not None)
         self._take_outputs(result, copy, tape, log_probs)
         return result
 
@@ -265,7 +216,7 @@ class Call:
         if self.pairs and self.batch % 2:
             raise ValueError(f"gated: pairs=True, but the model was called on {self.batch} rows, which is not even")
         self.batch //= 2 if self.pairs else 1
-        if self.whole is None and self.batch > 1 and any(n % self.batch == 0 for n in self.draws.permuted):
+        if self.whole is None and self.batch > 1 and any(n % self.batch == 0 for n in self.scene.draws.permuted):
             self.whole = "a random permutation (randperm) in it may be one of the rows"
         self.batch_dim = batch_dim
         self._cut_lists(result)
@@ -275,14 +226,14 @@ class Call:
 
     def _add_states(self) -> None:
         """Make the tensors that the forward replaced in attributes inputs of the call."""
-        states, n = self.change.states, self._arguments
+        states, n = self.scene.change.states, self._arguments
         if states or len(self.inputs) > n:
             self.input_paths = self.input_paths[:n] + [f"[2][{path!r}]" for path in states]
             self.inputs = self.inputs[:n] + list(states.values())
-            self._input_versions = [version_of(leaf) for leaf in self.inputs]
+            self._input_versions = tuple([version_of(leaf) for leaf in self.inputs])
 
     def _take_outputs(self, result: Tree, copy: bool, tape: Tape | None, log_probs: LogProbs) -> None:
-        every = self._every(result, self.change.new)
+        every = self._every(result, self.scene.change.new)
         if tape is not None:
             constants = [*self.inputs, *self.state.buffers()]
             self.inner = find_losses(tape.steps, every, constants, self._shares)
@@ -364,7 +315,7 @@ class Call:
 
     def _constants(self) -> set[int]:
         """Ids of the inputs and buffers that the screen did not change: a model that returns one returns a constant."""
-        changed = {id(module._buffers[name]) for module, name, *_ in self.buffers.entries}
+        changed = self.scene.changed_buffers()
         buffers = {id(buffer) for buffer in self.state.buffers()}
         return (self._ids - self._overwritten) | (buffers - changed)
 
@@ -375,7 +326,7 @@ class Call:
             walk = Walk(lambda _path, leaf: leaf)
             walk.memo.update({id(given): before for given, before in self._spare})
             self.args = walk(self.args)
-        self._spare = []
+        self._spare = ()
         return written
 
     def _found(self, result: Tree, args: Tree, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -385,13 +336,13 @@ class Call:
         """
         found: dict[str, Tensor] = {}
         plain = type(result) is Tensor and not (result.is_nested or result.layout is not torch.strided)
-        if plain and not (self._writes or self._left_paths):
+        if plain and not (self._writes or self.left_paths):
             return {"": result}  # the plainest case pays for no walk
         walk = Walk(lambda path, leaf: found.setdefault(path, leaf), repeat=True, encode=self._encode_output)
         walk(result)
         if self._writes:
             walk(args, _GIVEN)
-        found.update((LEFT + path, left[path]) for path in self._left_paths if path in left)
+        found.update((LEFT + path, left[path]) for path in self.left_paths if path in left)
         return found
 
     def _encode_output(self, path: str, value: Any) -> Encoded | None:
@@ -400,7 +351,7 @@ class Call:
         else:
             encoded = encode_output(value)
         if encoded is not None:
-            self._ragged.add(path)
+            self._ragged |= {path}
         return encoded
 
     def _find_rowwise(self, tree: Tree, inputs: bool, rows: int | None = None) -> set[str]:
@@ -471,14 +422,15 @@ class Call:
             self.input_paths, self.inputs = [], []
             self.args = Walk(self._note_input, fresh=True, wanted=paths, encode=self._encode_input)(self.args)
             self._arguments = len(self.inputs)
-            self._input_versions = [version_of(leaf) for leaf in self.inputs]
+            self._input_versions = tuple([version_of(leaf) for leaf in self.inputs])
 
     def run_again(self, inputs: Sequence[Tensor]) -> tuple[Tree, Tree]:
         """Run the model on other tensors in containers of their own; returns its result, and those containers."""
         remaining = iter(inputs)
         args = Walk(lambda _path, _leaf: next(remaining), fresh=True, everything=self._writes, decode=True)(self.args)
         result = self.run(*args[0], **args[1])
-        if not isinstance(result, Tensor) and (change := getattr(self, "change", None)) is not None and change.paths:
+        change = getattr(self.scene, "change", None)  # not there where this is the first run
+        if not isinstance(result, Tensor) and change is not None and change.paths:
             result = Walk(lambda _path, leaf: leaf, fresh=True)(result)  # it may be the module's, which is put back
         return result, args
 
@@ -551,14 +503,14 @@ class Call:
         """``result`` with its differentiable tensors as outputs of this call's autograd node, and all of these."""
         inputs = [leaf for leaf in self.inputs if leaf.requires_grad]
         returned = list(_Node.apply(self, anchor.view_as(anchor), *inputs))
-        self.returned = []
+        self.returned = ()
         by_path = dict(zip(self.paths[: self._returned], returned, strict=False))
         live = self._with_live(lambda path, leaf: by_path.get(path, leaf), result)
-        self._given = ((), {})  # it may hold the node's outputs now, and a cycle through autograd is never freed
-        if self._left_paths:
+        self._given = _NOTHING_GIVEN  # it may hold the node's outputs now, and a cycle through autograd is never freed
+        if self.left_paths:
             self._left_live = {
                 id(leaf): by_path[at]
-                for path, leaf in self.change.new.items()
+                for path, leaf in self.scene.change.new.items()
                 if (at := self._aliases.get(LEFT + path, LEFT + path)) in by_path
             }
         if self.inner is None:
@@ -567,9 +519,12 @@ class Call:
 
     def _put_live(self) -> None:
         """Put what now has a graph where the forward left it."""
-        if self._left_live and self.change.after is not None:
-            self.change.after.substitute(self._left_live)
-        self.change.after, self.change.new, self._left_live = None, {}, {}
+        change = self.scene.change
+        if change.after is not None:
+            if self._left_live:
+                change.after.substitute(self._left_live)
+            change.after, change.new = None, {}
+        self._left_live = {}
 
     def _with_live(self, fn: Callable[[str, Tensor], Tensor], result: Tree) -> Tree:
         """``result`` with its tensors replaced; what the model was given is changed in place, and stays the user's."""
@@ -587,8 +542,9 @@ class Call:
     def with_losses(self, result: Tree, returned: Sequence[Tensor]) -> Tree:
         """``result`` with the model's own losses computed from the node's outputs."""
         assert self.inner is not None
-        ends = {path: LEFT + path for path in self._left_paths}
-        left = {self._aliases.get(end, end): leaf for path, leaf in self.change.new.items() if (end := ends.get(path))}
+        ends = {path: LEFT + path for path in self.left_paths}
+        new = self.scene.change.new
+        left = {self._aliases.get(end, end): leaf for path, leaf in new.items() if (end := ends.get(path))}
         losses = self.inner.run(returned[self._returned :])
         self._left_live |= {id(leaf): losses[end] for end, leaf in left.items() if end in losses}
         self._put_live()
@@ -611,7 +567,7 @@ class Call:
             return True
         for where, screened, output in zip(self.rows, self.outputs, outputs, strict=True):
             first = screened if where is None else screened[: where.repeat]
-            if output.shape != first.shape or not (self.random or torch.allclose(output, first, 0.1, 1e-2)):
+            if output.shape != first.shape or not (self.scene.random or torch.allclose(output, first, 0.1, 1e-2)):
                 return True
         return False
 
@@ -663,49 +619,18 @@ class Call:
     def run_without_graph(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of another run as the screen's, on these tensors in place of its inputs."""
         tape = self.tape()
-        with torch.no_grad(), no_fast_path(), self.as_screened(inputs), tape or contextlib.nullcontext():
+        with torch.no_grad(), no_fast_path(), self.scene.again(self.states(inputs)), tape or contextlib.nullcontext():
             result, args = self.run_again(inputs)
-            left = self.left()
+            left = self.scene.left()
         return self.outputs_in(result, args, left, tape, check=False)
 
     def left_with_graph(self) -> list[Tensor]:
         """What the screen left in attributes and has a graph when it is run with one."""
-        return [self.change.new[path] for path in self._left_paths]
+        return [self.scene.change.new[path] for path in self.left_paths]
 
-    def left(self) -> dict[str, Tensor]:
-        """What stands in attributes now, where the screen left tensors."""
-        return self.state.attributes.take().tensors() if self.change.paths else {}
-
-    def learn_left(self) -> dict[str, Tensor]:
-        """The same after a run with a graph, which shows what has one."""
-        left = self.left()
-        self.in_buffers = self.state.buffers_with_graph()
-        if left:
-            graphs = self.state.attributes.learn(self.change, left)
-            self.left_behind = [path for path in graphs if path not in self._left_paths]
-        return left
-
-    @contextlib.contextmanager
-    def as_screened(self, inputs: Sequence[Tensor]) -> Iterator[None]:
-        """Flags, autocast, buffers, attributes and random numbers as the screen saw them; undone on exit.
-
-        Args:
-            inputs: of the run.
-        """
-        with (
-            self.state.restored_children(),
-            self.state.restored_flags(self.flags),
-            self.state.plain_dropout(),
-            self.autocast.restored(),
-            self.buffers.restored() if self.buffers.entries else contextlib.nullcontext(),
-            forked_rng(self.rng) if self.random else contextlib.nullcontext(),
-            self.attributes_as_screened(inputs),
-        ):
-            yield
-
-    def attributes_as_screened(self, inputs: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-        """What stood in the modules' attributes before the screen, and rows of it among ``inputs``."""
-        return self.state.attributes.as_before(self.change, inputs[self._arguments :])
+    def states(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of a run's inputs that stand for states in attributes."""
+        return inputs[self._arguments :]
 
     def input_name(self, i: int) -> str:
         """An input, as a message names it."""
@@ -731,7 +656,7 @@ class Call:
         for path, leaf, version in zip(self.input_paths, self.inputs, self._input_versions, strict=True):
             if version_of(leaf) != version:
                 return f"the input {_argument(path)} was modified in place after the call"
-        if self.state.versions() != self._parameter_versions:
+        if not self.scene.same_parameters():
             return "the parameters were changed between the call and its backward (an optimizer step?)"
         return None
 
@@ -744,32 +669,16 @@ class Call:
         self.inputs = [stub(leaf) for leaf in self.inputs]
         self.args = unflatten(self.args, self.inputs)
         self.outputs, self.picked = [stub(leaf) for leaf in self.outputs], {}
-        self._input_versions = [version_of(leaf) for leaf in self.inputs]
+        self._input_versions = tuple([version_of(leaf) for leaf in self.inputs])
         self._output_versions = [version_of(leaf) for leaf in self.outputs]
 
     def release(self) -> None:
         """Let go of inputs and outputs after the last backward."""
         self.released = True
         self.args, self.inputs, self.outputs, self.picked = ((), {}), [], [], {}
-        self._given = ((), {})
+        self._given = _NOTHING_GIVEN
         # What the forward left in the model may lead here: a cycle through autograd is never freed.
-        del self.change, self.run, self.receive, self.state
-
-
-@contextlib.contextmanager
-def no_fast_path() -> Iterator[None]:
-    """Transformer layers in eval mode take another path without grad, which zeroes padding: the replay would differ."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def uncompiled() -> Any:
-    """A compiled model runs as it is written: under a dispatch mode Dynamo would give its frame up for good."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        del self.scene, self.run, self.receive, self.state
 
 
 def _widened(rows: Tensor, shape: Sequence[int]) -> Tensor:

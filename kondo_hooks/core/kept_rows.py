@@ -347,9 +347,9 @@ def same_structure(a: Call, b: Call) -> bool:
         a.run == b.run
         and a.input_paths == b.input_paths
         and a.paths == b.paths
-        and a.flags == b.flags
-        and a.autocast == b.autocast
-        and same_facts(a.change, b.change)
+        and a.scene.flags == b.scene.flags
+        and a.scene.autocast == b.scene.autocast
+        and same_facts(a.scene.change, b.scene.change)
         and [(x.dtype, x.dim()) for x in a.inputs] == [(x.dtype, x.dim()) for x in b.inputs]
         and [(x.dtype, x.dim()) for x in a.outputs] == [(x.dtype, x.dim()) for x in b.outputs]
     )
@@ -357,7 +357,9 @@ def same_structure(a: Call, b: Call) -> bool:
 
 def stands_alone(call: Call) -> bool:
     """Whether its rows cannot go through the model together with another call's."""
-    return bool(call.random or call.whole or call.buffers.entries or call.change.changes_state or call.decides_at_once)
+    scene = call.scene
+    changes = scene.buffers.entries or scene.change.changes_state
+    return bool(scene.random or call.whole or changes or call.decides_at_once)
 
 
 def _fits(first: Part, second: Part) -> bool:

@@ -104,5 +104,5 @@ def share_draws(groups: list[list[Part]]) -> bool:
 
     Checkpointing repeats draws in the backward by the generator's state alone, so then each has its own backward.
     """
-    keys = [key for group in groups for part in group for key in part.call.draws.shapes]
+    keys = [key for group in groups for part in group for key in part.call.scene.draws.shapes]
     return len(set(keys)) < len(keys)

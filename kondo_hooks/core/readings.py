@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kondo_hooks.core.call import Call, differentiable, no_fast_path, uncompiled
+from kondo_hooks.core.call import Call, differentiable
 from kondo_hooks.errors import WarnOnce, rows_not_in_blocks, unknown_axis
 from kondo_hooks.rows.axes import Layout, Rows, fits, layouts, rows_between
 from kondo_hooks.rows.tree import flatten
+from kondo_hooks.same.scene import no_fast_path, uncompiled
 from kondo_hooks.same.state import forked_rng
 from kondo_hooks.same.uses import Uses
 
@@ -82,8 +83,8 @@ def find_anchor(call: Call) -> int | None:
     Most tensors of a call may have another size there: the layers of a recurrent state, the positions of a mask.
     """
     axis, each = call.batch_dim, 2 if call.pairs else 1
-    training, requires_grad = call.flags
-    flags = [False] * len(training), requires_grad
+    training, requires_grad = call.scene.flags
+    flags = (False,) * len(training), requires_grad
     sizes = sizes_of_inputs(call)
     if sizes[0] == each > 1:
         return None  # a single pair, which no run of fewer rows can tell
@@ -191,8 +192,8 @@ def find_positions(call: Call, outputs: Sequence[int], source: int, length: int)
             if size == length and (where is None or axis != where.axis):
                 taken, shortened = taken.narrow(axis, 0, length - 1), True
         inputs.append(taken)
-    training, requires_grad = call.flags
-    part = _outputs(call, inputs, ([False] * len(training), requires_grad)) if shortened else None
+    training, requires_grad = call.scene.flags
+    part = _outputs(call, inputs, ((False,) * len(training), requires_grad)) if shortened else None
     if part is None:
         return {}
     found: dict[int, bool] = {}
@@ -217,9 +218,9 @@ Found = dict[str, Rows | ValueError | None]
 def _look(call: Call) -> Found | None:
     """Where outputs keep their rows, by path, from a run of two rows; None if the model does not run on two."""
     n = 2 if call.batch > 2 else 1
-    training, requires_grad = call.flags
+    training, requires_grad = call.scene.flags
     # In eval mode rows are independent where they are not in training; some models return something else there.
-    for flags in (([False] * len(training), requires_grad), call.flags):
+    for flags in (((False,) * len(training), requires_grad), call.scene.flags):
         full = _outputs(call, call.inputs, flags)
         if full is None or any(a.shape != b.shape for a, b in zip(full, call.outputs, strict=False)):
             continue
@@ -272,9 +273,9 @@ def _outputs(
     with (
         torch.no_grad(),
         no_fast_path(),
-        call.autocast.restored(),
-        forked_rng(call.rng),
-        call.attributes_as_screened(inputs),
+        call.scene.autocast.restored(),
+        forked_rng(call.scene.rng),
+        call.scene.attributes_again(call.states(inputs)),
         state.restored_flags(flags),
         state.untouched(),
     ):
@@ -282,7 +283,7 @@ def _outputs(
             tape = None if everything else call.tape()
             with uses or contextlib.nullcontext(), tape or contextlib.nullcontext():
                 result, args = call.run_again(given)
-            left = call.left()
+            left = call.scene.left()
             if everything:
                 tensors = [*flatten(result)[1], *left.values()]
                 return [tensor for tensor in tensors if differentiable(tensor)]

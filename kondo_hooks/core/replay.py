@@ -1,13 +1,13 @@
 """The replay: kept rows run again, with a graph, and checked against what the screen returned for them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from kondo_hooks.core.call import Call, uncompiled
+from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Part, reading
 from kondo_hooks.core.readings import Learned
@@ -18,6 +18,7 @@ from kondo_hooks.rows.axes import Layout, Rows, has_rows_on, join_rows, pad_to
 from kondo_hooks.rows.tree import Tree, flatten
 from kondo_hooks.rules.readback import Readback
 from kondo_hooks.same.randomness import TakeDraws
+from kondo_hooks.same.scene import uncompiled
 from kondo_hooks.same.uses import Uses
 
 
@@ -72,22 +73,22 @@ class Replayed:
     def depends_on_size(self, part: Part, i: int) -> bool:
         """Whether rows of output ``i`` depend on the batch size without autocast, too: that is no rounding."""
         call, where = part.call, part.call.rows[i]
-        if not call.autocast.enabled or where is None or self.layout is None:
+        if not call.scene.autocast.enabled or where is None or self.layout is None:
             return False
         inputs, _ = assemble([part], self.layout)
-        autocast, call.autocast = call.autocast, call.autocast.off()
+        autocast, call.scene.autocast = call.scene.autocast, call.scene.autocast.off()
         try:
             few = call.run_without_graph(inputs)[i]
             many = where.take(call.run_without_graph(self._in_its_places(part, inputs))[i], part.rows)
             if few.shape != many.shape:
                 return False
-            return bool((few - many).abs().max() > 10 * call.autocast.tolerance(many) * many.abs().max())
+            return bool((few - many).abs().max() > 10 * call.scene.autocast.tolerance(many) * many.abs().max())
         except torch.OutOfMemoryError:
             raise
         except Exception:
             return False  # inputs of a low type, which the parameters' layers take under autocast alone
         finally:
-            call.autocast = autocast
+            call.scene.autocast = autocast
 
     def summary(self) -> "Replayed":
         """Without its graph."""
@@ -295,7 +296,7 @@ class Forwarded:
     call: Call
     result: Tree
     args: Tree
-    left: dict[str, Tensor]
+    left: Mapping[str, Tensor]
     tape: Tape | None
 
     def outputs(self) -> list[Tensor]:
@@ -311,7 +312,12 @@ def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
     """Run the model on what ``assemble`` put together."""
     call = group[0].call
     tape = call.tape()
-    with call.as_screened(inputs), torch.enable_grad(), taking_draws(group), tape or contextlib.nullcontext():
+    with (
+        call.scene.again(call.states(inputs)),
+        torch.enable_grad(),
+        taking_draws(group),
+        tape or contextlib.nullcontext(),
+    ):
         try:
             result, args = call.run_again(inputs)
         except (torch.OutOfMemoryError, ReplayMismatchError):
@@ -319,7 +325,7 @@ def forward(group: list[Part], inputs: list[Tensor]) -> Forwarded:
         except Exception as error:
             rows, batch = sum(map(len, group)), sum(part.call.batch for part in group)
             raise ReplayMismatchError(failed_replay(call.described(), rows, batch, error)) from error
-        left = call.learn_left()
+        left = call.scene.learn_left(call.left_paths)
     return Forwarded(call, result, args, left, tape)
 
 
@@ -331,7 +337,7 @@ def find_graphs(call: Call, learned: Learned) -> None:
     # If it cannot run one row, the replay will say why; until then they are taken to have one.
     with contextlib.suppress(ReplayMismatchError):
         forward([part], assemble([part], reading(part, learned))[0])
-    call.left_behind = []
+    call.scene.left_behind = ()
 
 
 def have_graph(part: Part, learned: Learned) -> list[bool]:
@@ -418,9 +424,8 @@ def _gradient(group: list[Part], i: int, output: Tensor) -> Tensor:
 @contextlib.contextmanager
 def taking_draws(group: Iterable[Part]) -> Iterator[None]:
     """Hand out the rows' share of the random numbers that the screen drew."""
-    calls = [
-        (p.call.draws, p.call.batch, p.rows, p.call.pairs) for p in group if p.call.draws.shapes and not p.all_rows
-    ]
+    parts = [part for part in group if part.call.scene.draws.shapes and not part.all_rows]
+    calls = [(part.call.scene.draws, part.call.batch, part.rows, part.call.pairs) for part in parts]
     if not calls:
         yield
         return

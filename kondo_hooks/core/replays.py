@@ -68,18 +68,18 @@ class Replays:
                         done += [r.summary() for r in replayed] if not last else replayed
         if not any(has_graph):
             self.shared.engine.ranks.fail(RuntimeError(_NO_GRAPH))
-        for call in {id(part.call): part.call for r in done for part in r.group}.values():
-            if call.in_buffers:
+        for scene in {id(part.call): part.call.scene for r in done for part in r.group}.values():
+            if scene.in_buffers:
                 self.shared.warn(
                     "buffer",
-                    f"gated: the model's forward puts a tensor with a graph into its buffer {call.in_buffers[0]}. No "
+                    f"gated: the model's forward puts a tensor with a graph into its buffer {scene.in_buffers[0]}. No "
                     "gradient goes through it: return the tensor, or keep it in an attribute that is no buffer.",
                 )
-            if call.left_behind:
+            if scene.left_behind:
                 self.shared.warn(
                     "attribute",
                     "gated: it was not known before the first replay that the model's forward leaves tensors with a "
-                    f"graph in its attributes ({', '.join(call.left_behind)}). If this step's loss used them, it had "
+                    f"graph in its attributes ({', '.join(scene.left_behind)}). If this step's loss used them, it had "
                     "no gradient through them; from the next call on it has. Return them from forward to be sure.",
                 )
         self.shared.stats.replayed(sum(len(part) for r in done for part in r.group), 0)

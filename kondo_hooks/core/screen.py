@@ -165,10 +165,10 @@ class Forward:
         state = self._step.shared.state
         # What this forward made for good, layers or hooks, is there from the start for the one that counts.
         if made := not state.same_parameters():
-            state.attributes.undo(call.change)
-            call.buffers.undo()
+            state.attributes.undo(call.scene.change)
+            call.scene.buffers.undo()
             state.read()
-        if made or (call.change.changes_state and state.has_new_hooks()):
+        if made or (call.scene.change.changes_state and state.has_new_hooks()):
             call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
             result = self._screen(call, self._record, self.tape)
         scalars = [*flatten(result)[1], *call.left_with_graph()]
@@ -187,7 +187,7 @@ class Forward:
             return result, None, ()
         # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
         # when one does (that one is replayed whole).
-        self._record = call.random
+        self._record = call.scene.random
         if not self._step.shared.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
             if call.lacks_batch():
                 raise ReplayMismatchError(unbatched(call.batch))
@@ -197,12 +197,12 @@ class Forward:
         with self._step.shared.engine.one_pass(False):
             settle_outputs(call, self._settled, unchecked, self._warn, not self._step.shared.engine.communicates)
         self._check_outputs(call)
-        if call.carried:
+        if call.scene.carried:
             self._warn(
                 "chain",
-                f"gated: this call reads the attribute {call.carried[0]}, where an earlier one has left a tensor with "
-                "its graph (features that two methods share, a recurrent state?). No gradient goes through it, for a "
-                "replay runs one call. Do both in one call (method=), or detach what is carried over.",
+                f"gated: this call reads the attribute {call.scene.carried[0]}, where an earlier one has left a "
+                "tensor with its graph (features that two methods share, a recurrent state?). No gradient goes through "
+                "it, for a replay runs one call. Do both in one call (method=), or detach what is carried over.",
             )
         if any(self._descends(leaf) for leaf in call.inputs if leaf.requires_grad):
             self._warn(
@@ -227,8 +227,8 @@ class Forward:
 
     def _screen_instead(self, call: Call, record: bool, tape: bool) -> Tree:
         """Once more, as if the first time had not been."""
-        self._step.shared.state.attributes.undo(call.change)
-        with forked_rng(call.rng), call.buffers.restored():
+        self._step.shared.state.attributes.undo(call.scene.change)
+        with forked_rng(call.scene.rng), call.scene.buffers.restored():
             return self._screen(call, record, tape)
 
     def _find_anchor(self, call: Call) -> int | None:

@@ -179,7 +179,7 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
 
 def _limit(call: Call, i: int, output: Tensor, wait: bool = True) -> Limit:
     """What may differ in an output; log-probs that nobody has told are seen by their values if there is time."""
-    lowest, usual = call.autocast.lowest(output), call.autocast.tolerance(output)
+    lowest, usual = call.scene.autocast.lowest(output), call.scene.autocast.tolerance(output)
     holds = "log-probs" if i in call.picked else "logits" if i in call.policy else ""
     if wait and holds == "logits" and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
         holds = "log-probs"

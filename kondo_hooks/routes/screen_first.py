@@ -166,7 +166,7 @@ class Screened:
         if learned.waits(call):
             raise AmbiguousRowsError
         # The readings are told apart as a replay tells them: by what comes out.
-        with forked_rng(call.rng), call.state.untouched():
+        with forked_rng(call.scene.rng), call.state.untouched():
             call.screen(batch_dim, record=True, copy=False)
             settle_outputs(call, {}, False, learned.warn, True)
             if call.whole is None and call.batch == batch:
@@ -235,7 +235,7 @@ class Screened:
         ) from failure
 
     def _outputs_of(self, call: Call, inputs: list[Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad(), forked_rng(call.rng), call.state.untouched():
+        with torch.no_grad(), forked_rng(call.scene.rng), call.state.untouched():
             outputs = dict(zip(*flatten(call.run_again(inputs)[0]), strict=True))
             left = call.state.attributes.take().tensors()
             return outputs | {LEFT + path: tensor for path, tensor in left.items()}
@@ -243,12 +243,12 @@ class Screened:
     def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
         """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""
         where = rows_between(other.shape, leaf.shape, len(rows) + 1, len(rows))
-        drew = not same_rng_state(call.rng, rng_state_now(call.rng))
+        drew = not same_rng_state(call.scene.rng, rng_state_now(call.scene.rng))
         if where is None or where.repeat == 1 or drew:
             return where
         first = torch.arange(len(rows), device=other.device)
         apart = (where.take(other, first) - leaf).detach().abs().max()
-        if apart > call.autocast.tolerance(leaf) * other.detach().abs().max():
+        if apart > call.scene.autocast.tolerance(leaf) * other.detach().abs().max():
             raise RuntimeError(
                 f"gated: after preselect() the rows of output {path or 'of the model'} {tuple(leaf.shape)} could not "
                 "be told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."

@@ -90,15 +90,22 @@ class Snapshot:
 
     def __init__(self, records: list[Record]):
         self.records = records
+        self._tensors: dict[str, Tensor] | None = None
 
     def same(self, other: "Snapshot") -> bool:
         """Whether nothing was put anywhere between the two."""
-        return len(self.records) == len(other.records) and all(
-            a is b or a.same(b) for a, b in zip(self.records, other.records, strict=True)
+        return self is other or (
+            len(self.records) == len(other.records)
+            and all(a is b or a.same(b) for a, b in zip(self.records, other.records, strict=True))
         )
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """By path, all but parameters."""
+        if self._tensors is None:
+            self._tensors = self._find_tensors()
+        return self._tensors
+
+    def _find_tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for record in self.records:
             if record.plain:
@@ -291,7 +298,7 @@ class Before:
     """What stood in the attributes before a forward; by path the tensors there, their versions and copies of some."""
 
     snapshot: Snapshot
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     versions: list[int]
     copies: dict[str, Tensor]
 
@@ -315,10 +322,10 @@ class Change:
     before: Snapshot
     after: Snapshot | None = None
     new: dict[str, Tensor] = field(default_factory=dict)
-    paths: list[str] = field(default_factory=list)
+    paths: Sequence[str] = ()
     states: dict[str, Tensor] = field(default_factory=dict)
-    stubs: list[Tensor] = field(default_factory=list)
-    written: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stubs: Sequence[Tensor] = ()
+    written: Sequence[tuple[Tensor, Tensor]] = ()
     numbers: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
     changes_state: bool = False
 
@@ -340,6 +347,9 @@ class Attributes:
         self._not_written: set[str] = set()
         self._graphs: dict[str, bool] = {}
         self._unread: set[str] = set()
+        # Thousands of calls may wait for one backward: what each of them found is one object if it is the same.
+        self._last = Snapshot([])
+        self._unchanged: Change | None = None
         self.counts = False
 
     def take(self, also: Iterable[Record] = ()) -> Snapshot:
@@ -357,6 +367,10 @@ class Attributes:
                 record = self._read_module(i, name, module)
             records.append(record)
             found += self._inside[i]
+        if not (found or also):
+            if len(records) != len(self._last.records) or not all(map(is_, records, self._last.records)):
+                self._last = Snapshot(records)
+            return self._last
         seen = {(id(record.place), True) for record in records}
         if found:
             self._walk(found, records, seen)
@@ -424,7 +438,7 @@ class Attributes:
             has_rows: whether a tensor holds the rows of the batch.
         """
         after = self.take()
-        change = Change(before.snapshot)
+        written: list[tuple[Tensor, Tensor]] = []
         known = {id(tensor) for tensor in before.tensors.values()}
         for (path, tensor), version in zip(before.tensors.items(), before.versions, strict=True):
             key = without_indices(path)
@@ -434,11 +448,17 @@ class Attributes:
                 known.discard(id(tensor))
                 saved = before.copies.get(path)
                 # If nobody knew that it would change, what it was is lost; the replay must not change it again.
-                change.written.append((tensor, tensor.detach().clone() if saved is None else saved))
+                written.append((tensor, tensor.detach().clone() if saved is None else saved))
             elif key not in self._written:
                 self._not_written.add(key)
+        graphs = [tensor for tensor in before.tensors.values() if tensor.grad_fn is not None]
+        if not written and not graphs and after is before.snapshot:
+            if self._unchanged is None or self._unchanged.before is not after:
+                self._unchanged = Change(after)
+            return self._unchanged
+        change = Change(before.snapshot, written=written)
         replaced: dict[int, Any] = {}
-        if change.written or not after.same(before.snapshot):
+        if written or not after.same(before.snapshot):
             found = after.tensors()
             change.after = after
             earlier = _numbers(before.snapshot)
@@ -453,7 +473,7 @@ class Attributes:
             gone = {path: tensor for path, tensor in before.tensors.items() if found.get(path) is not tensor}
             change.states = {path: tensor for path, tensor in gone.items() if has_rows(tensor)}
             lost = any(tensor.grad_fn is None for path, tensor in gone.items() if path not in change.states)
-            change.changes_state = bool(lost or change.written or _facts_differ(before.snapshot, after, change.numbers))
+            change.changes_state = bool(lost or written or _facts_differ(before.snapshot, after, change.numbers))
             # What the forward has replaced is copied: it may hold tensors whose graph leads to this call.
             reached = {id(record.place) for record in after.records}
             for record in before.snapshot.records:
@@ -464,9 +484,8 @@ class Attributes:
             replaced[id(tensor)] = torch.empty((0,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
         change.stubs = [replaced[id(tensor)] for tensor in change.states.values()]
         change.states = {path: tensor.detach() for path, tensor in change.states.items()}
-        for tensor in before.tensors.values():
-            if tensor.grad_fn is not None:
-                replaced.setdefault(id(tensor), tensor.detach())
+        for tensor in graphs:
+            replaced.setdefault(id(tensor), tensor.detach())
         if replaced:
             change.before = before.snapshot.replace(replaced)
         return change

@@ -39,6 +39,10 @@ class Draws:
     missed: bool = False
 
 
+NO_DRAWS = Draws()
+"""Of screens that nobody listened to."""
+
+
 # Their backward repeats the draw inside the kernel, or how much they draw depends on each row's values. Dropout in
 # fused attention (flash, efficient, cuDNN) has these names; cuDNN's of recurrent layers is off in screens and replays.
 _OPAQUE = ("attention", "rnn", "lstm", "gru", "inductor", "poisson", "binomial", "gamma", "dirichlet", "rrelu")

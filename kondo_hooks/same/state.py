@@ -1,9 +1,10 @@
 """What a replay must find as the screen did: training flags, buffers, random numbers, autocast."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from operator import is_, sub
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ class ModuleState:
         self._forgiven: dict[int, int] = {}
         self.attributes = Attributes(self._root)
         self._hooks = self._count_hooks()
+        # Thousands of calls may wait for one backward, and hold these: those that are equal are one.
+        self._last_flags: Flags = (), ()
+        self._last_versions: Sequence[int] = ()
 
     def _count_hooks(self) -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules)
@@ -62,10 +66,13 @@ class ModuleState:
         """Whether the first forward is still to give parameters their shapes."""
         return any(is_lazy(p) for p in self._parameters)
 
-    def flags(self) -> tuple[list[bool], list[bool]]:
+    def flags(self) -> "Flags":
         """Training flags of the modules, requires-grad flags of the parameters."""
         parameters = [] if self._swaps else self._parameters
-        return [m.training for m in self._modules], [p.requires_grad for p in parameters]
+        flags = tuple([m.training for m in self._modules]), tuple([p.requires_grad for p in parameters])
+        if flags != self._last_flags:
+            self._last_flags = flags
+        return self._last_flags
 
     def trainable(self) -> bool:
         """Whether any parameter requires grad."""
@@ -100,15 +107,19 @@ class ModuleState:
         """Generators of random numbers that the modules have of their own."""
         return self._generators
 
-    def versions(self) -> list[int]:
+    def versions(self) -> Sequence[int]:
         """In-place version of each parameter, as the user's code has made it."""
         if self._swaps:
-            return []
-        if not self._forgiven:
-            return [version_of(p) for p in self._parameters]
-        return [version_of(p) - self._forgiven.get(id(p), 0) for p in self._parameters]
+            return ()
+        versions = tuple([version_of(p) for p in self._parameters])
+        if self._forgiven:
+            forgiven = [self._forgiven.get(id(p), 0) for p in self._parameters]
+            versions = tuple(map(sub, versions, forgiven))
+        if versions != self._last_versions:
+            self._last_versions = versions
+        return self._last_versions
 
-    def forgive(self, before: list[int]) -> None:
+    def forgive(self, before: Sequence[int]) -> None:
         """Do not count what was written to the parameters since their versions were ``before``."""
         for p, old, new in zip(self._parameters, before, self.versions(), strict=False):
             if new != old:
@@ -160,7 +171,7 @@ class ModuleState:
         return None
 
     @contextlib.contextmanager
-    def restored_flags(self, flags: tuple[list[bool], list[bool]]) -> Iterator[None]:
+    def restored_flags(self, flags: "Flags") -> Iterator[None]:
         """Training and requires-grad flags as ``flags``, and back."""
         now = self.flags()
         try:
@@ -171,7 +182,7 @@ class ModuleState:
             if now != flags:
                 self._set_flags(now)
 
-    def _set_flags(self, flags: tuple[list[bool], list[bool]]) -> None:
+    def _set_flags(self, flags: "Flags") -> None:
         for m, training in zip(self._modules, flags[0], strict=True):
             m.training = training
         for p, requires_grad in zip(self._parameters, flags[1], strict=False):  # none where they are swapped
@@ -195,6 +206,7 @@ class ModuleState:
         Values are compared only the first time in this mode: batch norm's kernels write without counting up a version.
         """
         mutable = self._mutable.get(self._mode())
+        entries: list[Buffer] = []
         versions = iter(record.versions)
         before = {id(m): buffers for m, buffers in record.held}
         for m, buffers in record.held:
@@ -202,24 +214,24 @@ class ModuleState:
                 version, saved = next(versions), record.copies.get((id(m), name))
                 if _get_buffer(m, name)[0] is not old:
                     in_place = old is not None and version_of(old) != version
-                    record.entries.append((m, name, saved if in_place and saved is not None else old, True))
+                    entries.append((m, name, saved if in_place and saved is not None else old, True))
                 elif old is not None and (version_of(old) != version or (mutable is None and _differ(old, saved))):
                     # If nobody knew that it would change, what it was is lost; the replay must not change it again.
-                    record.entries.append((m, name, saved if saved is not None else _clone(old), True))
+                    entries.append((m, name, saved if saved is not None else _clone(old), True))
                 elif saved is not None and mutable is not None:
-                    record.entries.append((m, name, saved, True))
+                    entries.append((m, name, saved, True))
         for m in self._modules:
             if m._buffers:
                 known = before.get(id(m), {})
-                record.entries += [(m, name, None, False) for name in m._buffers.keys() if name not in known]  # noqa: SIM118
-        changed = {(id(m), name) for m, name, *_ in record.entries}
+                entries += [(m, name, None, False) for name in m._buffers.keys() if name not in known]  # noqa: SIM118
+        changed = {(id(m), name) for m, name, *_ in entries}
         self._mutable[self._mode()] = changed | (mutable or set())
-        record.held, record.versions, record.copies = [], [], {}
+        record.held, record.versions, record.copies, record.entries = (), (), {}, tuple(entries)
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Run with copies of all buffers; the module's own stay as they are."""
-        record = BufferRecord([], [], {})
+        record = BufferRecord()
         record.entries = [(m, n, buffer, True) for m in self._modules if m._buffers for n, buffer in m._buffers.items()]
         now = self.attributes.take()
         try:
@@ -230,6 +242,10 @@ class ModuleState:
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self._modules)
+
+
+Flags = tuple[tuple[bool, ...], tuple[bool, ...]]
+"""Training flags of the modules, requires-grad flags of the parameters."""
 
 
 def _set_children(children: list[tuple[nn.Module, str, dict[str, Any]]]) -> None:
@@ -257,10 +273,10 @@ class BufferRecord:
         entries: the buffers that it changed.
     """
 
-    held: list[tuple[nn.Module, dict[str, Tensor | None]]]
-    versions: list[int]
-    copies: dict[tuple[int, str], Tensor | None]
-    entries: list[Buffer] = field(default_factory=list)
+    held: Sequence[tuple[nn.Module, dict[str, Tensor | None]]] = ()
+    versions: Sequence[int] = ()
+    copies: Mapping[tuple[int, str], Tensor | None] = field(default_factory=dict)
+    entries: Sequence[Buffer] = ()
 
     def undo(self) -> None:
         """As it was before a screen, for another that takes its place."""
@@ -386,21 +402,19 @@ def products(device: torch.device) -> str:
     return backend.matmul.fp32_precision
 
 
-@dataclass
+@dataclass(frozen=True)
 class Autocast:
     """Autocast state of the CPU and of one accelerator."""
 
-    states: list[tuple[str, bool, torch.dtype]]
+    states: tuple[tuple[str, bool, torch.dtype], ...]
     cache: bool
 
     @classmethod
     def current(cls, devices: Iterable[torch.device]) -> "Autocast":
         """As it is now."""
         kinds = sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})
-        return cls(
-            [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds],
-            torch.is_autocast_cache_enabled(),
-        )
+        states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        return _autocast(tuple(states), torch.is_autocast_cache_enabled())
 
     @property
     def enabled(self) -> bool:
@@ -409,7 +423,7 @@ class Autocast:
 
     def off(self) -> "Autocast":
         """The same, switched off."""
-        return Autocast([(kind, False, dtype) for kind, _, dtype in self.states], self.cache)
+        return Autocast(tuple((kind, False, dtype) for kind, _, dtype in self.states), self.cache)
 
     def lowest(self, output: Tensor) -> torch.dtype:
         """The least precise type that an output was computed in, by what is known of it."""
@@ -431,3 +445,6 @@ class Autocast:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=self.cache))
             yield
+
+
+_autocast = functools.lru_cache(Autocast)
