@@ -108,12 +108,13 @@ class Forward:
         self.calls += 1
         if self.calls == 1 and not self._step.shared.engine.wrappers:
             self._refuse(self.model)
-        inputs = flatten((args, kwargs))[1]
-        if not (self._step.shared.state.trainable() or any(leaf.requires_grad for leaf in inputs)):
+        if not self._step.shared.state.trainable() and not any(
+            leaf.requires_grad for leaf in flatten((args, kwargs))[1]
+        ):
             return original(*args, **kwargs), None, ()
         if self.passes_through():
             self._step.shared.idle.ran()
-            return self._run_ungated(original, args, kwargs, inputs), None, ()
+            return self._run_ungated(original, args, kwargs), None, ()
         if self._step.shared.state.is_unfinished():
             with torch.no_grad(), self._step.shared.state.untouched():
                 original(*args, **kwargs)
@@ -244,10 +245,11 @@ class Forward:
             self._warn("batch", unknown_batch(call.size, sizes_of_inputs(call), call.batch_dim))
         return found
 
-    def _run_ungated(self, original: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
+    def _run_ungated(self, original: Any, args: Any, kwargs: Any) -> Any:
         """Pass straight through; only count, when a backward comes."""
         attributes = self._step.shared.state.attributes
         known = {id(leaf) for leaf in attributes.take().tensors().values()}
+        inputs = flatten((args, kwargs))[1]
         result = original(*args, **kwargs)
         outputs = flatten(result)[1]
         left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]

@@ -191,6 +191,8 @@ class ModuleState:
     def buffers_before(self) -> "BufferRecord":
         """The buffers before a forward, and the values of those that it may change: all at first, then those it did."""
         held = [(m, dict(m._buffers.items())) for m in self._modules if m._buffers]
+        if not held:
+            return BufferRecord()
         mutable = self._mutable.get(self._mode())
         copies = {
             (id(m), name): _clone(buffer)
@@ -205,6 +207,8 @@ class ModuleState:
 
         Values are compared only the first time in this mode: batch norm's kernels write without counting up a version.
         """
+        if not record.held and not any(m._buffers for m in self._modules):
+            return
         mutable = self._mutable.get(self._mode())
         entries: list[Buffer] = []
         versions = iter(record.versions)
