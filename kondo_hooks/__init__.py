@@ -18,7 +18,9 @@ from kondo_hooks.gate import (
     pg_loss,
 )
 from kondo_hooks.handle import Gated
-from kondo_hooks.rules.selection import Decision, SelectionConfig, Selector, Signal, additive
+from kondo_hooks.rules.config import SelectionConfig, additive
+from kondo_hooks.rules.samples import Decision, Rows, Signal
+from kondo_hooks.rules.selection import Selector
 from kondo_hooks.stats import Stats
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ __all__ = [
     "KondoWarning",
     "RankError",
     "ReplayMismatchError",
+    "Rows",
     "SelectionConfig",
     "Selector",
     "Signal",

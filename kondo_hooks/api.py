@@ -1,7 +1,6 @@
 """``gated``: the one line. All of its arguments are looked at here."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
@@ -10,7 +9,17 @@ from kondo_hooks.core.screen import Name, Reading
 from kondo_hooks.handle import Gated
 from kondo_hooks.ranks.engines import find_engine
 from kondo_hooks.routes.window import Size, Spread
-from kondo_hooks.rules.selection import Normalize, Reduction, SelectionConfig, Unit, Weight, additive, is_number
+from kondo_hooks.rules.config import (
+    Normalize,
+    Rate,
+    Reduction,
+    RuleFunction,
+    SelectionConfig,
+    Unit,
+    Weight,
+    additive,
+    is_number,
+)
 from kondo_hooks.same.rounding import Checks
 
 DEFAULT_RATE = 0.03
@@ -18,10 +27,13 @@ DEFAULT_RATE = 0.03
 
 def gated(
     model: nn.Module,
-    rate: float | Callable[[int], float] | None = None,
+    rate: Rate | None = None,
     *,
     price: float | None = None,
-    priority: str | additive = "delight",
+    noise: float | None = None,
+    rule: RuleFunction | None = None,
+    priority: str | additive | RuleFunction = "delight",
+    groups: int | None = None,
     temperature: float = 0.1,
     hard: bool = True,
     deterministic: bool = True,
@@ -65,10 +77,13 @@ def gated(
     Args:
         model: any ``nn.Module``; give the object that the loop calls.
         rate: fraction of samples to keep, in (0, 1], or a function of the step; 1.0 passes straight through.
-            0.03 if neither ``rate`` nor ``price`` is given.
+            "lossless" drops exactly the samples without a gradient; "auto" draws as ``noise`` does, as many as pay.
+            0.03 if nothing else says how many are kept.
         price: keep samples of more delight than this, in advantage x nats, instead of a rate.
-        priority, temperature, hard, deterministic, unit, reduction, history, weight, unbiased, normalize, seed:
-            see :class:`SelectionConfig`.
+        noise: instead, draw the fewest samples that bound the noise of the gradient, and weigh them: unbiased.
+        rule: instead, a function of :class:`Rows` that gives each sample a factor, 0 to drop it.
+        priority, groups, temperature, hard, deterministic, unit, reduction, history, weight, unbiased, normalize, seed:
+            see :class:`SelectionConfig`; which rule is for what stands in docs/rules.md.
         warmup_steps: backwards that pass straight through at first.
         enabled: False, or ``KONDO_DISABLE=1`` in the environment, makes the context do nothing.
         method: gate this method instead of the call, e.g. "get_action_and_value".
@@ -102,12 +117,15 @@ def gated(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if rate is None and price is None:
+    if rate is None and price is None and noise is None and rule is None:
         rate = DEFAULT_RATE
     config = SelectionConfig(
         rate=rate,
         price=price,
+        noise=noise,
+        rule=rule,
         priority=priority,
+        groups=groups,
         temperature=temperature,
         hard=hard,
         deterministic=deterministic,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kondo_hooks.api import gated
 from kondo_hooks.handle import Gated
-from kondo_hooks.rules.selection import gate_probability, top_k
+from kondo_hooks.rules.draw import gate_probability, top_k
 
 
 @dataclass

@@ -29,14 +29,10 @@ from kondo_hooks.hosts import adopt
 from kondo_hooks.ranks.engines import refuse_outer_wrapper
 from kondo_hooks.routes.screen_first import Screened
 from kondo_hooks.routes.window import Size, Spread, Window
+from kondo_hooks.rules.config import SelectionConfig
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import (
-    Decision,
-    Kept,
-    SelectionConfig,
-    Selector,
-    Signal,
-)
+from kondo_hooks.rules.samples import Decision, Kept, Signal
+from kondo_hooks.rules.selection import Selector
 from kondo_hooks.same.rounding import Checks
 from kondo_hooks.same.state import ModuleState
 from kondo_hooks.stats import Stats
@@ -97,7 +93,10 @@ class Gated:
     @property
     def stats(self) -> Stats:
         """Counters of what was done so far."""
-        return self._step.shared.stats
+        shared, last = self._step.shared, self._step.last
+        if last is not None:
+            shared.stats.time(*shared.pace.seconds(last.samples, len(last.kept)))
+        return shared.stats
 
     @property
     def last(self) -> Decision | None:
@@ -186,7 +185,7 @@ class Gated:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Look for waiting backwards; a closure may still bring the last, so then after it."""
-        if not any(callable(value) for value in (*args, *kwargs.values())):
+        if not (self._step.shared.watcher.asleep or any(callable(value) for value in (*args, *kwargs.values()))):
             self._check_step(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -281,6 +280,7 @@ class Gated:
         mask: Tensor | None = None,
         *,
         delight: Tensor | None = None,
+        norm: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Decision | None:
         """Decide before the forward: the next call of the model runs the kept rows only, with a graph.
@@ -293,6 +293,9 @@ class Gated:
             advantages: (B,) or (B, T).
             mask: (B,) or (B, T), nonzero where a token counts.
             delight: (B,), or (B, T) with ``unit="token"``, instead of the three above.
+            norm: (B,), or (B, T) with ``unit="token"``, how large each gradient is, instead: for rules that draw by it.
+                From log-probs it is ``|advantage| * sqrt(sum_t (1 - pi)^2)``, the norm at the logits but for what the
+                other actions add.
             kept: (B,) the rows to keep as they were decided by :meth:`select`, instead of all of these: True or False,
                 or the factors of a decision.
 
@@ -307,7 +310,7 @@ class Gated:
         if self._forward.screened is not None:
             raise RuntimeError("preselect: called twice without a call of the model in between")
         if kept is not None:
-            if any(given is not None for given in (logp, advantages, mask, delight)):
+            if any(given is not None for given in (logp, advantages, mask, delight, norm)):
                 raise ValueError("preselect: kept is decided already; give it alone")
             if not isinstance(kept, Tensor) or kept.dim() != 1:
                 raise ValueError("preselect: kept must be a tensor of shape (B,), bool or factors")
@@ -316,7 +319,7 @@ class Gated:
                 mine = Kept(rows, kept.detach()[rows] if kept.is_floating_point() else None)
                 self._forward.screened = self._screen_rows(mine, torch.ones_like(kept, dtype=torch.bool))
             return None
-        signal = self._signal("preselect", logp, advantages, mask, delight)
+        signal = self._signal("preselect", logp, advantages, mask, delight, norm)
         if self._forward.passes_through() or not self.enabled:
             return _everything(signal)
         try:
@@ -341,12 +344,13 @@ class Gated:
         mask: Tensor | None = None,
         *,
         delight: Tensor | None = None,
+        norm: Tensor | None = None,
     ) -> Decision:
         """Decide on rows that the model will get in several calls: give each its share by ``preselect(kept=...)``.
 
         Arguments, units and errors are those of :meth:`preselect`.
         """
-        signal = self._signal("select", logp, advantages, mask, delight)
+        signal = self._signal("select", logp, advantages, mask, delight, norm)
         if self._forward.passes_through() or not self.enabled:
             return _everything(signal)
         return self._select(signal)[0]
@@ -367,21 +371,45 @@ class Gated:
         return Screened(len(valid), kept, valid, self._step.shared.engine.communicates, self._forward.shared_loss)
 
     def _signal(
-        self, name: str, logp: Tensor | None, advantages: Tensor | None, mask: Tensor | None, delight: Tensor | None
+        self,
+        name: str,
+        logp: Tensor | None,
+        advantages: Tensor | None,
+        mask: Tensor | None,
+        delight: Tensor | None,
+        norm: Tensor | None,
     ) -> Signal:
-        if (delight is None) == (logp is None or advantages is None):
-            raise ValueError(f"{name}: give logp and advantages (and mask), or delight alone")
-        if delight is None:
-            assert logp is not None and advantages is not None
-            return Signal.of(logp, advantages, mask)
+        config = self._selector.config
+        both = logp is not None and advantages is not None
+        if [both, delight is not None, norm is not None].count(True) != 1:
+            raise ValueError(f"{name}: give logp and advantages (and mask), or delight or norm alone")
+        if logp is not None and advantages is not None:
+            if config.is_lossless:
+                raise ValueError(
+                    f"{name}: rate='lossless' drops what has no gradient, which log-probs do not tell (a clipped ratio "
+                    "has none, an entropy bonus has one): give norm=, 0 where you know of none, or use noise="
+                )
+            signal = Signal.of(logp, advantages, mask)
+            signal.norm = signal.norm_at_logits(tokens=config.unit == "token")
+            return signal
+        kind, given = ("delight", delight) if norm is None else ("norm", norm)
         if mask is not None or logp is not None or advantages is not None:
-            raise ValueError(f"{name}: delight already holds logp, advantages and mask; give it alone")
-        if self._selector.config.priority not in ("delight", "uniform"):
-            raise ValueError(f"{name}: this priority needs logp and advantages, not delight alone")
-        if not isinstance(delight, Tensor) or delight.dim() not in (1, 2):
-            raise ValueError(f"{name}: delight must be a tensor of shape (B,), or (B, T)")
-        delight = delight.detach()
-        return Signal(delight, torch.ones_like(delight), torch.ones_like(delight, dtype=torch.bool))
+            raise ValueError(f"{name}: {kind} already holds logp, advantages and mask; give it alone")
+        enough = ("delight", "uniform") if norm is None else ("norm", "uniform")
+        if config.priority not in enough and (norm is None or config.needs_delight):
+            raise ValueError(f"{name}: this priority needs logp and advantages, not {kind} alone")
+        if config.rule is not None or (norm is None and not config.needs_delight and config.priority != "uniform"):
+            raise ValueError(f"{name}: this rule needs logp and advantages, not {kind} alone")
+        if not isinstance(given, Tensor) or given.dim() not in (1, 2):
+            raise ValueError(f"{name}: {kind} must be a tensor of shape (B,), or (B, T)")
+        given = given.detach()
+        every = torch.ones_like(given, dtype=torch.bool)
+        if norm is None:
+            return Signal(given, torch.ones_like(given), every)
+        if config.unit == "sample" and given.dim() > 1:
+            raise ValueError(f"{name}: norm must have one value a row, (B,), got {tuple(given.shape)}")
+        nothing = torch.zeros_like(given)
+        return Signal(nothing, nothing, every, norm=given)
 
     def logp(self, log_probs: Tensor) -> Tensor:
         """Mark the log-prob of the actions taken, (B,) or (B, T); returns it. First source of delight.
@@ -411,6 +439,18 @@ class Gated:
         if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
             raise ValueError("force: give a bool mask or integer indices, as a tensor")
         self._step.forced = rows.detach().flatten()
+
+    def groups(self, ids: Tensor) -> None:
+        """Say which prompt each row of the next population is an answer to, for rules that compare these.
+
+        Args:
+            ids: (N,) integers, alike for rows of one group.
+        """
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
+            raise ValueError("groups: give one integer a row, as a tensor of shape (N,)")
+        if self._selector.config.unit == "token":
+            raise ValueError("groups are of rows: they need unit='sample'")
+        self._selector.groups = ids.detach()
 
     def flush(self) -> int:
         """Decide and replay what waits now; returns how many calls that were.

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kondo_hooks.rules.selection import Decision
+from kondo_hooks.rules.samples import Decision
 
 _NAN = float("nan")
 
@@ -21,6 +21,13 @@ class Stats:
         price: of the last decision, in advantage x nats.
         decided: samples decided on, so without those that passed straight through.
         decided_kept: samples kept of these.
+        without_gradient: of the last decision, fraction of the samples that have no gradient, where the rule asks.
+        noise: of the last draw, ``sum n^2 / p`` over ``sum n^2``, less one: what it adds to the second moment of the
+            gradient at the model's outputs.
+        largest_factor: of the last decision, on a kept sample's gradient.
+        seconds_screen: of a gated step beside its replay: calls of the model, and what the gate adds.
+        seconds_replay: of the replay of as many rows as the last decision kept.
+        seconds_ungated: of the calls and the backward of a step that passed straight through.
         sum_delight: total delight of the samples decided on, advantage x nats.
         sum_delight_kept: total delight of the samples kept of these.
         waiting_bytes: most bytes that rows waiting for their window held.
@@ -37,6 +44,12 @@ class Stats:
     price: float = _NAN
     decided: int = 0
     decided_kept: int = 0
+    without_gradient: float = _NAN
+    noise: float = _NAN
+    largest_factor: float = _NAN
+    seconds_screen: float = _NAN
+    seconds_replay: float = _NAN
+    seconds_ungated: float = _NAN
     sum_delight: float = 0.0
     sum_delight_kept: float = 0.0
     waiting_bytes: int = 0
@@ -68,7 +81,8 @@ class Stats:
         """What a dashboard shows, over the steps since an earlier copy of these counters; no NaN among it.
 
         Effective rate, kept samples, fraction of rows without a graph, mean delight of kept and of dropped samples, and
-        the price of the last decision.
+        of the last decision the price, or where the rule draws its noise, the largest factor and the fraction of
+        samples without a gradient.
         """
         now, before = vars(self), vars(since)
         counted = Stats(**{name: now[name] - before[name] for name in now})
@@ -79,6 +93,12 @@ class Stats:
             "delight_kept": counted.delight_kept,
             "delight_dropped": counted.delight_dropped,
             "price": self.price,
+            "without_gradient": self.without_gradient,
+            "noise": self.noise,
+            "largest_factor": self.largest_factor,
+            "seconds_screen": self.seconds_screen,
+            "seconds_replay": self.seconds_replay,
+            "seconds_ungated": self.seconds_ungated,
         }
         return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
@@ -92,6 +112,12 @@ class Stats:
         self.sum_delight += decision.sum_delight
         self.sum_delight_kept += decision.sum_delight_kept
         self.price = decision.price
+        self.without_gradient, self.noise = decision.without_gradient, decision.noise
+        self.largest_factor = decision.largest_factor
+
+    def time(self, screen: float, replay: float, ungated: float) -> None:
+        """Note what steps take."""
+        self.seconds_screen, self.seconds_replay, self.seconds_ungated = screen, replay, ungated
 
     def spread(self, kept: float, replayed: float) -> None:
         """Note how unevenly kept and replayed rows were spread over ranks."""

@@ -1113,7 +1113,7 @@ def test_a_screen_is_forgotten_when_the_context_closes(setup):
         *(({"history": bad}, ValueError, "history") for bad in (-1, 2.5, True)),
         ({"price": 0.0, "history": 2}, ValueError, "history"),
         ({"weight": "ppo"}, ValueError, "weight"),
-        ({"unbiased": True}, ValueError, "unbiased"),
+        ({"unbiased": True, "hard": False}, ValueError, "unbiased"),
         ({"normalize": "rows"}, ValueError, "normalize"),
         *(({"warmup_steps": bad}, ValueError, "warmup_steps") for bad in (-1, 1.5, True, "2")),
         ({"seed": "a"}, (ValueError, TypeError), "seed"),

@@ -11,7 +11,8 @@ from torch import nn
 
 import kondo_hooks as kondo
 from kondo_hooks import SelectionConfig, Selector, Signal, additive
-from kondo_hooks.rules.selection import check_rate, gate_probability, quantile_price, top_k
+from kondo_hooks.rules.config import check_rate
+from kondo_hooks.rules.draw import gate_probability, quantile_price, top_k
 
 
 def slow_top_k(scores, k):
@@ -457,8 +458,23 @@ def test_without_the_state_the_decisions_differ(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of rate and price"),
+        ({}, "exactly one of rate, price, noise and rule"),
         ({"rate": 0.1, "price": 0.0}, "exactly one of rate and price"),
+        ({"rate": "auto", "noise": 0.5}, "exactly one of rate and noise"),
+        ({"price": 0.1, "rule": len}, "exactly one of price and rule"),
+        *(({"noise": bad}, "noise must be a number >= 0") for bad in (-0.1, math.nan, math.inf, True, "1")),
+        ({"rule": 3}, "rule must be a function of the rows, got 3"),
+        ({"rate": "lossles"}, "rate must be in .* or 'lossless', or 'auto', got 'lossles'"),
+        *(({"rate": 0.1, "groups": bad}, "groups must be a number of rows") for bad in (0, -1, 1.5, True)),
+        ({"rate": 0.1, "groups": 2, "unit": "token"}, "groups are of rows"),
+        ({"price": 0.1, "priority": "norm"}, "price is in advantage x nats"),
+        ({"noise": 0.5, "hard": False}, "noise= says which samples are kept"),
+        ({"rate": "lossless", "deterministic": False}, "rate='lossless' says which samples are kept"),
+        ({"rate": "auto", "history": 3}, "give rate as a fraction"),
+        ({"rate": 0.1, "unbiased": True, "history": 3}, "unbiased=True takes no price from the past"),
+        ({"noise": 0.5, "normalize": "kept"}, "noise= weighs the kept samples"),
+        ({"noise": 0.5, "priority": "advantage"}, "noise= goes by the gradients themselves"),
+        ({"rule": len, "unbiased": True}, "the factors of a rule are its own"),
         *(({"rate": bad}, r"rate must be in \(0, 1\]") for bad in (0, 0.0, -0.1, 1.0001, math.nan, math.inf, True)),
         ({"rate": "0.1"}, r"rate must be in \(0, 1\]"),
         *(({"price": bad}, "price must be finite") for bad in (math.nan, math.inf, -math.inf)),
@@ -471,7 +487,7 @@ def test_without_the_state_the_decisions_differ(options):
         ({"rate": 0.1, "normalize": True}, "normalize must be one of batch, kept, got True"),
         *(({"rate": 0.1, "history": bad}, "history must be a number of decisions") for bad in (-1, 1.5, True, None)),
         ({"price": 0.0, "history": 3}, "history sets the price from a rate"),
-        ({"rate": 0.1, "unbiased": True}, "unbiased=True .* needs deterministic=False"),
+        ({"price": 0.1, "unbiased": True}, "unbiased=True .* needs deterministic=False"),
         ({"rate": 0.1, "unbiased": True, "hard": False, "deterministic": False}, "unbiased=True"),
     ],
 )

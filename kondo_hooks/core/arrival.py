@@ -24,7 +24,7 @@ from kondo_hooks.delight.loss_code import join
 from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
 from kondo_hooks.rows.axes import Layout
 from kondo_hooks.rules.readback import Readback, to_device
-from kondo_hooks.rules.selection import Kept, Signal
+from kondo_hooks.rules.samples import Kept, Signal
 
 
 @dataclass
@@ -163,6 +163,10 @@ class Arrival:
         if kept.factors is None:
             return part
         return part.weighted(to_device(kept.factors, self._device), self.offset, self.source, self.positions)
+
+    def all_rows(self) -> Kept:
+        """As if all of them were kept."""
+        return Kept(torch.arange(self.call.batch, device=self._device), None)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""

@@ -20,7 +20,8 @@ from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed
 from kondo_hooks.hosts import accelerate_syncs
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal
+from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal
+from kondo_hooks.rules.selection import Selector
 
 Force = Callable[[Samples], Tensor | None]
 
@@ -50,6 +51,10 @@ class Alone:
 
     def meet(self) -> None:
         """Wait for all ranks."""
+
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        """Of each number over the ranks."""
+        return list(numbers)
 
 
 class Engine:
@@ -134,7 +139,7 @@ class Engine:
         """What is chosen among; raises if a call could not be read."""
         if signals is None:
             raise RuntimeError("gated: a call of this window could not be read")
-        return selector.samples(signals)
+        return selector.samples(signals, self.together)
 
     def plan(
         self,

@@ -12,7 +12,7 @@ from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.shared import Shared
 from kondo_hooks.delight.beside import Meeting, find_meetings, retaining
 from kondo_hooks.delight.graph import probe_scales
-from kondo_hooks.rules.selection import Kept
+from kondo_hooks.rules.samples import Kept
 
 
 class Entry:
@@ -38,13 +38,20 @@ class Entry:
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
+        if self.shared.watcher.paused:
+            start = self.shared.pace.enter()
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.shared.pace.leave(start)
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
         nodes = [root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None]
-        probes: list[Any]
-        probes, leaves = probe_scales(nodes)
+        start = self.shared.pace.enter()
+        probes: list[Any] = []
         meetings: list[Meeting] = []
         try:
+            probes, leaves = probe_scales(nodes)
             if func is not torch.autograd.grad:
                 self._refuse_half_a_step(leaves)
             wanted = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
@@ -68,6 +75,7 @@ class Entry:
             self._meetings = [m for m in self._meetings if m not in meetings]
             for probe in probes:
                 probe.remove()
+            self.shared.pace.leave(start)
 
     def steps_inside(self) -> list[torch.nn.Parameter]:
         """The parameters that an optimizer may step as soon as their gradient is there."""

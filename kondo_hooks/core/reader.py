@@ -7,12 +7,13 @@ from torch import Tensor
 
 from kondo_hooks.core.arrival import Arrival, find_scales, find_signal
 from kondo_hooks.core.looks import Looks
+from kondo_hooks.core.norms import find_norms
 from kondo_hooks.core.shared import Shared
 from kondo_hooks.core.verify import name_of
 from kondo_hooks.delight.graph import Path
 from kondo_hooks.errors import DelightError
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import Signal
+from kondo_hooks.rules.samples import Signal
 
 _RESIDUAL = 0.1
 
@@ -66,29 +67,29 @@ class Reader:
         for a, cause in unread:
             a.follow(b for b in arrivals if b.signal is not None)
             if a.follows is None:
-                if self.shared.selector.config.priority != "uniform" or tokens:
+                if self.shared.selector.config.needs_delight or tokens:
                     raise cause
-                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)  # random rows need no delight
+                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)
                 a.signal, a.offset = Signal(rows, rows, rows == 0), 0
+        find_norms(arrivals, tokens, self.shared.selector.config.weighs)
 
     def _warn_critic(self, arrival: Arrival) -> None:
         """Say once where a rule that prefers some rows decides what something else than the policy learns from."""
         config = self.shared.selector.config
-        unbiased = config.priority == "uniform" or (config.unbiased and config.hard)
-        if unbiased or not self.shared.warn.is_new("critic"):
+        if config.is_fair or not self.shared.warn.is_new("critic"):
             return
         for i in arrival.others():
             self.shared.warn(
                 "critic",
                 f"gated: {name_of(arrival.call, i)} gets a gradient but holds no policy (a critic, an entropy bonus?). "
                 "It learns from the chosen rows alone, which are no fair sample: a critic learns the value of lucky "
-                "rows. Train it on all rows (a model of its own outside of the gate), or draw without bias: "
-                "priority='uniform', or deterministic=False, unbiased=True.",
+                "rows. Train it on all rows (a model of its own outside of the gate), or use a rule without bias: "
+                "noise=0.5, rate='auto' or rate='lossless' (docs/rules.md).",
             )
             return
 
     def _warn_residual(self, residual: float) -> None:
-        if residual > _RESIDUAL:
+        if residual > _RESIDUAL and self.shared.selector.config.needs_delight:
             self.shared.warn(
                 "residual",
                 f"gated: the loss is far from a policy gradient: {residual:.0%} of its gradient at the model's output "
@@ -100,6 +101,7 @@ class Reader:
         """The first population is one row: a gate that keeps a share of the rows always keeps it."""
         config = self.shared.selector.config
         always = config.price is None and not config.history and config.hard and config.deterministic
+        always = always and not config.weighs
         if not always or config.unit == "token" or self.shared.engine.together:
             return
         self.shared.warn(

@@ -48,6 +48,7 @@ class Replays:
                 "each would step it by its share. Leave micro_batch_size away, or step after the backward. Nothing was "
                 "changed."
             )
+        start = self.shared.pace.mark()
         with self.shared.replaying():
             if not self._one_at_a_time(planned):
                 done = passes.checked(planned.groups, self.shared.learned, back)
@@ -82,7 +83,9 @@ class Replays:
                     f"graph in its attributes ({', '.join(scene.left_behind)}). If this step's loss used them, it had "
                     "no gradient through them; from the next call on it has. Return them from forward to be sure.",
                 )
-        self.shared.stats.replayed(sum(len(part) for r in done for part in r.group), 0)
+        rows = sum(len(part) for r in done for part in r.group)
+        self.shared.stats.replayed(rows, 0)
+        self.shared.pace.replayed(start, rows)
         return input_grads(done[-1])
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What happens in a call of the model: it is screened without a graph, or passes through, or runs kept rows only."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CoroutineType, GeneratorType
@@ -88,11 +89,22 @@ class Forward:
 
     def passes_through(self) -> bool:
         """Whether all rows are kept now, so that nothing needs to be done."""
-        return self._step.shared.selector.step < self._warmup_steps or self._step.shared.selector.rate() == 1.0
+        shared = self._step.shared
+        return shared.selector.step < self._warmup_steps or shared.selector.rate() == 1.0 or shared.pace.passes()
 
     @private.uncompiled
     def intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for the model's call."""
+        shared = self._step.shared
+        if shared.watcher.asleep or (shared.watcher.paused and shared.pace.is_long()):
+            if torch.is_grad_enabled() and shared.pace.is_long():
+                shared.watcher.sleep()
+                return self._sleep_through(original, args, kwargs)
+            if torch.is_grad_enabled():
+                shared.watcher.wake()
+        shared.watcher.paused = paused = shared.pace.passes() and not shared.living
+        if paused:  # nothing to see, so nothing is taken off either
+            return self._call(original, args, kwargs)[0]
         with self._step.shared.watcher.off():
             result, call, outputs = self._call(original, args, kwargs)
         # The steps of the model's own loss are loss code: they run watched.
@@ -106,6 +118,15 @@ class Forward:
             with self._step.shared.watcher.off():  # a sampler's many small calls would pay for being watched
                 return original(*args, **kwargs), None, ()
         self.calls += 1
+        start = self._step.shared.pace.mark()
+        try:
+            return self._call_with_grad(original, args, kwargs)
+        finally:
+            self._step.shared.pace.called(start)
+
+    def _call_with_grad(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         if self.calls == 1 and not self._step.shared.engine.wrappers:
             self._refuse(self.model)
         if not self._step.shared.state.trainable() and not any(
@@ -194,7 +215,7 @@ class Forward:
                 raise ReplayMismatchError(unbatched(call.batch))
             self._with_batch[tuple(call.input_paths)] = call.batch
         config = self._step.shared.selector.config
-        unchecked = call.whole is not None or not config.hard or config.weight != "pg" or config.unit == "token"
+        unchecked = call.whole is not None or config.reweighs
         with self._step.shared.engine.one_pass(False):
             settle_outputs(call, self._settled, unchecked, self._warn, not self._step.shared.engine.communicates)
         self._check_outputs(call)
@@ -218,6 +239,8 @@ class Forward:
         known = shared.learned.known(call) is not None
         call.lets_go = known and not (shared.waits or shared.engine.balance or self._named)
         live, outputs = call.attach_node(result, self._step.entry.anchor)
+        if shared.pace.auto:
+            shared.living.add(call)
         if self._named is not None:
             call.named = self._resolve(live, outputs)
         return live, call, outputs
@@ -245,14 +268,38 @@ class Forward:
             self._warn("batch", unknown_batch(call.size, sizes_of_inputs(call), call.batch_dim))
         return found
 
+    def _sleep_through(self, original: Any, args: Any, kwargs: Any) -> Any:
+        """Pass straight through for as little as can be: only rows and backwards are counted."""
+        result = original(*args, **kwargs)
+        outputs = _leaves((result,))
+        if (leaf := next((leaf for leaf in outputs if leaf.grad_fn is not None), None)) is not None:
+            try:
+                batch = infer_batch_size(_leaves(args), outputs, self._batch_dim)
+            except ValueError:
+                batch = 0
+            leaf.register_hook(functools.partial(self._slept, batch))
+        return result
+
+    def _slept(self, batch: int, _grad: Tensor) -> None:
+        shared, task = self._step.shared, private.graph_task()
+        shared.stats.ungated(batch)
+        if task != self._ungated_task:
+            self._ungated_task = task
+            shared.pace.slept()
+            shared.selector.step += 1
+            shared.stats.steps += 1
+            shared.idle.ran()
+
     def _run_ungated(self, original: Any, args: Any, kwargs: Any) -> Any:
         """Pass straight through; only count, when a backward comes."""
-        attributes = self._step.shared.state.attributes
-        known = {id(leaf) for leaf in attributes.take().tensors().values()}
-        inputs = flatten((args, kwargs))[1]
+        attributes, paused = self._step.shared.state.attributes, self._step.shared.watcher.paused
+        known = set() if paused else {id(leaf) for leaf in attributes.take().tensors().values()}
+        inputs = _leaves(args) if not kwargs else flatten((args, kwargs))[1]
         result = original(*args, **kwargs)
-        outputs = flatten(result)[1]
-        left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
+        outputs = [leaf for leaf in _leaves((result,)) if leaf.grad_fn is not None]
+        left = []
+        if not (paused and outputs):
+            left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
         try:
             batch = infer_batch_size(inputs, outputs, self._batch_dim)
         except ValueError:
@@ -265,6 +312,7 @@ class Forward:
             if task != counted:
                 counted = task
                 self._step.shared.stats.ungated(batch)
+                self._step.shared.pace.passed(batch)
             if task != self._ungated_task:
                 self._ungated_task = task
                 self._step.shared.selector.step += 1
@@ -332,3 +380,8 @@ class Forward:
             if leaf is found:
                 return kind, i
         raise ValueError(f"{kind}={name!r} must name an output tensor of {type(self.model).__name__} itself")
+
+
+def _leaves(trees: tuple[Tree, ...]) -> Sequence[Tensor]:
+    """The tensors in these; plain ones pay for no walk."""
+    return trees if all(type(tree) is Tensor for tree in trees) else flatten(trees)[1]

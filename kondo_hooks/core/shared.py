@@ -1,11 +1,16 @@
 """What the parts of a gate share: the model, who runs it, who decides, and what was learned of it."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
+from kondo_hooks.core.call import Call
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.idle import Idle
+from kondo_hooks.core.pace import Pace
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.delight.loss_code import LossWatcher
 from kondo_hooks.errors import WarnOnce
@@ -30,6 +35,8 @@ class Shared:
         stats: counts.
         streams: that calls and their gradients were made on.
         micro_batch_size: most rows in one pass of the replay; None for all in one.
+        living: calls that a backward may still reach, where some steps pass straight through.
+        pace: what steps take.
         waits: whether a backward may leave its calls waiting for others.
         running: whether the gate runs the model itself.
     """
@@ -44,8 +51,16 @@ class Shared:
     micro_batch_size: int | None = None
     stats: Stats = field(default_factory=Stats)
     streams: Streams = field(default_factory=Streams)
+    living: weakref.WeakSet[Call] = field(default_factory=weakref.WeakSet)
+    pace: Pace = field(init=False)
     waits: bool = False
     running: bool = False
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(
+            self.selector.config.rate == "auto",
+            lambda: next((p.device for p in self.state.parameters()), torch.device("cpu")),
+        )
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:

@@ -36,7 +36,8 @@ from kondo_hooks.core.shared import Shared
 from kondo_hooks.delight.loss_code import LossWatcher
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal, forced_mask
+from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal, forced_mask
+from kondo_hooks.rules.selection import Selector
 from kondo_hooks.same.rounding import Checks
 from kondo_hooks.same.state import ModuleState
 
@@ -324,7 +325,9 @@ class Step:
                 ranks.fail(error)
             inputs = self._replays(arrivals, slots, parts, counts, reduces, back)
             if kept:
-                self.entry.send_to_met(arrivals, kept)
+                # A row whose gradient is zero at the outputs may have one at a parameter in the loss code.
+                every = self.shared.selector.config.is_lossless
+                self.entry.send_to_met(arrivals, [a.all_rows() for a in arrivals] if every else kept)
             if counts is not None and not engine.wrappers:
                 ranks.meet()  # no reduction of gradients comes after which all ranks could look
             if reduces:
@@ -334,8 +337,13 @@ class Step:
             raise
         if decision is None or ranks.failed:
             return inputs
+        self.shared.pace.decided(sum(a.call.batch for a in arrivals))
+        if reduces:
+            costs = self.shared.pace.settle(decision, self.window.size if self.window.size != "auto" else 1, ranks)
+            self.shared.selector.costs = costs or self.shared.selector.costs
         if self.last is None and decision.samples == 1:
             self.reader.warn_single(arrivals)
+        decision.signals = [a.signal for a in arrivals if a.signal is not None]
         self.last, self.forced = decision, None
         self.shared.stats.decision(decision)
         self.shared.stats.replayed(0, sum(a.call.batch for a in arrivals))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.errors import DelightError
-from kondo_hooks.rules.selection import Signal
+from kondo_hooks.rules.samples import Signal
 
 Kind = Literal["logits", "log_probs", "probs", "logp", "nll"]
 

@@ -108,6 +108,14 @@ def take_off(mode: TorchFunctionMode) -> list[Any] | None:
     return above
 
 
+def take_all_off() -> list[Any]:
+    """Take every mode off; returns them, the uppermost first."""
+    modes: list[Any] = []
+    while (found := private.pop_mode()) is not None:
+        modes.append(found)
+    return modes
+
+
 def put_on(modes: Sequence[Any]) -> None:
     """Put modes that were taken off back, the last one first."""
     for mode in reversed(modes):

@@ -19,9 +19,9 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from kondo_hooks import private
-from kondo_hooks.delight.distributions import is_inside, listen, parameters, put_on, take_off
+from kondo_hooks.delight.distributions import is_inside, listen, parameters, put_on, take_all_off, take_off
 from kondo_hooks.delight.graph import OBSERVATION, Node, Path, Source, find_sources, is_log_softmax
-from kondo_hooks.rules.selection import Signal
+from kondo_hooks.rules.samples import Signal
 
 
 @dataclass(eq=False)
@@ -192,12 +192,18 @@ def _observe(logp: Tensor, sources: list[Source], told: bool) -> Observation:
 
 
 class LossWatcher(TorchFunctionMode):
-    """Watches the loss code for log-probs of gated calls, and tells the gate of each backward."""
+    """Watches the loss code for log-probs of gated calls, and tells the gate of each backward.
+
+    Attributes:
+        paused: nothing is gated now, so there is nothing to see but backwards.
+        asleep: nor are these told.
+    """
 
     def __init__(self, on_backward: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
         super().__init__()
         self._on_backward = on_backward
         self._on = False
+        self.paused = self.asleep = False
         self._put_off: list[Callable[[], None]] = []
         self._end: Callable[[], None] = lambda: None
 
@@ -209,13 +215,26 @@ class LossWatcher(TorchFunctionMode):
     def close(self) -> None:
         """Leave no trace."""
         take_off(self)
+        self.paused = self.asleep = False
         self._on = False
         self._end()
+
+    def sleep(self) -> None:
+        """See nothing at all for a while, backwards neither."""
+        if not self.asleep:
+            self.asleep = take_off(self) is not None
+
+    def wake(self) -> None:
+        """Begin to watch again. At the bottom: what lies above was put there by others, who will take off the top."""
+        if self.asleep:
+            others = take_all_off()
+            self.asleep = False
+            put_on([*others, self])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is; look at what it returned if it can pick a log-prob."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (self.paused and func not in _BACKWARD):
             return func(*args, **kwargs)
         if func in _BACKWARD:
             return self._on_backward(func, args, kwargs)
@@ -233,7 +252,7 @@ class LossWatcher(TorchFunctionMode):
     def _see_log_prob(self, distribution: Distribution, log_probs: Tensor) -> None:
         """What a distribution returned stands for all that was picked inside of it, if its rows can be followed."""
         inside, self._put_off = self._put_off, []
-        if not self._on or log_probs.grad_fn is None or not log_probs.dim():
+        if not self._on or self.paused or log_probs.grad_fn is None or not log_probs.dim():
             return
         with private.without_modes():
             observation = observe_logp(log_probs, False) or _observe_rows_of(distribution, log_probs)

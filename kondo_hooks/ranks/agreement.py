@@ -18,7 +18,7 @@ from torch import Tensor
 from kondo_hooks import private
 from kondo_hooks.core.engine import Alone
 from kondo_hooks.errors import RankError
-from kondo_hooks.rules.selection import Samples
+from kondo_hooks.rules.samples import Samples
 
 
 def _collective_device(group: Any) -> torch.device:
@@ -177,20 +177,30 @@ class Ranks(Alone):
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return values.tolist()
 
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        """Of each number over the ranks."""
+        if self.size == 1:
+            return list(numbers)
+        values = torch.tensor(list(numbers), dtype=torch.float32, device=self.device)
+        dist.all_reduce(values, group=self._group)
+        return (values / self.size).tolist()
+
     def meet(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self._group)
 
     def share_samples(self, samples: Samples) -> Samples:
         """What the first of the ranks that see the same rows makes of them; the others differ by rounding."""
-        scores = samples.delight if samples.scores is None else samples.scores
-        both = torch.stack([samples.delight, scores.to(samples.delight.dtype)]).to(
-            _collective_device(self._tensor_parallel)
-        )
+        names = ("delight", "scores", "norm", "advantages", "surprisal", "factors")
+        own = {name: value for name in names if (value := getattr(samples, name)) is not None}
+        device, dtype = _collective_device(self._tensor_parallel), samples.delight.dtype
+        shared = torch.stack([value.to(device, dtype) for value in own.values()])
         first = dist.get_process_group_ranks(self._tensor_parallel)[0]
-        dist.broadcast(both, first, group=self._tensor_parallel)
-        both = both.to(samples.delight.device)
-        return replace(samples, delight=both[0], scores=None if samples.scores is None else both[1])
+        dist.broadcast(shared, first, group=self._tensor_parallel)
+        found = dict(zip(own, shared.to(samples.delight.device), strict=True))
+        if "factors" in found:
+            found["factors"] = found["factors"].cpu().double()
+        return replace(samples, **found)
 
     def exchange(self, parcels: list[list[list[Tensor]]], device: torch.device) -> list[list[list[Tensor]]]:
         """Send ``parcels[r]``, lists of tensors of any shape and type, to rank r; returns what each rank sent here."""

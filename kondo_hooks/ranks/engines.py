@@ -25,7 +25,8 @@ from kondo_hooks.core.replay import Replayed
 from kondo_hooks.ranks import passes, together
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import Readback
-from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal
+from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal
+from kondo_hooks.rules.selection import Selector
 
 
 class OnRanks(Engine):

@@ -13,9 +13,10 @@ from kondo_hooks.core.kept_rows import Part
 from kondo_hooks.errors import RankError
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import to_device
-from kondo_hooks.rules.selection import Decision, Kept, Samples, Selector, Signal, check_finite
+from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal, check_finite
+from kondo_hooks.rules.selection import Selector
 
-_COLUMNS = 6  # delight, score, valid, forced, slot, row
+_COLUMNS = 10  # delight, score, valid, forced, norm, advantage, surprisal, group, slot, row
 
 
 @dataclass
@@ -54,12 +55,22 @@ def decide(
     if samples is None:
         ranks.gather(None, _COLUMNS)
         raise AssertionError("unreachable: a failed rank raises in gather")
-    gathered = ranks.gather(_table(samples, signals, slots, forced), _COLUMNS)
+    gathered = ranks.gather(_table(samples, signals, slots, forced, selector.groups), _COLUMNS)
     union = torch.cat(gathered).cpu()  # the host waits for the device once, however many ranks there are
     tables = union.split([len(table) for table in gathered])
-    _check_finite(tables, ranks)
-    scores = None if samples.scores is None else union[:, 1]
-    decision = selector.choose(Samples(union[:, 0], scores, union[:, 2] != 0), union[:, 3] != 0)
+    _check_finite(tables, ranks, selector.config.weighs)
+    together = Samples(
+        union[:, 0],
+        None if samples.scores is None else union[:, 1],
+        union[:, 2] != 0,
+        None if samples.norm is None else union[:, 4],
+        union[:, 5],
+        union[:, 6],
+    )
+    if selector.groups is not None:
+        selector.groups = union[:, 7]
+    selector.pool(together)
+    decision = selector.choose(together, union[:, 3] != 0)
     factors = decision.factors()
     start, own, device = sum(map(len, tables[: ranks.rank])), tables[ranks.rank], samples.delight.device
     here = (decision.kept >= start) & (decision.kept < start + len(own))
@@ -73,6 +84,11 @@ def decide(
         samples=int((own[:, 2] != 0).sum()),
         sum_delight=float(own[:, 0].sum()),
         sum_delight_kept=float(own[kept, 0].sum()),
+        norm=samples.norm,
+        noise=decision.noise,
+        without_gradient=decision.without_gradient,
+        largest_factor=decision.largest_factor,
+        cost=decision.cost,
     )
     mine = factors[start : start + len(own)].to(samples.delight.dtype)
     return World(
@@ -80,10 +96,12 @@ def decide(
     )
 
 
-def _check_finite(tables: Sequence[Tensor], ranks: Ranks) -> None:
+def _check_finite(tables: Sequence[Tensor], ranks: Ranks, norms: bool) -> None:
     """Raise on every rank if a score or a delight of one is NaN or infinite; all of them see the same tables."""
     for rank, table in enumerate(tables):
         scores, delight = (column.masked_fill(table[:, 3] != 0, 0) for column in (table[:, 1], table[:, 0]))
+        if norms:
+            scores = torch.where(scores.isfinite(), table[:, 4].masked_fill(table[:, 3] != 0, 0), scores)
         try:
             check_finite(scores, delight)
         except ValueError as error:
@@ -93,9 +111,12 @@ def _check_finite(tables: Sequence[Tensor], ranks: Ranks) -> None:
             raise RankError(f"gated: rank {rank}: ValueError: {error}\nEvery rank stops here.") from None
 
 
-def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None) -> Tensor:
+def _table(
+    samples: Samples, signals: list[Signal], slots: list[int], forced: Tensor | None, groups: Tensor | None
+) -> Tensor:
     n = len(samples.delight)
     valid = torch.ones(n, device="cpu") if samples.valid is None else samples.valid
+    nothing = torch.zeros(n, device="cpu")
     rows, slot, first = [], [], 0
     tokens = n == sum(s.valid.numel() for s in signals)
     for signal, number in zip(signals, slots, strict=True):
@@ -108,7 +129,8 @@ def _table(samples: Samples, signals: list[Signal], slots: list[int], forced: Te
         samples.delight,
         samples.delight if samples.scores is None else samples.scores,
         valid,
-        torch.zeros(n, device="cpu") if forced is None else forced,
+        nothing if forced is None else forced,
+        *(nothing if t is None else t for t in (samples.norm, samples.advantages, samples.surprisal, groups)),
         torch.cat(slot),
         torch.cat(rows),
     ]
@@ -122,7 +144,7 @@ def _counts(tables: Sequence[Tensor], factors: Tensor, slots: int) -> Tensor:
     for rank, table in enumerate(tables):
         kept = factors[start : start + len(table)] != 0
         start += len(table)
-        rows = table[kept][:, 4:].unique(dim=0)
+        rows = table[kept][:, -2:].unique(dim=0)
         counts[rank] = torch.bincount(rows[:, 0].long(), minlength=slots)
     return counts
 

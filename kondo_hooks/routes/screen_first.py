@@ -19,7 +19,7 @@ from kondo_hooks.delight.graph import silence
 from kondo_hooks.errors import no_batch_axis, unknown_positions
 from kondo_hooks.rows.axes import Layout, Rows, candidate_rows, fill_index, is_doubtful, layouts, rows_between
 from kondo_hooks.rows.tree import Tree, flatten, unflatten
-from kondo_hooks.rules.selection import Kept
+from kondo_hooks.rules.samples import Kept
 from kondo_hooks.same.state import forked_rng, rng_state_now, same_rng_state
 
 

@@ -1,5 +1,6 @@
 """What waits for a decision: the calls of the backwards so far, and of each only the rows that can still be chosen."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +12,10 @@ from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.step import AtOnce
 from kondo_hooks.rows.axes import Layout
+from kondo_hooks.rules.draw import top_k
 from kondo_hooks.rules.readback import to_device
-from kondo_hooks.rules.selection import Kept, Selector, by_batch, top_k
+from kondo_hooks.rules.samples import Kept, Signal, by_batch
+from kondo_hooks.rules.selection import Selector
 
 Size = int | Literal["auto"]
 _FEW = 64
@@ -123,12 +126,14 @@ class Window(AtOnce):
         signals = [a.signal for a in leaders if a.signal is not None]
         if len(signals) < len(leaders):
             return
+        groups = [[a for a in new if a is leader or a.follows is leader] for leader in leaders]
+        if selector.config.weighs:
+            self._hold_drawn(groups, signals, selector, ranks, learned, communicates)
+            return
         if ranks == 1:
-            for signal in signals:
-                selector.draw(signal)
+            selector.draw(signals)
         samples = selector.samples(signals)
         most, config, scores = self._most(selector, len(samples.delight), ranks), selector.config, samples.scores
-        groups = [[a for a in new if a is leader or a.follows is leader] for leader in leaders]
         if scores is None or (most is None and (config.price is None or not (config.hard and config.deterministic))):
             for group in groups:
                 rows = torch.arange(group[0].call.batch, device=group[0].call.outputs[0].device)
@@ -145,6 +150,32 @@ class Window(AtOnce):
                 self._hold(group, mine, learned, communicates)
             return
         self._rank(groups, each, most, learned, communicates)
+
+    def _hold_drawn(
+        self,
+        groups: list[list[Arrival]],
+        signals: list[Signal],
+        selector: Selector,
+        ranks: int,
+        learned: Learned,
+        communicates: bool,
+    ) -> None:
+        """Hold what this backward draws for itself, or where all ranks draw as one, what has a gradient."""
+        forced = any(a.forced is not None for group in groups for a in group)
+        alone = selector.config.rule is None and (ranks == 1 or selector.config.is_lossless)
+        if alone and not forced:
+            with contextlib.suppress(ValueError):  # what is NaN is told by the decision, to all ranks
+                selector.draw(signals)
+        for group, signal in zip(groups, signals, strict=True):
+            every = torch.arange(len(signal.valid), device="cpu")
+            flags = signal.factors
+            if flags is None and selector.config.rule is None and not forced and signal.norm is not None:
+                flags = signal.norm.cpu()
+            if flags is None:
+                rows = every
+            else:
+                rows = flags.reshape(len(every), -1).ne(0).any(1).nonzero().flatten()
+            self._hold(group, rows, learned, communicates)
 
     def _rank(
         self, groups: list[list[Arrival]], scores: list[Tensor], most: int, learned: Learned, communicates: bool

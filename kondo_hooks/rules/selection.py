@@ -6,347 +6,27 @@ sample's backward only when its delight beats a price (Osband 2026, arXiv 2603.2
 
 import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kondo_hooks.rules.config import SelectionConfig, check_rate
+from kondo_hooks.rules.draw import gate_probability, quantile_price, ranked_first
 from kondo_hooks.rules.readback import Readback, to_device
-
-Unit = Literal["sample", "token"]
-Reduction = Literal["sum", "mean", "max"]
-Weight = Literal["pg", "dg"]
-Normalize = Literal["batch", "kept"]
-
-_PRIORITIES = ("delight", "advantage", "abs_advantage", "surprisal", "additive", "uniform")
-
-
-@dataclass(frozen=True)
-class additive:  # noqa: N801 - reads as a value: priority=additive(0.3)
-    """The priority ``alpha * advantage + (1 - alpha) * surprisal``, a control that the paper rejects."""
-
-    alpha: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """How samples are chosen and weighted. Validated when it is made.
-
-    Args:
-        rate: fraction of samples to keep, in (0, 1], or a function of the step that returns one.
-            Exactly one of ``rate`` and ``price`` is set.
-        price: keep samples whose score is above this, in advantage x nats; 0 is the adaptive gate.
-        priority: what samples are ranked by: "delight", "advantage", "abs_advantage", "surprisal",
-            "additive" (or ``additive(alpha)``), "uniform" (random rows, the control to beat).
-        temperature: softness ``eta`` of the Bernoulli and soft gates, in units of the score.
-        hard: False weights every sample by ``sigmoid((score - price) / temperature)``: nothing is skipped.
-        deterministic: False draws ``G ~ Bernoulli(sigmoid((score - price) / temperature))``.
-        unit: "sample" keeps or drops whole rows, "token" single positions.
-        reduction: how a row's score comes from its positions: "sum", "mean" or "max".
-        history: with ``rate``, take the price from the last ``history`` decisions, so that the long-run
-            kept fraction is ``rate`` even where ``rate * batch`` is less than one row. 0: this batch alone.
-        weight: "pg" keeps the user's gradient; "dg" multiplies kept samples by ``sigmoid(delight)``.
-        unbiased: divide kept samples by their keep-probability (Bernoulli gate only).
-        normalize: "batch" keeps the user's denominators; "kept" rescales by samples / kept samples.
-        seed: of the gate's own generator.
-    """
-
-    rate: float | Callable[[int], float] | None = None
-    price: float | None = None
-    priority: str | additive = "delight"
-    temperature: float = 0.1
-    hard: bool = True
-    deterministic: bool = True
-    unit: Unit = "sample"
-    reduction: Reduction = "sum"
-    history: int = 0
-    weight: Weight = "pg"
-    unbiased: bool = False
-    normalize: Normalize = "batch"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.rate is None) == (self.price is None):
-            raise ValueError("give exactly one of rate and price")
-        if self.rate is not None and not callable(self.rate):
-            check_rate(self.rate)
-        if self.price is not None and not (is_number(self.price) and math.isfinite(self.price)):
-            raise ValueError(f"price must be finite, got {self.price!r}")
-        if not (isinstance(self.priority, additive) or self.priority in _PRIORITIES):
-            raise ValueError(f"priority must be one of {', '.join(_PRIORITIES)}, got {self.priority!r}")
-        if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature must be > 0 and finite, got {self.temperature!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        for name, allowed in (
-            ("unit", ("sample", "token")),
-            ("reduction", ("sum", "mean", "max")),
-            ("weight", ("pg", "dg")),
-            ("normalize", ("batch", "kept")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
-            raise ValueError(f"history must be a number of decisions >= 0, got {self.history!r}")
-        if self.history and self.rate is None:
-            raise ValueError("history sets the price from a rate: give rate, not price")
-        if self.unbiased and (self.deterministic or not self.hard):
-            raise ValueError("unbiased=True divides by a keep-probability: it needs deterministic=False")
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_rate(rate: float) -> float:
-    """Return ``rate`` if it is in (0, 1], else raise ValueError."""
-    if not is_number(rate) or not 0 < rate <= 1:
-        raise ValueError(f"rate must be in (0, 1], got {rate!r}")
-    return float(rate)
-
-
-@dataclass
-class Signal:
-    """What is known of each sample: advantage, surprisal, and where they mean something.
-
-    All three have the same shape, (B,) or (B, T). ``valid`` is False on padding and masked positions. ``draws`` are the
-    samples' random scores, where these were drawn already.
-    """
-
-    advantages: Tensor
-    surprisal: Tensor
-    valid: Tensor
-    draws: Tensor | None = None
-
-    @classmethod
-    def of(cls, logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> "Signal":
-        """Check and align log-probs (B,) or (B, T), advantages (B,) or (B, T), mask (B,) or (B, T)."""
-        if not isinstance(logp, Tensor) or logp.dim() not in (1, 2):
-            raise ValueError(f"logp must be a tensor of shape (B,) or (B, T), got {_shape(logp)}")
-        logp = logp.detach()
-        advantages = _like("advantages", advantages, logp)
-        valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else _like("mask", mask, logp) != 0
-        return cls(advantages, -logp, valid)
-
-    @property
-    def delight(self) -> Tensor:
-        """Advantage times surprisal, zero where not valid; same shape as the fields."""
-        return self._where_valid(self.advantages * self.surprisal)
-
-    def _where_valid(self, score: Tensor) -> Tensor:
-        return torch.where(self.valid, score, torch.zeros((), dtype=score.dtype, device="cpu"))
-
-    def score(self, priority: str | additive) -> Tensor:
-        """What ``priority`` ranks by, at each position; zero where not valid."""
-        if priority == "delight":
-            return self.delight
-        if priority == "additive":
-            priority = additive()
-        if isinstance(priority, additive):
-            score = priority.alpha * self.advantages + (1 - priority.alpha) * self.surprisal
-        elif priority == "surprisal":
-            score = self.surprisal
-        else:
-            score = self.advantages if priority == "advantage" else self.advantages.abs()
-        return self._where_valid(score)
-
-    def reduce(self, score: Tensor, reduction: Reduction) -> Tensor:
-        """Reduce a (B, T) score over its valid positions to (B,); a row without any gets 0."""
-        if score.dim() == 1:
-            return score
-        if score.shape[1] == 1:
-            return score[:, 0]
-        if reduction == "max":
-            top = score.masked_fill(~self.valid, -torch.inf).amax(1)
-            return torch.where(self.valid.any(1), top, 0)
-        total = score.sum(1)
-        return total / self.valid.sum(1).clamp(min=1) if reduction == "mean" else total
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _like(name: str, value: Any, logp: Tensor) -> Tensor:
-    """``value`` in logp's shape: the same, or one value a row spread over the row's positions."""
-    value = torch.as_tensor(value, device=logp.device).detach()
-    if value.shape == logp.shape:
-        return value
-    rows = logp.shape[0]
-    if logp.dim() == 2 and value.shape in ((rows,), (rows, 1)):
-        return value.reshape(rows, 1).expand_as(logp)
-    raise ValueError(
-        f"{name} has shape {tuple(value.shape)}, logp has {tuple(logp.shape)}: give {name} the shape of logp"
-        + (f", or one value a row, ({rows},)" if logp.dim() == 2 else "")
-    )
-
-
-@dataclass
-class Decision:
-    """What the gate decided for one population of N samples (rows, or tokens when ``unit="token"``).
-
-    Attributes:
-        delight: (N,) advantage x nats.
-        kept: (K,) indices into the population, ascending.
-        weights: (K,) factors on the kept samples' gradients, or None for all ones.
-        price: the score that a sample had to beat.
-        rate: K / N.
-        scale: the loss's own scale ``s`` that was divided out of the delight (1/N for a mean).
-        samples: how many were chosen from: N, less the invalid tokens.
-        sum_delight: total delight of all samples.
-        sum_delight_kept: total delight of the kept ones.
-    """
-
-    delight: Tensor
-    kept: Tensor
-    weights: Tensor | None
-    price: float
-    rate: float
-    scale: float = 1.0
-    samples: int = -1
-    sum_delight: float = math.nan
-    sum_delight_kept: float = math.nan
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            self.samples = len(self.delight)
-
-    def factors(self) -> Tensor:
-        """(N,) factor on each sample's gradient, 0 where it was dropped."""
-        factors = self.delight.new_zeros(len(self.delight))
-        factors[self.kept] = 1 if self.weights is None else self.weights.to(factors.dtype)
-        return factors
-
-    def count(self, back: Readback) -> None:
-        """Have the sums of delight read."""
-
-        def note(sums: list[float]) -> None:
-            self.sum_delight, self.sum_delight_kept = sums
-
-        back.ask([self.delight.sum(), self.delight[self.kept].sum()], note)
-
-
-@dataclass
-class Kept:
-    """What is kept of one batch.
-
-    Attributes:
-        rows: (n,) indices of its rows, ascending.
-        factors: (n,) or (n, P) factors on their gradients; None where all are one.
-    """
-
-    rows: Tensor
-    factors: Tensor | None
-
-    @classmethod
-    def of(cls, factors: Tensor) -> "Kept":
-        """Of (B,) or (B, P) factors, 0 where dropped."""
-        rows = _any_of_row(factors).nonzero().flatten()
-        mine = factors[rows]
-        return cls(rows, None if mine.device.type == "cpu" and bool((mine == 1).all()) else mine)
-
-    def spread(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """(batch,) or (batch, P) factors, 0 where dropped."""
-        shape = (batch,) if self.factors is None else (batch, *self.factors.shape[1:])
-        full = torch.zeros(shape, dtype=dtype, device=self.rows.device)
-        full[self.rows] = 1 if self.factors is None else self.factors.to(dtype)
-        return full
-
-
-@dataclass
-class Samples:
-    """What a decision is taken on: (N,) delight, scores and validity.
-
-    ``scores`` is None where they are random, ``valid`` None where every sample is.
-    """
-
-    delight: Tensor
-    scores: Tensor | None
-    valid: Tensor | None
-
-
-def check_finite(scores: Tensor, delight: Tensor) -> None:
-    """Raise ValueError if a score or a delight is NaN or infinite."""
-    finite = scores.isfinite() if scores is delight else scores.isfinite() & delight.isfinite()
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
-        raise ValueError(
-            f"delight is NaN or infinite in {len(bad)} of {len(scores)} samples (first: {bad[0].item()}); "
-            "look for an infinite log-prob or advantage in the loss. Nothing was added to the gradients."
-        )
-
-
-def _ask_finite(back: Readback, scores: Tensor, delight: Tensor) -> None:
-    ends = [*scores.aminmax(), *(() if delight is scores else delight.aminmax())]
-
-    def check(found: list[float]) -> None:
-        if not all(map(math.isfinite, found)):
-            check_finite(scores.to(delight.device), delight)
-
-    back.ask(ends, check)
-
-
-def _any_of_row(factors: Tensor) -> Tensor:
-    """(B,) bool: rows of (B,) or (B, P) factors with one that is not zero."""
-    return factors.ne(0) if factors.dim() == 1 else factors.ne(0).any(1)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def by_batch(rows: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Ascending indices into batches that follow each other, as indices into each."""
-    if len(sizes) == 1:
-        return [rows]
-    ends = torch.tensor(sizes, device="cpu").cumsum(0)
-    counts = torch.searchsorted(rows, to_device(ends, rows.device)).tolist()
-    starts = [0, *ends.tolist()]
-    return [rows[low:high] - start for low, high, start in zip([0, *counts], counts, starts, strict=False)]
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` largest of (N,) scores, ascending; ties go to the lower index."""
-    return _top(scores, k)[0]
-
-
-def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same, and these scores in descending order."""
-    ordered = torch.sort(scores, descending=True, stable=True)
-    return ordered.indices[:k].sort().values, ordered.values[:k]
-
-
-def gate_probability(scores: Tensor, price: float | Tensor, temperature: float) -> Tensor:
-    """``sigmoid((score - price) / temperature)``, the keep-probability of the paper's Algorithm 1."""
-    return torch.sigmoid((scores - price) / temperature)
-
-
-def quantile_price(scores: Tensor, rate: float) -> Tensor:
-    """The (1 - rate)-quantile of the scores, linear between neighbours, for any number of them."""
-    ordered = scores.reshape(-1).sort().values
-    position = (1 - rate) * (len(ordered) - 1)
-    low = int(position)
-    return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], position - low)
-
-
-def forced_mask(rows: Tensor, n: int) -> Tensor:
-    """(n,) bool from a bool mask or from indices; raises ValueError if they do not fit."""
-    if rows.dtype == torch.bool:
-        if len(rows) != n:
-            raise ValueError(f"force: the mask has {len(rows)} entries, the population {n}")
-        return rows
-    if len(rows) and (rows.min() < 0 or rows.max() >= n):
-        raise ValueError(f"force: row indices must be in [0, {n}), got {rows.tolist()}")
-    mask = torch.zeros(n, dtype=torch.bool, device=rows.device)
-    mask[rows] = True
-    return mask
+from kondo_hooks.rules.samples import (
+    Decision,
+    Kept,
+    Samples,
+    Signal,
+    any_of_row,
+    ask_finite,
+    by_batch,
+    check_finite,
+    joined,
+    mean_valid,
+)
+from kondo_hooks.rules.weigh import Costs, Drawn, Table, ask, draw, rows_of
 
 
 class Selector:
@@ -355,6 +35,10 @@ class Selector:
     Args:
         config: what to apply.
         stream: number of the random stream, for ranks that draw on their own.
+
+    Attributes:
+        groups: which prompt each sample of the next population is an answer to, if that was told.
+        costs: seconds that steps were measured to take, for ``rate="auto"``.
     """
 
     def __init__(self, config: SelectionConfig, stream: int = 0):
@@ -363,15 +47,19 @@ class Selector:
         self._generator = torch.Generator("cpu").manual_seed(config.seed + stream)
         self._history: deque[Tensor] = deque(maxlen=config.history)
         self._credit = 0.0
+        self.groups: Tensor | None = None
+        self.costs: Costs | None = None
+        self._begun: list[Table] = []
+        self._moments = 0.0
 
     def reseed(self, stream: int) -> None:
         """Draw from another random stream, from its start."""
         self._generator.manual_seed(self.config.seed + stream)
 
     def rate(self) -> float | None:
-        """The rate of the coming decision; None when a price is set instead."""
+        """The rate of the coming decision; None where it is not by a share of the samples."""
         rate = self.config.rate
-        return check_rate(rate(self.step)) if callable(rate) else rate
+        return check_rate(rate(self.step)) if callable(rate) else None if isinstance(rate, str) else rate
 
     def uniform(self, n: int) -> Tensor:
         """(n,) random scores from the gate's own generator."""
@@ -402,7 +90,7 @@ class Selector:
         if back is None or self.config.history:
             check_finite(scores, delight)
         else:
-            _ask_finite(back, scores, delight)
+            ask_finite(back, scores, delight)
         kept, probability, price = self._choose(ranked, scores)
         kept = to_device(kept, delight.device)
         probability = None if probability is None else to_device(probability, delight.device)
@@ -423,8 +111,13 @@ class Selector:
             reading.read()
         return decision
 
-    def samples(self, signals: list[Signal]) -> "Samples":
-        """What is chosen among: one sample a row, or one a position when ``unit="token"``."""
+    def samples(self, signals: list[Signal], pooled: bool = False) -> "Samples":
+        """What is chosen among: one sample a row, or one a position when ``unit="token"``.
+
+        Args:
+            signals: of the calls.
+            pooled: they will be put together with other ranks', and a function of the user's asked then.
+        """
         config = self.config
         tokens = config.unit == "token"
 
@@ -433,24 +126,47 @@ class Selector:
             return values.reshape(-1) if tokens else signal.reduce(values, config.reduction)
 
         device = signals[0].advantages.device
-        delight = _joined([each(s, s.delight).to(device) for s in signals])
+        delight = joined([each(s, s.delight).to(device) for s in signals])
+        valid = torch.cat([s.valid.reshape(-1).to(device) for s in signals]) if tokens else None
+        norm = None
+        if all(s.norm is not None for s in signals):
+            norm = joined([s.norm.reshape(-1).to(device) for s in signals if s.norm is not None])
+        if self.groups is not None and len(self.groups) != len(delight):
+            told, self.groups = len(self.groups), None
+            raise ValueError(f"groups: told for {told} samples, and the population has {len(delight)}")
+        samples = Samples(delight, delight, valid, norm)
+        if config.weighs or callable(config.priority):
+            of_rows = [s.advantages.reshape(-1) if tokens else mean_valid(s.advantages, s.valid) for s in signals]
+            samples.advantages = joined([t.to(delight) for t in of_rows])
+        if config.rule is not None or callable(config.priority):
+            samples.surprisal = joined([each(s, torch.where(s.valid, s.surprisal, 0)).to(delight) for s in signals])
+            if not pooled:
+                self._ask(samples, signals)
+            return samples
+        if config.weighs and any(s.factors is not None for s in signals):
+            self.draw([s for s in signals if s.factors is None])
+            samples.factors = joined([s.factors.reshape(-1) for s in signals if s.factors is not None])
+            return samples
         if config.priority == "delight":
             scores: Tensor | None = delight
+        elif config.priority == "norm":
+            scores = self._norm_of(samples)
         elif config.priority == "uniform":
             scores = None
             if any(s.draws is not None for s in signals):
-                for s in signals:
-                    if s.draws is None:
-                        self.draw(s)
+                self.draw([s for s in signals if s.draws is None])
                 scores = torch.cat([s.draws for s in signals if s.draws is not None])
         else:
-            scores = _joined([each(s, s.score(config.priority)).to(device) for s in signals])
-        valid = torch.cat([s.valid.reshape(-1).to(device) for s in signals]) if tokens else None
-        return Samples(delight, scores, valid)
+            assert not callable(config.priority)
+            scores = joined([each(s, s.score(config.priority)).to(device) for s in signals])
+        samples.scores = scores
+        return samples
 
     def choose(self, samples: "Samples", forced: Tensor | None = None, back: Readback | None = None) -> Decision:
         """Decide on the valid samples; the decision's indices are into all of them. Arguments as of a call."""
         delight, scores = samples.delight, samples.scores
+        if self.config.weighs:
+            return self._weigh(samples, forced)
         if scores is None:
             scores = self.uniform(len(delight))
         if samples.valid is None:
@@ -475,7 +191,7 @@ class Selector:
         """What a decision over several batches keeps of each; waits for the device once if there are several."""
         if self.config.unit == "token":
             factors = self.split(decision.factors(), signals)
-            rows = torch.cat([_any_of_row(f) for f in factors]).nonzero().flatten()
+            rows = torch.cat([any_of_row(f) for f in factors]).nonzero().flatten()
             each = by_batch(rows, [len(f) for f in factors])
             return [Kept(mine, f[mine]) for mine, f in zip(each, factors, strict=True)]
         each = by_batch(decision.kept, [len(signal.valid) for signal in signals])
@@ -491,21 +207,117 @@ class Selector:
         parts = values.split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
+    def _norm_of(self, samples: Samples) -> Tensor:
+        if samples.norm is None:
+            raise ValueError(
+                "this rule goes by the norm of each sample's gradient, which is not known: preselect() takes norm=; "
+                "with unit='token' the log-probs must be in the order of the model's output (mark them: gate.logp(...))"
+            )
+        return samples.norm
+
+    def pool(self, samples: Samples) -> None:
+        """Ask a function of the user's about the samples of several ranks."""
+        if self.config.rule is not None or callable(self.config.priority):
+            self._ask(samples, None)
+
+    def _ask(self, samples: Samples, signals: list[Signal] | None) -> None:
+        config, tokens = self.config, self.config.unit == "token"
+        groups = config.groups if self.groups is None else self.groups
+        pooled = signals is None
+        rows = rows_of(signals or [], samples, tokens, groups, self.step, self._generator, pooled)
+        name, function = ("rule", config.rule) if config.rule is not None else ("priority", config.priority)
+        assert callable(function)
+        values = ask(function, rows, name)
+        if tokens and samples.valid is not None:
+            every = torch.zeros(len(samples.delight), dtype=values.dtype, device="cpu")
+            every[samples.valid.cpu()] = values
+            values = every
+        if config.rule is not None:
+            samples.factors = values
+        else:
+            samples.scores = values
+
+    def _weigh(self, samples: Samples, forced: Tensor | None) -> Decision:
+        """Decide by factors; everything is worked out on the host."""
+        config, delight = self.config, samples.delight
+        if not len(delight):
+            raise ValueError("the gate was given an empty batch: there is no row to choose from")
+        if samples.factors is None and config.needs_norm:
+            self._norm_of(samples)
+        table = Table.of(samples, forced, config)
+        n = int(table.valid.sum())
+        noise = math.nan
+        cost = math.nan
+        if samples.factors is not None:
+            factors = torch.where(table.valid, samples.factors, 0)
+            factors = torch.where(table.forced & table.valid & (factors == 0), 1, factors)
+            moment = self._moments if self._begun else math.nan
+        else:
+            factors, moment, cost = self._draw(table, None)
+        total = float(table.norm.square().sum())
+        noise = moment / total - 1 if total else 0.0
+        kept = factors.nonzero().flatten()
+        mine = factors[kept]
+        if config.weight == "dg":
+            mine = mine * torch.sigmoid(table.delight[kept])
+        if config.normalize == "kept" and len(kept):
+            mine = mine * (n / len(kept))
+        self._begun, self._moments, self.groups = [], 0.0, None
+        self.step += 1
+        norm = samples.norm
+        return Decision(
+            delight,
+            to_device(kept, delight.device),
+            None if bool((mine == 1).all()) else to_device(mine.to(delight.dtype), delight.device),
+            math.nan,
+            len(kept) / n if n else math.nan,
+            samples=n,
+            sum_delight=float(table.delight[table.valid].sum()),
+            sum_delight_kept=float(table.delight[kept].sum()),
+            norm=norm,
+            noise=max(noise, 0.0) if config.rule is None else math.nan,
+            without_gradient=float((table.norm[table.valid] == 0).double().mean()) if norm is not None else math.nan,
+            largest_factor=float(mine.max()) if len(mine) else 0.0,
+            cost=cost,
+        )
+
+    def _draw(self, table: Table, earlier: Tensor | None) -> Drawn:
+        start = float(torch.rand((), dtype=torch.float64, generator=self._generator, device="cpu"))
+        return draw(self.config, table, self.rate(), self.costs, start, earlier)
+
     def most(self, expected: float) -> int | None:
         """The most of this many samples that a decision by rank keeps; None where it is not by rank."""
         config = self.config
-        if config.price is not None or config.history or not (config.hard and config.deterministic):
+        if config.price is not None or config.history or config.weighs or not (config.hard and config.deterministic):
             return None
         rate = self.rate()
         assert rate is not None
         return max(1, math.ceil(rate * expected + 0.5))
 
-    def draw(self, signal: Signal) -> None:
-        """Rank a batch by random numbers before the decision, where that is by these alone."""
+    def draw(self, signals: list[Signal]) -> None:
+        """Draw from batches before the decision, where what comes later does not matter.
+
+        Random rows get their scores. Where rows are drawn and weighed, what each backward of a window draws is fair for
+        itself: how many is settled by what came before.
+        """
         config = self.config
-        if config.priority == "uniform" and config.hard and config.deterministic and not config.history:
-            n = signal.valid.numel() if config.unit == "token" else len(signal.valid)
-            signal.draws = self.uniform(n)
+        if not signals:
+            return
+        if config.weighs and config.rule is None:
+            samples = self.samples(signals)
+            if config.needs_norm:
+                self._norm_of(samples)
+            table = Table.of(samples, None, config)
+            sizes = [earlier.size[earlier.valid] for earlier in self._begun]
+            factors, moment, _ = self._draw(table, torch.cat(sizes) if sizes else None)
+            self._begun.append(table)
+            self._moments += moment
+            for signal, mine in zip(signals, self.split(factors, signals), strict=True):
+                signal.factors = mine
+        elif config.priority == "uniform" and config.hard and config.deterministic and not config.history:
+            for signal in signals:
+                n = signal.valid.numel() if config.unit == "token" else len(signal.valid)
+                signal.draws = self.uniform(n)
 
     def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
         config, rate, n = self.config, self.rate(), len(scores)
@@ -526,7 +338,7 @@ class Selector:
             kept = self._pay(ranked, price, rate)
             return kept, None, price
         forced = int((ranked == torch.inf).sum()) if ranked is not scores else 0
-        kept, highest = _top(ranked, max(1, round(rate * n), forced))
+        kept, highest = ranked_first(ranked, max(1, round(rate * n), forced))
         return kept, None, highest[-1]
 
     def _quantile(self, scores: Tensor, rate: float) -> Tensor:
@@ -586,3 +398,4 @@ class Selector:
         # Both live on the host, wherever a checkpoint's map_location has put them.
         self._history = deque((scores.cpu() for scores in state["history"]), maxlen=self.config.history)
         self._generator.set_state(state["generator"].cpu())
+        self._begun, self._moments = [], 0.0
