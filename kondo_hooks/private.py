@@ -123,6 +123,11 @@ def carried_devices(group: Any) -> set[str]:
     return {device.type for device in _of(group, "_device_types")}
 
 
+def rebuild_buckets(wrapper: Any) -> None:
+    """What a forward of ``DistributedDataParallel`` with grad does once, after the first backward: a broadcast."""
+    _of(_of(wrapper, "reducer"), "_rebuild_buckets")()
+
+
 def fsdp1_syncs(wrapper: Any) -> bool:
     """What ``FullyShardedDataParallel.no_sync`` sets."""
     return bool(_of(wrapper, "_sync_gradients"))

@@ -11,7 +11,7 @@ from tests.ranks.launch import launch
 KINDS = ["ddp", "fsdp1", "fsdp2", "zero0", "zero2", "zero3-clip"]
 
 
-def behaviour(name: str, *arguments: str, ranks: int = 2, timeout: float = 120):
+def behaviour(name: str, *arguments: str | int, ranks: int = 2, timeout: float = 120):
     return launch("tests.ranks.behaviours", ranks, [name, *arguments], timeout)
 
 
@@ -48,6 +48,17 @@ def check_exact(host: str, results):
             imbalance = each[0]["imbalance"]
             assert imbalance[1] <= imbalance[0] + 1e-9, (host, case)
             assert max(replayed) - min(replayed) <= 3 * case["accumulation"], (host, case, replayed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("host", KINDS)
+def test_rules_that_weigh_give_the_weighted_gradient(host: str, accumulation: int):
+    for found in behaviour("rules", host, accumulation, timeout=230):
+        for case, difference in found["differences"]:
+            assert difference < 1e-5, (host, case)
+        assert found["alike"] and all(found["alike"])
+        assert any(kept < rows for _, kept, rows in found["rows"])
 
 
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])

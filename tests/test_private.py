@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from kondo_hooks import private
@@ -89,6 +90,11 @@ def test_process_groups_and_sharded_modules(tmp_path):
         assert private.default_store().get("a") == b"b"
         assert private.collective_device(dist.group.WORLD) == "cpu"
         assert "cpu" in private.carried_devices(dist.group.WORLD)
+        replica = DistributedDataParallel(nn.Linear(2, 2))
+        replica(torch.ones(1, 2)).sum().backward()
+        private.rebuild_buckets(replica)
+        replica(torch.ones(1, 2)).sum().backward()
+        assert not replica._has_rebuilt_buckets  # there was nothing left to do
         module = fully_shard(nn.Linear(2, 2), mesh=dist.init_device_mesh("cpu", (1,)))
         (group,) = private.fsdp2_groups(module)
         assert group.reduce_grads

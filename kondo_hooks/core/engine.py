@@ -85,6 +85,9 @@ class Engine:
         self.wrappers: list[Any] = list(wrappers)
         self.ranks = Alone() if ranks is None else ranks
 
+    def before_call(self) -> None:
+        """What wrappers would do together in their next forward, done now that all ranks are at the same call."""
+
     def syncs(self) -> bool:
         """Whether the host means the coming backward to reduce gradients: the end of its accumulation."""
         return True

@@ -1,5 +1,6 @@
 """The norm of each sample's gradient at the model's outputs, which a backward brings for nothing."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -19,23 +20,26 @@ def find_norms(arrivals: Sequence[Arrival], tokens: bool, careful: bool) -> None
         tokens: whether samples are positions; outputs without these then do not count.
         careful: no sample that has a gradient may come out as zero, however small it is.
     """
-    found: dict[tuple[tuple[str, ...], int], list[tuple[Arrival, Tensor]]] = {}
+    # Outputs of one kind: of calls that return alike, and are the first, or second, on their rows.
+    found: dict[tuple[tuple[str, ...], int, int], list[tuple[Arrival, Tensor]]] = {}
+    calls: Counter[int] = Counter()
     for a in arrivals:
         leader = a.follows or a
         if leader.signal is None:
             continue
+        nth = calls[id(leader)]
+        calls[id(leader)] += 1
         for i, grad in enumerate(a.grads):
             if grad is not None and a.call.rows[i] is not None:
                 norm = _norm(a, i, grad, tokens, careful)
                 if norm is not None:
                     norm = norm.to(leader.signal.advantages.device)
-                    found.setdefault((tuple(a.call.paths), i), []).append((leader, norm))
+                    found.setdefault((tuple(a.call.paths), i, nth), []).append((leader, norm))
     if len(found) == 1:
         (each,) = found.values()
-        if len({id(leader) for leader, _ in each}) == len(each):
-            for leader, norm in each:
-                _note(leader, norm)
-            return
+        for leader, norm in each:
+            _note(leader, norm)
+        return
     totals = {key: sum(_squares(norm).sum() for _, norm in each) for key, each in found.items()}
     if not totals:
         return

@@ -180,6 +180,7 @@ class Forward:
 
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._step.shared.engine.syncs()
+        self._step.shared.engine.before_call()
         key = tuple(call.input_paths)
         if (anchor := self._anchors.get(key)) is not None:
             call.expect(call.inputs[anchor].shape[self._batch_dim], self._batch_dim)

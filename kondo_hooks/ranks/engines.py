@@ -87,6 +87,11 @@ class DDP(OnRanks):
         # A static graph cannot do without a reduction in any pass: DDP fails under ``no_sync`` by itself.
         self.communicates = any(wrapper.static_graph for wrapper in wrappers)
 
+    def before_call(self) -> None:
+        """Buckets are rebuilt by a collective in the first forward with grad, which may be one of a rank's own."""
+        for wrapper in self.wrappers:
+            private.rebuild_buckets(wrapper)
+
     def syncs(self) -> bool:
         """As DDP reads it, at the forward."""
         return all(wrapper.require_backward_grad_sync for wrapper in self.wrappers)

@@ -371,6 +371,69 @@ def screen_first(name: str) -> dict[str, Any]:
     return found
 
 
+def positive(rows: kondo.Rows) -> Tensor:
+    return (rows.advantage > 0) * 1.5
+
+
+def by_size(rows: kondo.Rows) -> Tensor:
+    return rows.norm / rows.norm.max()
+
+
+def rules(name: str, micro: int) -> dict[str, Any]:
+    """Rules that weigh, on each rank's rows and on all of them: the loss of every row times the factor it was given."""
+    cases: list[dict[str, Any]] = [
+        {"rate": "lossless", "scope": "global", "balance": True},
+        {"rate": "lossless", "window": 2},
+        {"noise": 0.7, "scope": "global"},
+        {"noise": 0.7, "scope": "global", "window": 2},
+        {"noise": 0.5},
+        {"noise": 0.5, "window": 2},
+        {"rate": 0.4, "priority": "norm", "unbiased": True, "scope": "global", "balance": True},
+        {"rule": positive, "scope": "global"},
+        {"priority": by_size, "rate": 0.3, "scope": "global"},
+        {"rate": "auto"},
+    ]
+    host, net = build(HOSTS[name], make_net(), micro), make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
+    found: dict[str, Any] = {"differences": [], "alike": [], "rows": []}
+    for number, case in enumerate(case for case in cases if case.get("window", 1) == micro):
+        at(f"{name}, rank {rank}, {case}")
+        options = {"audit": 0, **case}
+        batches = [[random_batch(100 * number + 10 * i + r, 7 - r) for r in range(ranks)] for i in range(micro)]
+        for each in batches:
+            for b in each:
+                b.advantages[::2] = 0
+        with kondo.gated(host.model, **options) as gate:
+            if options.get("rate") == "auto":
+                gate._step.shared.pace._ungated = 0
+            for i, each in enumerate(batches):
+                with host.micro(i, micro):
+                    loss = loss_of(host.model(each[rank].x), each[rank])
+                    host.backward(loss if host.divides else loss / micro)
+                    if host.divides:
+                        host.step()
+            if not host.divides:
+                host.step()
+            sizes = [len(each[rank].x) for each in batches]
+            mine = [f.tolist() for f in gate.last.factors().split(sizes)]
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, (mine, gate.stats.noise, gate._selector.costs))
+        for i, each in enumerate(batches):
+            for b, (factors, *_) in zip(each, gathered, strict=True):
+                (loss_of(net(b.x), b, torch.tensor(factors[i])) / ranks / micro).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = {n: p.detach() for n, p in net.named_parameters()}
+        found["differences"].append((str(case), difference(host.full(), expected)))
+        if case.get("scope") == "global":
+            found["alike"].append(len({str(noise) for _, noise, _ in gathered}) == 1)
+        found["rows"].append((str(case), sum(f != 0 for m in mine for f in m), sum(sizes)))
+    return found
+
+
 def plain_world() -> dict[str, Any]:
     """No wrapper: the user reduces gradients; all ranks choose as one."""
     dist.init_process_group("gloo")
