@@ -7,7 +7,7 @@
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import kondo_hooks as kondo
 
-Rate = float | Callable[[Trainer], float]
+Rate = float | Literal["lossless", "auto"] | Callable[[Trainer], float]
 
 
 class KondoCallback(Callback):

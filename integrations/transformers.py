@@ -11,7 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 import kondo_hooks as kondo
 
-Rate = float | Callable[[Any], float]
+Rate = float | Literal["lossless", "auto"] | Callable[[Any], float]
 
 
 _open: "weakref.WeakSet[KondoCallback]" = weakref.WeakSet()

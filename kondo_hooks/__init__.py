@@ -6,6 +6,7 @@ with kondo.gated(model, rate=0.03):
     ...  # the training loop, unchanged
 """
 
+from kondo_hooks import rules
 from kondo_hooks.api import gated
 from kondo_hooks.errors import DelightError, KondoWarning, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
@@ -46,4 +47,5 @@ __all__ = [
     "expected_confidence_baseline",
     "gated",
     "pg_loss",
+    "rules",
 ]

@@ -27,6 +27,7 @@ from kondo_hooks.delight.loss_code import observe_logp
 from kondo_hooks.errors import DelightError, WarnOnce
 from kondo_hooks.hosts import adopt
 from kondo_hooks.ranks.engines import refuse_outer_wrapper
+from kondo_hooks.report import report
 from kondo_hooks.routes.screen_first import Screened
 from kondo_hooks.routes.window import Size, Spread, Window
 from kondo_hooks.rules.config import SelectionConfig
@@ -233,10 +234,12 @@ class Gated:
             )
 
     def __repr__(self) -> str:
-        config = self._selector.config
-        by = f"price={config.price}" if config.rate is None else f"rate={config.rate}"
         state = "off" if not self.enabled else "open" if self._detach is not None else "closed"
-        return f"Gated({type(self.model).__name__}, {by}, priority={config.priority!r}, {state}, {self.stats})"
+        return f"Gated({type(self.model).__name__}, {self._selector.config.told()}, {state}, {self.stats})"
+
+    def report(self) -> None:
+        """Print what was saved and what it cost: rows, noise, seconds, and which rule would cost least."""
+        print(report(self._selector.config.told(), self.stats, self.last))
 
     # What a host says.
 

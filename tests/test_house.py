@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kondo_hooks"
 # From the ground up: a part imports itself and those before it.
 ORDER = [
-    *("errors", "private", "rules", "stats", "rows", "same", "delight", "hosts", "core", "routes", "ranks"),
+    *("errors", "private", "rules", "stats", "report", "rows", "same", "delight", "hosts", "core", "routes", "ranks"),
     *("handle", "api", "gate", "__init__"),
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,7 +1,9 @@
 """Rules that give each sample a factor: their mathematics by brute force, their gradients by the masked loss."""
 
 import copy
+import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -718,3 +720,132 @@ def test_a_gate_that_never_pays_is_left_after_a_few_steps_and_its_gradient_is_al
 def test_auto_is_refused_for_tokens():
     with pytest.raises(ValueError, match="rate='auto' weighs the seconds of rows"):
         kondo.gated(Policy(), rate="auto", unit="token")
+
+
+# What others have published.
+
+
+def rows_of(advantages, groups=None, norm=None, surprisal=None):
+    u = torch.as_tensor(advantages, dtype=torch.float64)
+    n = len(u)
+    ell = torch.ones(n, 1, dtype=torch.float64) if surprisal is None else torch.as_tensor(surprisal)[:, None]
+    return kondo.Rows(
+        u[:, None],
+        ell,
+        torch.ones(n, 1, dtype=torch.bool),
+        u,
+        u.abs() if norm is None else norm,
+        None if groups is None else torch.as_tensor(groups),
+        0,
+        torch.Generator().manual_seed(0),
+    )
+
+
+group_values = st.lists(st.floats(-10, 10).map(lambda v: round(v, 2)), min_size=4, max_size=7)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(a=group_values, b=group_values, rate=st.floats(0.05, 1.0))
+def test_cppo_keeps_the_largest_advantages_of_each_group(a, b, rate):
+    factors = kondo.rules.cppo(rate)(rows_of(a + b, [0] * len(a) + [1] * len(b)))
+    for values, mine in ((a, factors[: len(a)]), (b, factors[len(a) :])):
+        k = max(1, round(rate * len(values)))
+        assert mine.sum() == k and set(mine.tolist()) <= {0.0, 1.0}
+        kept = sorted((abs(v) for v, f in zip(values, mine, strict=True) if f), reverse=True)
+        assert kept == sorted(map(abs, values), reverse=True)[:k]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(a=group_values, b=group_values, rate=st.floats(0.05, 1.0))
+def test_pods_keeps_the_rewards_of_the_greatest_variance(a, b, rate):
+    mixed = [v for pair in itertools.zip_longest(a, b) for v in pair if v is not None]
+    groups = [g for pair in itertools.zip_longest([0] * len(a), [1] * len(b)) for g in pair if g is not None]
+    factors = kondo.rules.pods(rate)(rows_of(mixed, groups))
+    for g in (0, 1):
+        values = [v for v, group in zip(mixed, groups, strict=True) if group == g]
+        mine = [v for v, group, f in zip(mixed, groups, factors.tolist(), strict=True) if group == g and f]
+        k = max(1, round(rate * len(values)))
+        best = max(statistics.pvariance(chosen) for chosen in itertools.combinations(values, k))
+        assert len(mine) == k and statistics.pvariance(mine) == pytest.approx(best, abs=1e-9)
+
+
+def test_positive_rows_are_drawn_with_bounded_noise_and_are_fair_among_themselves():
+    rule, rows = kondo.rules.positive(0.5), rows_of([-1.0, 2.0, 0.0, 0.5, 0.1, -3.0, 1.0])
+    factors = torch.stack([rule(rows) for _ in range(3000)])
+    assert not factors[:, [0, 2, 5]].any()
+    live = factors[:, [1, 3, 4, 6]]
+    assert ((live.mean(0) - 1).abs() < 4.5 * (live.var(0) / 3000).sqrt() + 1e-9).all()
+    with pytest.raises(ValueError, match="noise must be"):
+        kondo.rules.positive(-1)
+
+
+def test_random_rows_are_as_many_and_fair():
+    rule, rows = kondo.rules.random(0.3), rows_of(range(10))
+    factors = torch.stack([rule(rows) for _ in range(3000)])
+    assert (factors.count_nonzero(1) == 3).all() and (factors.sum(1) - 10).abs().max() < 1e-9
+    assert ((factors.mean(0) - 1).abs() < 4.5 * (factors.var(0) / 3000).sqrt()).all()
+    assert SelectionConfig(rule=rule).is_fair and not SelectionConfig(rule=kondo.rules.cppo(0.5)).is_fair
+
+
+def test_the_most_surprising_are_kept():
+    factors = kondo.rules.surprising(0.4)(rows_of([1.0] * 5, surprisal=[0.1, 3.0, 0.2, 2.0, 1.0]))
+    assert factors.tolist() == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["cppo", "pods"])
+def test_a_rule_of_groups_needs_them(name):
+    with pytest.raises(ValueError, match=f"kondo.rules.{name} compares the answers to one prompt"):
+        getattr(kondo.rules, name)(0.5)(rows_of([1.0, 2.0]))
+    with pytest.raises(ValueError, match="rate must be"):
+        getattr(kondo.rules, name)(0)
+
+
+def test_groups_are_told_for_each_batch():
+    torch.manual_seed(1)
+    model, data = Policy().double(), batch(zeros=False)
+    ids = torch.arange(24) % 3
+    with kondo.gated(model, rule=kondo.rules.cppo(0.25)) as gate:
+        gate.groups(ids)
+        pg(model(data[0]), data, 1.0).backward()
+        factors = gate.last.factors()
+        with pytest.raises(ValueError, match="compares the answers to one prompt"):
+            pg(model(data[0]), data, 1.0).backward()  # they were told for one population
+    assert [int(factors[ids == g].sum()) for g in range(3)] == [2, 2, 2]
+    for bad in (torch.ones(3), [1, 2], torch.ones(2, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match="groups: give one integer a row"):
+            gate.groups(bad)
+
+
+@pytest.mark.parametrize(
+    "rule", [kondo.rules.cppo(0.25), kondo.rules.pods(0.25), kondo.rules.positive(), kondo.rules.random(0.3)]
+)
+def test_published_rules_through_the_gate(rule):
+    torch.manual_seed(1)
+    check(Policy().double(), pg, batch(zeros=False), rule=rule, groups=8)
+
+
+# The report.
+
+
+def test_the_report_says_what_was_saved_and_what_would_have_been_cheaper(capsys):
+    torch.manual_seed(1)
+    model = Policy().double()
+    gate = kondo.gated(model, noise=0.5, warmup_steps=3)
+    gate.report()
+    assert "noise=0.5: 0 steps" in capsys.readouterr().out
+    with gate:
+        for seed in range(8):
+            pg(model(batch(seed)[0]), batch(seed), 1.0).backward()
+    gate.report()
+    told = capsys.readouterr().out
+    for part in (
+        "kondo.gated, noise=0.5: 8 steps, 192 samples",
+        "72 samples passed straight through",
+        "50.0% of the last samples had no gradient",
+        "noise of the last draw: 0.50",
+        "a step of all rows took",
+        "least: no gate at all",
+    ):
+        assert part in told, told
+    assert "rate=0.1, priority='delight'" in repr(kondo.gated(model, rate=0.1).discard())
+    assert "rule=cppo.<locals>.keep" in repr(kondo.gated(model, rule=kondo.rules.cppo(0.1)).discard())

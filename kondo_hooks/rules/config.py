@@ -142,6 +142,14 @@ class SelectionConfig:
         if self.priority != "delight" and not self._has_share:
             raise ValueError(f"{told} goes by the gradients themselves: leave priority away")
 
+    def told(self) -> str:
+        """The rule as it is written: "rate=0.03, priority='delight'"."""
+        name = next(name for name in ("rate", "price", "noise", "rule") if getattr(self, name) is not None)
+        value = getattr(self, name)
+        by = f"{name}={getattr(value, '__qualname__', repr(value))}"
+        priority = getattr(self.priority, "__qualname__", repr(self.priority))
+        return f"{by}, priority={priority}" if self._has_share or self.price is not None else by
+
     @property
     def _has_share(self) -> bool:
         return self.rate is not None and not isinstance(self.rate, str)
