@@ -51,6 +51,11 @@ class Language(nn.Module):
         return nll.view_as(labels).mean(), logits
 
 
+def halved(rows: kondo.Rows) -> Tensor:
+    """A rule of a user's own."""
+    return (torch.arange(len(rows), device="cpu") % 2) * 2.0
+
+
 def nothing(gate: Any) -> None:
     """Before a call that is not decided on first."""
 
@@ -112,12 +117,18 @@ def cases() -> dict[str, Case]:
         "mlp, price": Case(mlp(), (x,), of_actions, {"rate": None, "price": 0.5}),
         "mlp, drawn": Case(mlp(), (x,), of_actions, {"deterministic": False}),
         "mlp, random rows": Case(mlp(), (x,), of_actions, {"priority": "uniform"}),
+        "mlp, lossless": Case(mlp(), (x,), of_actions, {"rate": "lossless"}),
+        "mlp, noise": Case(mlp(), (x,), of_actions, {"rate": None, "noise": 0.5}),
+        "mlp, function": Case(mlp(), (x,), of_actions, {"rate": None, "rule": halved}),
         "language model": Case(language(), (ids,), of_words),
         "loss inside": Case(language(), (ids, words), inside, end=reduced),
         "loss inside, bfloat16": Case(language(), (ids, words), inside, autocast=torch.bfloat16, end=reduced),
+        "language model, noise": Case(language(), (ids,), of_words, {"rate": None, "noise": 0.5}),
         "screen first": Case(language(), (ids,), of_words, before=first),
         "window 8": Case(mlp(), (x,), of_actions, {"window": 8}, 8),
         "window 64": Case(mlp(), (x,), of_actions, {"window": 64}, 64),
+        "noise, window 8": Case(mlp(), (x,), of_actions, {"rate": None, "noise": 0.5, "window": 8}, 8),
+        "noise, window 64": Case(mlp(), (x,), of_actions, {"rate": None, "noise": 0.5, "window": 64}, 64),
         "language model, window 8": Case(language(), (ids,), of_words, {"window": 8}, 8),
     }
 
@@ -152,7 +163,8 @@ def plain_step(case: Case) -> Counted:
 def own_kernels(case: Case, ours: Counted) -> int:
     """Kernels of a gated step beside those of its parts by hand: screen, loss, kept rows with a graph."""
     options = options_of(case)
-    rows = torch.arange(round((options["rate"] or 0.3) * ROWS * case.backwards), device=DEVICE) % ROWS
+    rate = options["rate"] if isinstance(options["rate"], float) else 0.3
+    rows = torch.arange(round(rate * ROWS * case.backwards), device=DEVICE) % ROWS
     screens_first = case.before is not nothing
     with counted() as parts:
         for _ in range(0 if screens_first else case.backwards):

@@ -127,7 +127,8 @@ def test_a_look_at_every_decision_changes_nothing(case, loss_case):
         return gate, torch.get_rng_state()
 
     (ours, stream), (theirs, expected) = steps(model, 1), steps(reference, 0)
-    assert torch.equal(stream, expected) and vars(ours.stats) == pytest.approx(vars(theirs.stats), nan_ok=True)
+    counted, without = ({k: v for k, v in vars(gate.stats).items() if "seconds" not in k} for gate in (ours, theirs))
+    assert torch.equal(stream, expected) and counted == pytest.approx(without, nan_ok=True)
     assert largest_relative_difference(grads(model), grads(reference)) == 0
     for a, b in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(a, b)

@@ -83,11 +83,16 @@ def _norm(a: Arrival, i: int, grad: Tensor, tokens: bool, careful: bool) -> Tens
 
 
 def _of(rows: Tensor, leading: int, careful: bool) -> Tensor:
-    """Over all but the leading axes, in float32 at least. What its squares lose comes from the sum of magnitudes."""
+    """Over all but the leading axes. Where that must be careful, squares stay in the range of their type.
+
+    On the CPU float64 would take many times as long, so what float32 loses there comes from the sum of magnitudes.
+    """
     if rows.dim() <= leading:
         return rows.abs().to(torch.promote_types(rows.dtype, torch.float32))
     axes = tuple(range(leading, rows.dim()))
     dtype = torch.promote_types(rows.dtype, torch.float32)
+    if careful and rows.device.type not in ("cpu", "mps"):
+        return torch.linalg.vector_norm(rows, 2, axes, dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(rows, 2, axes, dtype=dtype)
     if not careful:
         return norm

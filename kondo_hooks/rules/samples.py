@@ -253,6 +253,7 @@ class Samples:
         advantages: of each sample, where a rule gives factors.
         surprisal: of each sample, where a rule of the user's is asked.
         factors: where these were decided on already, on the host.
+        rows: what a function of the user's was shown of them, each a row.
     """
 
     delight: Tensor
@@ -262,6 +263,7 @@ class Samples:
     advantages: Tensor | None = None
     surprisal: Tensor | None = None
     factors: Tensor | None = None
+    rows: Rows | None = None
 
 
 def check_finite(scores: Tensor, delight: Tensor) -> None:

@@ -135,11 +135,13 @@ class Selector:
             told, self.groups = len(self.groups), None
             raise ValueError(f"groups: told for {told} samples, and the population has {len(delight)}")
         samples = Samples(delight, delight, valid, norm)
-        if config.weighs or callable(config.priority):
+        asks = config.rule is not None or callable(config.priority)
+        if (pooled or tokens) if asks else config.weighs:
             of_rows = [s.advantages.reshape(-1) if tokens else mean_valid(s.advantages, s.valid) for s in signals]
             samples.advantages = joined([t.to(delight) for t in of_rows])
-        if config.rule is not None or callable(config.priority):
+        if asks and (pooled or tokens):
             samples.surprisal = joined([each(s, torch.where(s.valid, s.surprisal, 0)).to(delight) for s in signals])
+        if asks:
             if not pooled:
                 self._ask(samples, signals)
             return samples
@@ -164,6 +166,11 @@ class Selector:
 
     def choose(self, samples: "Samples", forced: Tensor | None = None, back: Readback | None = None) -> Decision:
         """Decide on the valid samples; the decision's indices are into all of them. Arguments as of a call."""
+        decision = self._choose_valid(samples, forced, back)
+        decision.norm, self.groups = samples.norm, None
+        return decision
+
+    def _choose_valid(self, samples: "Samples", forced: Tensor | None, back: Readback | None) -> Decision:
         delight, scores = samples.delight, samples.scores
         if self.config.weighs:
             return self._weigh(samples, forced)
@@ -227,6 +234,7 @@ class Selector:
         rows = rows_of(signals or [], samples, tokens, groups, self.step, self._generator, pooled)
         name, function = ("rule", config.rule) if config.rule is not None else ("priority", config.priority)
         assert callable(function)
+        samples.rows = None if tokens else rows
         values = ask(function, rows, name)
         if tokens and samples.valid is not None:
             every = torch.zeros(len(samples.delight), dtype=values.dtype, device="cpu")
@@ -246,7 +254,6 @@ class Selector:
             self._norm_of(samples)
         table = Table.of(samples, forced, config)
         n = int(table.valid.sum())
-        noise = math.nan
         cost = math.nan
         if samples.factors is not None:
             factors = torch.where(table.valid, samples.factors, 0)
@@ -262,7 +269,7 @@ class Selector:
             mine = mine * torch.sigmoid(table.delight[kept])
         if config.normalize == "kept" and len(kept):
             mine = mine * (n / len(kept))
-        self._begun, self._moments, self.groups = [], 0.0, None
+        self._begun, self._moments = [], 0.0
         self.step += 1
         norm = samples.norm
         return Decision(
@@ -274,7 +281,6 @@ class Selector:
             samples=n,
             sum_delight=float(table.delight[table.valid].sum()),
             sum_delight_kept=float(table.delight[kept].sum()),
-            norm=norm,
             noise=max(noise, 0.0) if config.rule is None else math.nan,
             without_gradient=float((table.norm[table.valid] == 0).double().mean()) if norm is not None else math.nan,
             largest_factor=float(mine.max()) if len(mine) else 0.0,

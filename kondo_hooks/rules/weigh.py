@@ -1,5 +1,6 @@
 """Rules that give each sample a factor. One copy brings all that they look at to the host, and there they are exact."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kondo_hooks.rules.config import SelectionConfig
 from kondo_hooks.rules.draw import bounded_noise, cheapest, fixed_share, inclusion, systematic
+from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Rows, Samples, Signal, check_finite
 
 
@@ -51,11 +53,11 @@ class Table:
         share = config.rate is not None and not isinstance(config.rate, str)
         every = {"delight": samples.delight, "norm": samples.norm, "advantages": samples.advantages}
         every |= {"valid": samples.valid, "forced": forced, "size": samples.scores if share else samples.norm}
-        found = {name: value for name, value in every.items() if value is not None}
-        device = samples.delight.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        stacked = torch.stack([value.to(device, wide) for value in found.values()]).cpu().double()
-        given = dict(zip(found, stacked, strict=True))
+        if samples.rows is not None:
+            rows = samples.rows
+            seen = {"delight": rows.delight, "norm": rows.norm, "advantages": rows.advantage}
+            every = {**seen, "forced": None if forced is None else forced.cpu()}
+        given = to_host({name: value for name, value in every.items() if value is not None})
         n = len(samples.delight)
         size = given.get("size", torch.ones(n, dtype=torch.float64, device="cpu")).abs()
         nothing = torch.zeros(n, dtype=torch.float64, device="cpu")
@@ -135,6 +137,22 @@ def draw(
     return Drawn(factors, moment, cost)
 
 
+def to_host(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one shape on the host, in float64; one wait brings all of them."""
+    each = list(values.values())
+    device = next((t.device for t in each if t.device.type != "cpu"), each[0].device)
+    wide = _wide(each, device)
+    stacked = torch.stack([to_device(t, device).to(wide) for t in each]).cpu().double()
+    return dict(zip(values, stacked, strict=True))
+
+
+def _wide(tensors: list[Tensor], device: torch.device) -> torch.dtype:
+    """A type that loses nothing of these."""
+    if device.type == "mps":
+        return torch.float32
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors if t.is_floating_point()], torch.float32)
+
+
 def ask(function: Callable[[Rows], Any], rows: Rows, name: str) -> Tensor:
     """(N,) float64 what a function of the user's says of the rows; raises ValueError unless it is a number for each."""
     told = getattr(function, "__name__", type(function).__name__)
@@ -187,8 +205,8 @@ def rows_of(
             for name in ("advantages", "surprisal", "valid")
         )
     p = advantages.shape[1]
-    wide = torch.float32 if device.type == "mps" else torch.float64
     parts = [advantages, surprisal, valid, samples.delight[:, None], norm[:, None]]
+    wide = _wide(parts, device)
     host = torch.cat([part.to(wide) for part in parts], 1).cpu().double()
     dtype = samples.delight.dtype
     rows = Rows(

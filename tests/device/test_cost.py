@@ -11,12 +11,18 @@ MOST = {
     "mlp, price": (2, 20, None),
     "mlp, drawn": (2, 25, None),
     "mlp, random rows": (1, 20, None),
+    "mlp, lossless": (2, 25, None),
+    "mlp, noise": (2, 25, None),
+    "mlp, function": (2, 25, None),
     "language model": (1, 20, 0.0),
     "loss inside": (1, 25, 0.0),
     "loss inside, bfloat16": (1, 25, 0.0),
+    "language model, noise": (2, 25, 0.0),
     "screen first": (1, 15, 0.0),
     "window 8": (2 * 8 + 2, 8 * 200, None),
     "window 64": (2 * 64 + 2, 64 * 200, None),
+    "noise, window 8": (2 * 8 + 2, 8 * 200, None),
+    "noise, window 64": (2 * 64 + 2, 64 * 200, None),
     "language model, window 8": (2 * 8 + 2, 8 * 500, 2.1),
 }
 
