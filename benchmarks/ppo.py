@@ -5,7 +5,7 @@
     python benchmarks/ppo.py --quick            # the pole cart by four rules, one seed
 
 The update is CleanRL's: 4 epochs of 4 minibatches, clipped ratios and values, GAE, an entropy bonus, normalised
-advantages, gradients clipped at 0.5, Adam 2.5e-4 annealed. Pole cart and Acrobot (gymnasium) have an MLP for actor and
+advantages, gradients clipped at 0.5, Adam 2.5e-4 (1e-3 on pixels) annealed. Pole cart and Acrobot (gymnasium) have an MLP for actor and
 critic in one module; Breakout (MinAtar, 10 x 10 pixels) a small convolutional network. "first" rules decide before
 the forward, from the rollout's own log-probs and the advantages, so that the learner runs the kept rows alone. "small
 batch" is a tenth of the rows without a gate. Seconds are of a CPU, one thread a run; the learner's are of its updates.
@@ -93,12 +93,13 @@ class Setting:
     steps: int
     envs: int
     rollout: int
+    lr: float = 2.5e-4
 
 
 SETTINGS = {
     "CartPole-v1": Setting(lambda: gymnasium.make("CartPole-v1"), 50_000, 4, 128),
     "Acrobot-v1": Setting(lambda: gymnasium.make("Acrobot-v1"), 80_000, 4, 128),
-    "Breakout, pixels": Setting(lambda: Pixels("breakout"), 400_000, 16, 128),
+    "Breakout, pixels": Setting(lambda: Pixels("breakout"), 400_000, 16, 128, 1e-3),
 }
 
 
@@ -140,11 +141,9 @@ PIXELS = {
     "all rows": Method(),
     "small batch 10%": Method(drawn=0.1),
     "|advantage| 10%, first": Method(by("abs_advantage", 0.1), first=True),
-    "|advantage| 25%, first": Method(by("abs_advantage", 0.25), first=True),
     "random 10%, first": Method(by("uniform", 0.1), first=True),
     "delight 10%, first": Method({"rate": 0.1}, first=True),
     "noise 1, first": Method({"noise": 1.0}, first=True),
-    "noise 0.5": Method({"noise": 0.5}),
     "auto": Method({"rate": "auto"}),
 }
 
@@ -176,7 +175,7 @@ def train(task: Task) -> record.Rows:
     states = [env.reset(seed=1000 * task.seed + i)[0] for i, env in enumerate(envs)]
     actions = getattr(envs[0], "actions", None) or int(envs[0].action_space.n)
     model = ActorCritic(states[0].shape, actions)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4, eps=1e-5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setting.lr, eps=1e-5)
     batch = setting.envs * setting.rollout
     iterations, updates = setting.steps // batch, setting.steps // batch * EPOCHS * MINIBATCHES
     returns, recent, done_updates = [0.0] * setting.envs, list[float](), 0
@@ -213,7 +212,7 @@ def train(task: Task) -> record.Rows:
             learning = time.process_time()
             for _ in range(EPOCHS):
                 for index in torch.randperm(batch).chunk(MINIBATCHES):
-                    optimizer.param_groups[0]["lr"] = 2.5e-4 * (1 - done_updates / updates)
+                    optimizer.param_groups[0]["lr"] = setting.lr * (1 - done_updates / updates)
                     done_updates += 1
                     if method.drawn < 1:
                         index = index[: round(method.drawn * len(index))]
