@@ -5,10 +5,11 @@
     python benchmarks/ppo.py --quick            # the pole cart by four rules, one seed
 
 The update is CleanRL's: 4 epochs of 4 minibatches, clipped ratios and values, GAE, an entropy bonus, normalised
-advantages, gradients clipped at 0.5, Adam 2.5e-4 (1e-3 on pixels) annealed. Pole cart and Acrobot (gymnasium) have an MLP for actor and
-critic in one module; Breakout (MinAtar, 10 x 10 pixels) a small convolutional network. "first" rules decide before
-the forward, from the rollout's own log-probs and the advantages, so that the learner runs the kept rows alone. "small
-batch" is a tenth of the rows without a gate. Seconds are of a CPU, one thread a run; the learner's are of its updates.
+advantages, gradients clipped at 0.5, Adam 2.5e-4 (1e-3 on pixels), annealed. Pole cart and Acrobot (gymnasium) have an
+MLP for actor and critic in one module; Breakout (MinAtar, 10 x 10 pixels) a small convolutional network. "first" rules
+decide before the forward, from the rollout's own log-probs and the advantages, so that the learner runs the kept rows
+alone. "small batch" is a tenth of the rows without a gate. Seconds are of a CPU, one thread a run; the learner's are of
+its updates.
 """
 
 import time
