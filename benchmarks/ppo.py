@@ -100,7 +100,7 @@ class Setting:
 SETTINGS = {
     "CartPole-v1": Setting(lambda: gymnasium.make("CartPole-v1"), 50_000, 4, 128),
     "Acrobot-v1": Setting(lambda: gymnasium.make("Acrobot-v1"), 80_000, 4, 128),
-    "Breakout, pixels": Setting(lambda: Pixels("breakout"), 400_000, 16, 128, 1e-3),
+    "Breakout, pixels": Setting(lambda: Pixels("breakout"), 200_000, 16, 128, 1e-3),
 }
 
 
