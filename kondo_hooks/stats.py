@@ -103,7 +103,7 @@ class Stats:
         return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
     def decision(self, decision: Decision) -> None:
-        """Count a decision."""
+        """Count a decision. Where no policy was found the delight of all samples is not known from then on."""
         self.steps += 1
         self.rows += decision.samples
         self.kept += len(decision.kept)

@@ -164,10 +164,6 @@ class Arrival:
             return part
         return part.weighted(to_device(kept.factors, self._device), self.offset, self.source, self.positions)
 
-    def all_rows(self) -> Kept:
-        """As if all of them were kept."""
-        return Kept(torch.arange(self.call.batch, device=self._device), None)
-
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
         if self.held is not None:

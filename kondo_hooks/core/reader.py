@@ -70,7 +70,7 @@ class Reader:
                 if self.shared.selector.config.needs_delight or tokens:
                     raise cause
                 rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)
-                a.signal, a.offset = Signal(rows, rows, rows == 0), 0
+                a.signal, a.offset = Signal(rows, rows, rows == 0, is_known=False), 0
         find_norms(arrivals, tokens, self.shared.selector.config.weighs)
 
     def _warn_critic(self, arrival: Arrival) -> None:

@@ -325,9 +325,7 @@ class Step:
                 ranks.fail(error)
             inputs = self._replays(arrivals, slots, parts, counts, reduces, back)
             if kept:
-                # A row whose gradient is zero at the outputs may have one at a parameter in the loss code.
-                every = self.shared.selector.config.is_lossless
-                self.entry.send_to_met(arrivals, [a.all_rows() for a in arrivals] if every else kept)
+                self.entry.send_to_met(arrivals, self._met(arrivals, kept, decision))
             if counts is not None and not engine.wrappers:
                 ranks.meet()  # no reduction of gradients comes after which all ranks could look
             if reduces:
@@ -343,7 +341,7 @@ class Step:
             self.shared.selector.costs = costs or self.shared.selector.costs
         if self.last is None and decision.samples == 1:
             self.reader.warn_single(arrivals)
-        decision.signals = [a.signal for a in arrivals if a.signal is not None]
+        decision.explain([a.signal for a in arrivals if a.signal is not None])
         self.last, self.forced = decision, None
         self.shared.stats.decision(decision)
         self.shared.stats.replayed(0, sum(a.call.batch for a in arrivals))
@@ -351,6 +349,22 @@ class Step:
             if not a.keep_graph:
                 a.call.release()
         return inputs
+
+    def _met(self, arrivals: list[Arrival], kept: list[Kept], decision: Decision | None) -> list[Kept]:
+        """What counts of each call at parameters in the loss code.
+
+        A row that lossless drops, for its gradient is zero at the outputs, may have one there.
+        """
+        config = self.shared.selector.config
+        if not config.is_lossless or decision is None:
+            return kept
+        every = [torch.arange(a.call.batch, device=mine.rows.device) for a, mine in zip(arrivals, kept, strict=True)]
+        if config.weight == "pg":
+            return [Kept(rows, None) for rows in every]
+        leaders = [a for a in arrivals if a.follows is None]
+        weights = self.shared.selector.split(decision.delight.sigmoid(), [a.signal for a in leaders if a.signal])
+        by_leader = {id(a): mine for a, mine in zip(leaders, weights, strict=True)}
+        return [Kept(rows, by_leader[id(a.follows or a)]) for a, rows in zip(arrivals, every, strict=True)]
 
     def _decide(
         self, arrivals: list[Arrival], slots: list[int], least: float, back: Readback

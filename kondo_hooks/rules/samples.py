@@ -22,6 +22,7 @@ class Signal:
         norm: of each sample's gradient at the model's outputs, (B,), or (B, T) where samples are positions.
         draws: the samples' random scores, where these were drawn already.
         factors: on the samples' gradients, where these were decided on already, 0 where dropped; on the host.
+        is_known: whether there is a policy, so that advantage and surprisal are more than zeros in their place.
     """
 
     advantages: Tensor
@@ -30,6 +31,7 @@ class Signal:
     norm: Tensor | None = None
     draws: Tensor | None = None
     factors: Tensor | None = None
+    is_known: bool = True
 
     @classmethod
     def of(cls, logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> "Signal":
@@ -148,7 +150,7 @@ class Decision:
     """What the gate decided for one population of N samples (rows, or tokens when ``unit="token"``).
 
     Attributes:
-        delight: (N,) advantage x nats.
+        delight: (N,) advantage x nats; NaN where a rule that needs none found no policy.
         kept: (K,) indices into the population, ascending.
         weights: (K,) factors on the kept samples' gradients, or None for all ones.
         price: the score that a sample had to beat.
@@ -205,6 +207,13 @@ class Decision:
         if sum(len(s.valid) for s in self.signals) == len(self.delight):
             return torch.cat([rows(s) for s in self.signals] or [self.delight.new_empty(0)])
         return torch.cat([tokens(s).reshape(-1) for s in self.signals] or [self.delight.new_empty(0)])
+
+    def explain(self, signals: Sequence[Signal]) -> None:
+        """Note what was known of the samples."""
+        self.signals = signals
+        if not all(signal.is_known for signal in signals):
+            self.delight = torch.full_like(self.delight, math.nan)
+            self.sum_delight = self.sum_delight_kept = math.nan
 
     def count(self, back: Readback) -> None:
         """Have the sums of delight read."""

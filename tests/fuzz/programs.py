@@ -231,7 +231,21 @@ def _draw_options(rng: random.Random) -> tuple[tuple[str, Any], ...]:
         options["warmup_steps"] = 1
     if chance(0.1):
         options["pairs"] = True
+    if chance(0.3):
+        options = {name: value for name, value in options.items() if name not in _OF_RANKS} | choose(WEIGHING)
     return tuple(options.items())
+
+
+# What a rule that draws has no use for, or says itself.
+_OF_RANKS = ("rate", "price", "priority", "unbiased", "deterministic", "hard", "history", "normalize")
+WEIGHING: list[dict[str, Any]] = [
+    {"rate": "lossless"},
+    {"noise": 0.6},
+    {"rate": 0.5, "priority": "norm", "unbiased": True},
+    {"rate": 0.5, "priority": "norm"},
+    {"rate": 0.5, "priority": "abs_advantage", "unbiased": True},
+]
+"""Rules that draw, or go by the norm of the gradients."""
 
 
 def normal(p: Program) -> Program:
@@ -340,8 +354,15 @@ def normal(p: Program) -> Program:
     if not options.get("hard", True):
         options.pop("unbiased", None)
         options.pop("deterministic", None)
-    if options.get("deterministic", True):
+    if options.get("deterministic", True) and "price" in options:
         options.pop("unbiased", None)
+    if p.route != "hook" and (options.get("rate") == "lossless" or "noise" in options):
+        options.pop("noise", None)
+        options["rate"] = 0.5  # before the forward they need more than delight
+    if p.route != "hook" and "unbiased" in options and options.get("deterministic", True):
+        options.pop("unbiased")
+    if p.route != "hook" and options.get("priority") == "norm":
+        options.pop("priority")
     window = options.get("window", 1)
     if window > 1 and (p.input_grad or new["input_grad"] or p.route != "hook"):
         options.pop("window")

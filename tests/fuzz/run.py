@@ -274,6 +274,9 @@ class _Both:
         """Give each call of a population its share of the decision."""
         sizes = [len(batches[f].x) for backward in backwards for f in backward.forwards]
         factors = decision.factors()
+        if self.p.option("rate") == "lossless":  # what has no gradient may be dropped or not
+            dg = self.p.option("weight") == "dg"
+            factors = decision.delight.sigmoid() if dg else torch.ones_like(factors)
         if len(factors) * (2 if self.p.option("pairs") else 1) % sum(sizes):
             if self.p.option("unit") == "token" and self.p.calls > 1:
                 raise _UndecidedError  # a call whose gradient is zero has no positions that one could tell
@@ -367,6 +370,8 @@ class _Both:
             return
         tolerance = 1e-6 if p.dtype == "float64" else 3e-3
         ours = found[0].to(torch.float64)
+        if ours.isnan().all():
+            return  # a rule that needs none found no policy
         candidates = [torch.cat(list(each)).to(torch.float64) for each in zip(*expected, strict=True)]
         if p.backward in ("separate", "twice") or len(candidates[0]) != len(ours):
             return
