@@ -366,6 +366,7 @@ class Gated:
         except BaseException:
             self._selector.load_state_dict(before)
             raise
+        decision.explain([signal])
         self._step.last, self._step.forced = decision, None
         self.stats.decision(decision)
         return decision, kept
@@ -383,6 +384,11 @@ class Gated:
         norm: Tensor | None,
     ) -> Signal:
         config = self._selector.config
+        if config.rate == "auto":
+            raise ValueError(
+                f"{name}: rate='auto' weighs the kept rows against what the step costs anyway, and before the forward "
+                "it costs nothing: give noise=, or a rate"
+            )
         both = logp is not None and advantages is not None
         if [both, delight is not None, norm is not None].count(True) != 1:
             raise ValueError(f"{name}: give logp and advantages (and mask), or delight or norm alone")

@@ -580,6 +580,7 @@ def test_log_probs_tell_the_norm_before_the_forward():
         decision = gate.preselect(logp=logp, advantages=data[2])
         pg(ours(data[0]), data, 1.0).backward()
     torch.testing.assert_close(decision.norm, data[2].abs() * (1 - logp.exp()))
+    assert torch.equal(gate.last.advantage, data[2])
     pg(theirs(data[0]), data, decision.factors()).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
     assert gate.stats.forwarded == len(decision.kept) < 12
@@ -602,6 +603,7 @@ def test_what_cannot_be_known_before_the_forward_is_refused():
     norm = data[2].abs()
     for options, known, message in (
         ({"rate": "lossless"}, {"logp": -norm, "advantages": norm}, "lossless.*give norm="),
+        ({"rate": "auto"}, {"norm": norm}, "rate='auto' weighs the kept rows against"),
         ({"noise": 0.5}, {"delight": norm}, "needs logp and advantages"),
         ({"rule": len}, {"norm": norm}, "needs logp and advantages"),
         ({"rate": 0.3}, {"norm": norm}, "this priority needs logp and advantages, not norm alone"),

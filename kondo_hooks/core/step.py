@@ -152,6 +152,7 @@ class Step:
     def drop(self) -> None:
         """Forget what waits."""
         self.window.take()
+        self.shared.selector.forget()
         self._before = None
 
     def respread(self, window: AtOnce) -> None:

@@ -269,7 +269,7 @@ class Selector:
             mine = mine * torch.sigmoid(table.delight[kept])
         if config.normalize == "kept" and len(kept):
             mine = mine * (n / len(kept))
-        self._begun, self._moments = [], 0.0
+        self.forget()
         self.step += 1
         norm = samples.norm
         return Decision(
@@ -324,6 +324,10 @@ class Selector:
             for signal in signals:
                 n = signal.valid.numel() if config.unit == "token" else len(signal.valid)
                 signal.draws = self.uniform(n)
+
+    def forget(self) -> None:
+        """Take nothing into account of a window that will not be decided on."""
+        self._begun, self._moments = [], 0.0
 
     def _choose(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | None, float | Tensor]:
         config, rate, n = self.config, self.rate(), len(scores)
@@ -404,4 +408,4 @@ class Selector:
         # Both live on the host, wherever a checkpoint's map_location has put them.
         self._history = deque((scores.cpu() for scores in state["history"]), maxlen=self.config.history)
         self._generator.set_state(state["generator"].cpu())
-        self._begun, self._moments = [], 0.0
+        self.forget()
