@@ -94,9 +94,8 @@ class Gated:
     @property
     def stats(self) -> Stats:
         """Counters of what was done so far."""
-        shared, last = self._step.shared, self._step.last
-        if last is not None:
-            shared.stats.time(*shared.pace.seconds(last.samples, len(last.kept)))
+        shared = self._step.shared
+        shared.stats.time(*shared.pace.seconds())
         return shared.stats
 
     @property
@@ -367,7 +366,8 @@ class Gated:
             self._selector.load_state_dict(before)
             raise
         decision.explain([signal])
-        self._step.last, self._step.forced = decision, None
+        self._step.last = decision
+        self._step.forget_told()
         self.stats.decision(decision)
         return decision, kept
 
@@ -404,14 +404,14 @@ class Gated:
         kind, given = ("delight", delight) if norm is None else ("norm", norm)
         if mask is not None or logp is not None or advantages is not None:
             raise ValueError(f"{name}: {kind} already holds logp, advantages and mask; give it alone")
-        enough = ("delight", "uniform") if norm is None else ("norm", "uniform")
-        if config.priority not in enough and (norm is None or config.needs_delight):
-            raise ValueError(f"{name}: this priority needs logp and advantages, not {kind} alone")
-        if config.rule is not None or (norm is None and not config.needs_delight and config.priority != "uniform"):
-            raise ValueError(f"{name}: this rule needs logp and advantages, not {kind} alone")
+        by_norm = not config.needs_delight and config.priority != "uniform"
+        by_delight = config.priority in ("delight", "uniform") and not by_norm and config.rule is None
+        if not (by_norm or config.priority == "uniform" if norm is not None else by_delight):
+            rule = "rule" if config.weighs and config.priority == "delight" else "priority"
+            raise ValueError(f"{name}: this {rule} needs logp and advantages, not {kind} alone")
         if not isinstance(given, Tensor) or given.dim() not in (1, 2):
             raise ValueError(f"{name}: {kind} must be a tensor of shape (B,), or (B, T)")
-        given = given.detach()
+        given = given.detach() if given.is_floating_point() else given.float()
         every = torch.ones_like(given, dtype=torch.bool)
         if norm is None:
             return Signal(given, torch.ones_like(given), every)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import statistics
+import time
 
 import pytest
 import torch
@@ -664,7 +665,8 @@ def test_the_last_decision_says_why_each_row_was_dropped():
 
 
 def step_of(pace, seconds, rows, replayed=0, replay=0.0):
-    spans = _Spans(rows, replayed, replayed > 0, [(0.0, seconds)], [(0.0, replay)] if replayed else [])
+    replays = [(0.0, replay)] if replayed else []
+    spans = _Spans(rows, replayed, replayed > 0, steps=[(0.0, seconds)], replays=replays)
     pace._closed.append(spans)
 
 
@@ -851,3 +853,303 @@ def test_the_report_says_what_was_saved_and_what_would_have_been_cheaper(capsys)
         assert part in told, told
     assert "rate=0.1, priority='delight'" in repr(kondo.gated(model, rate=0.1).discard())
     assert "rule=cppo.<locals>.keep" in repr(kondo.gated(model, rule=kondo.rules.cppo(0.1)).discard())
+
+
+# What a reader of the change has found.
+
+
+def rank_of_batch(rows):
+    return rows.delight.argsort().argsort().double()
+
+
+def drawn_scores(rows):
+    return torch.rand(len(rows), generator=rows.generator, dtype=torch.float64)
+
+
+def by_norm(rows):
+    return rows.norm
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("priority", [rank_of_batch, drawn_scores, by_norm])
+def test_a_function_that_scores_is_asked_about_the_whole_window(priority, unbiased):
+    seen = []
+
+    def score(rows):
+        seen.append(len(rows))
+        return priority(rows)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours, theirs = copies(Policy().double())
+        with kondo.gated(ours, rate=0.2, priority=score, unbiased=unbiased, window=3, groups=36, seed=seed) as gate:
+            for i in range(3):
+                one = batch(10 * seed + i, zeros=False)
+                pg(ours(one[0]), one, 1.0).backward()
+        for i, mine in enumerate(gate.last.factors().split(24)):
+            one = batch(10 * seed + i, zeros=False)
+            pg(theirs(one[0]), one, mine).backward()
+        assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert seen == [72] * 5
+
+
+def test_the_first_steps_that_pass_through_are_whole_windows():
+    torch.manual_seed(1)
+    model = Policy().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with kondo.gated(model, rate="auto", window=4) as gate:
+        for step in range(6):
+            for i in range(4):
+                pg(model(batch(4 * step + i)[0]), batch(4 * step + i), 1.0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert gate.stats.decided in (24 * 4 * n for n in range(1, 5))
+
+
+def test_a_window_that_an_error_ended_leaves_nothing_to_the_next():
+    torch.manual_seed(1)
+    model, data = Policy().double(), batch()
+    gate = kondo.gated(model, noise=0.5, window=2)
+    with pytest.raises(KeyError), gate:
+        (1000 * pg(model(data[0]), data, 1.0)).backward()
+        raise KeyError
+    again = kondo.gated(copy.deepcopy(model), noise=0.5, window=2)
+    kept = []
+    for each in (gate, again):
+        with each:
+            for _ in range(2):
+                pg(each.model(data[0]), data, 1.0).backward()
+        kept.append(each.last.kept.tolist())
+    assert kept[0] == kept[1] and kept[0]
+
+
+@pytest.mark.parametrize("options", [{"noise": 0.5}, {"rate": 0.2, "priority": "norm", "unbiased": True}], ids=told)
+def test_what_is_forced_after_it_was_let_go_is_told_and_not_claimed(options):
+    torch.manual_seed(1)
+    ours, theirs = copies(Policy().double())
+    with kondo.gated(ours, **options, window=3) as gate:
+        for i in range(3):
+            if i == 2:
+                gate.force(torch.arange(24))
+                with pytest.warns(kondo.KondoWarning, match="gate.force\\(\\) names rows of backwards before it"):
+                    pg(ours(batch(i)[0]), batch(i), 1.0).backward()
+            else:
+                pg(ours(batch(i)[0]), batch(i), 1.0).backward()
+    for i, mine in enumerate(gate.last.factors().split(24)):
+        pg(theirs(batch(i)[0]), batch(i), mine).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert gate.stats.kept == gate.stats.forwarded == len(gate.last.kept)
+
+
+def test_a_norm_of_integers_is_no_reason_to_round_factors():
+    with kondo.gated(Policy(), noise=1.0) as gate:
+        decision = gate.preselect(norm=torch.arange(24) % 5 + 1)
+    assert (decision.weights % 1 != 0).any()
+
+
+class WithValue(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Linear(8, 1)
+
+    def forward(self, ids, values=False):
+        hidden = torch.tanh(self.embed(ids))
+        if values:
+            return self.value(hidden).squeeze(-1)
+        return self.head(hidden), self.value(hidden.mean(1)).squeeze(-1)
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+@pytest.mark.parametrize("kind", ["a value a row", "a value call", "an entropy"])
+def test_lossless_tokens_lose_nothing_of_other_terms(kind):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 7, (8, 5))
+    u, target = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    u[:4] = 0
+
+    def loss(m):
+        logits, value = m(ids)
+        logp = logits.log_softmax(-1)
+        total = -(logp.gather(-1, ids.roll(1)[..., None]).squeeze(-1) * u).mean()
+        if kind == "a value a row":
+            return total + (value - target[:, 0]).square().mean()
+        if kind == "a value call":
+            return total + (m(ids, values=True) - target).square().mean()
+        return total + 0.01 * (logp.exp() * logp).sum(-1).mean()
+
+    ours, theirs = copies(WithValue().double())
+    with kondo.gated(ours, rate="lossless", unit="token"):
+        loss(ours).backward()
+    loss(theirs).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_tokens_that_are_drawn_tell_of_outputs_without_positions():
+    torch.manual_seed(1)
+    ids, u = torch.randint(0, 7, (8, 5)), torch.randn(8, 5, dtype=torch.float64)
+    model = WithValue().double()
+    with kondo.gated(model, noise=0.5, unit="token"), pytest.warns(kondo.KondoWarning, match="has no positions"):
+        logits, value = model(ids)
+        logp = logits.log_softmax(-1).gather(-1, ids.roll(1)[..., None]).squeeze(-1)
+        (value.square().mean() - (logp * u).mean()).backward()
+
+
+@pytest.mark.parametrize("options", [{"noise": 0.5}, {"noise": 0.0}, {"rate": "lossless"}], ids=told)
+def test_a_parameter_in_the_loss_code_is_right_on_average(options):
+    torch.manual_seed(1)
+    model = Policy().double()
+    x, _, u = batch()
+    action = torch.randn(24, 4, dtype=torch.float64)
+
+    def loss():
+        density = Normal(model(x)[0], model.log_std.exp())
+        return -(density.log_prob(action).sum(-1) * u + 0.1 * density.entropy().sum(-1)).mean()
+
+    (full,) = torch.autograd.grad(loss(), model.log_std)
+    found = []
+    for seed in range(400 if options.get("noise") else 1):
+        model.zero_grad()
+        with kondo.gated(model, **options, seed=seed):
+            loss().backward()
+        found.append(model.log_std.grad.clone())
+    mean, error = torch.stack(found).mean(0), 0.0
+    if len(found) > 1:
+        error = 4.5 * torch.stack(found).std(0) / len(found) ** 0.5
+    assert ((mean - full).abs() <= error + 1e-12).all()
+
+
+class ValueFirst(Policy):
+    def forward(self, x):
+        logits, value = super().forward(x)
+        return value, logits
+
+
+class LeavesIt(Policy):
+    def forward(self, x):
+        self.left = super().forward(x)[0]
+
+
+@pytest.mark.parametrize("kind", [ValueFirst, LeavesIt])
+def test_a_long_pause_ends_whatever_the_loss_uses(kind):
+    torch.manual_seed(1)
+    model, data = kind().double(), batch()
+    with kondo.gated(model, rate="auto") as gate:
+        decided = set()
+        for _ in range(150):
+            out = model(data[0])
+            logits = model.left if out is None else out[1]
+            pg((logits,), data, 1.0).backward()
+            decided.add(gate.stats.decided)
+        assert len(decided) > 6
+
+
+def test_what_is_decided_before_the_forward_is_not_measured_and_does_not_pile_up():
+    model, data = Policy().double(), batch()
+    with kondo.gated(model, noise=0.5) as gate:
+        for _ in range(20):
+            gate.preselect(norm=data[2].abs())
+            pg(model(data[0]), data, 1.0).backward()
+        pace = gate._step.shared.pace
+        assert not pace._now.steps and not pace._closed
+
+
+class Complex(nn.Module):
+    def __init__(self, alone):
+        super().__init__()
+        self.a, self.b, self.alone = nn.Linear(6, 4), nn.Linear(6, 4), alone
+
+    def forward(self, x):
+        z = torch.complex(self.a(x), self.b(x))
+        return z if self.alone else (self.a(x), z)
+
+
+@pytest.mark.parametrize("options", [{"rate": "lossless"}, {"noise": 0.5}, {"rate": 0.5}], ids=told)
+def test_complex_outputs_have_a_norm(options):
+    torch.manual_seed(1)
+    x, a, u = batch(zeros=False)
+
+    def loss(m, factors=1.0):
+        out = m(x)
+        z = out if m.alone else out[1]
+        terms = (z.conj() * (1 + 2j)).real.sum(-1)
+        if not m.alone:
+            terms = terms - out[0].log_softmax(-1).gather(-1, a[:, None]).squeeze(-1) * u
+        return (terms * factors).mean()
+
+    for alone in (False, True):
+        if alone and options.get("rate") == 0.5:
+            continue  # no policy
+        ours, theirs = copies(Complex(alone).double())
+        with kondo.gated(ours, **options) as gate:
+            loss(ours).backward()
+        loss(theirs, gate.last.factors()).backward()
+        assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_a_rule_that_needs_no_policy_takes_any_loss():
+    torch.manual_seed(1)
+    gate = check(Policy().double(), regression, batch(), rule=kondo.rules.random(0.5))
+    assert len(gate.last.kept) == 12 and gate.last.delight.isnan().all()
+    with kondo.gated(Policy().double(), rule=kondo.rules.random(0.5)) as gate:
+        assert len(gate.preselect(norm=torch.ones(24)).kept) == 12
+
+
+def test_seconds_are_of_the_rows_that_ran():
+    torch.manual_seed(1)
+    ids, u = torch.randint(0, 7, (8, 50)), torch.randn(8, 50, dtype=torch.float64)
+    model = Tokens().double()
+    with kondo.gated(model, noise=0.5, unit="token") as gate:
+        for _ in range(8):
+            logp = model(ids).log_softmax(-1).gather(-1, ids.roll(1)[..., None]).squeeze(-1)
+            start = time.perf_counter()
+            (-(logp * u).mean()).backward()
+            last = time.perf_counter() - start
+    assert gate.stats.seconds_screen < 20 * last
+
+
+def test_a_failed_replay_leaves_the_groups_for_the_next_try():
+    torch.manual_seed(1)
+
+    fails = []
+
+    class Fails(Policy):
+        def forward(self, x):
+            if torch.is_grad_enabled() and fails:
+                raise MemoryError
+            return super().forward(x)
+
+    model, data = Fails().double(), batch(zeros=False)
+    with kondo.gated(model, rule=kondo.rules.cppo(0.5), audit=0) as gate:
+        gate.groups(torch.arange(24) // 4)
+        loss = pg(model(data[0]), data, 1.0)
+        fails.append(True)
+        with pytest.raises(RuntimeError):
+            loss.backward(retain_graph=True)
+        fails.clear()
+        loss.backward()
+    assert len(gate.last.kept) == 12
+
+
+def test_what_is_said_of_a_step_that_passes_through_is_not_kept_for_another():
+    torch.manual_seed(1)
+    model, data = Policy().double(), batch()
+    with kondo.gated(model, rule=kondo.rules.random(0.5), warmup_steps=1) as gate:
+        gate.force(torch.tensor([20]))
+        gate.groups(torch.arange(24))
+        pg(model(data[0]), data, 1.0).backward()
+        few = (data[0][:8], data[1][:8], data[2][:8])
+        pg(model(few[0]), few, 1.0).backward()
+    assert gate.last.samples == 8
+
+
+def test_no_noise_keeps_every_row_however_small_its_gradient():
+    for small in (1e-3, 1.0593e-8, 1e-12, 1e-100):
+        n = torch.tensor([1.0, small], dtype=torch.float64)
+        assert draw.inclusion(n, draw.bounded_noise(n, 0.0)).tolist() == [1.0, 1.0]
+
+
+def test_functions_are_asked_whatever_the_default_device():
+    signal = signals_of()
+    with torch.device("meta"):
+        decision = choose(Selector(SelectionConfig(rule=lambda rows: (rows.norm > 0).tolist())), signal)
+    assert len(decision.kept) == 8

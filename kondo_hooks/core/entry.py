@@ -70,6 +70,9 @@ class Entry:
                     kwargs = {**kwargs, "inputs": [*wanted, self.anchor]}
             with self._settled_after():
                 return func(*args, **kwargs)
+        except BaseException:
+            self.shared.pace.forget()
+            raise
         finally:
             self._only, self.keeps_graph = None, None
             self._meetings = [m for m in self._meetings if m not in meetings]

@@ -1,7 +1,7 @@
 """The norm of each sample's gradient at the model's outputs, which a backward brings for nothing."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival
 
 
-def find_norms(arrivals: Sequence[Arrival], tokens: bool, careful: bool) -> None:
+def find_norms(
+    arrivals: Sequence[Arrival], tokens: bool, careful: bool, spread: bool, tell: Callable[[Arrival, int], None]
+) -> None:
     """Add to each call's signal the norm of its samples' gradients, (B,), or of its positions', (B, P).
 
     Where several outputs have a gradient, or another call on the same rows, each counts by its share:
@@ -17,8 +19,9 @@ def find_norms(arrivals: Sequence[Arrival], tokens: bool, careful: bool) -> None
 
     Args:
         arrivals: the calls of one backward, with their signals.
-        tokens: whether samples are positions; outputs without these then do not count.
+        tokens: whether samples are positions.
         careful: no sample that has a gradient may come out as zero, however small it is.
+        spread: an output without positions counts at all of a row's; else it does not, and ``tell`` is told of it.
     """
     # Outputs of one kind: of calls that return alike, and are the first, or second, on their rows.
     found: dict[tuple[tuple[str, ...], int, int], list[tuple[Arrival, Tensor]]] = {}
@@ -32,7 +35,12 @@ def find_norms(arrivals: Sequence[Arrival], tokens: bool, careful: bool) -> None
         for i, grad in enumerate(a.grads):
             if grad is not None and a.call.rows[i] is not None:
                 norm = _norm(a, i, grad, tokens, careful)
-                if norm is not None:
+                if norm is None and spread:
+                    norm = _norm(a, i, grad, False, careful)
+                    norm = None if norm is None else norm.unsqueeze(1).expand(-1, leader.signal.valid.shape[1])
+                if norm is None:
+                    tell(a, i)
+                else:
                     norm = norm.to(leader.signal.advantages.device)
                     found.setdefault((tuple(a.call.paths), i, nth), []).append((leader, norm))
     if len(found) == 1:
@@ -57,18 +65,21 @@ def find_norms(arrivals: Sequence[Arrival], tokens: bool, careful: bool) -> None
 
 def _note(leader: Arrival, norm: Tensor) -> None:
     assert leader.signal is not None
-    leader.signal.norm = norm.expand(leader.signal.valid.shape[: norm.dim()])
+    signal = leader.signal
+    signal.norm = norm.expand(signal.valid.shape[: norm.dim()])
+    if norm.dim() > 1:  # a token without an advantage may have a gradient of another term
+        signal.valid = signal.valid | (signal.norm != 0)
 
 
 def _norm(a: Arrival, i: int, grad: Tensor, tokens: bool, careful: bool) -> Tensor | None:
     where, leader = a.call.rows[i], a.follows or a
     assert where is not None and leader.signal is not None
     rows = where.first(grad)
-    rows = torch.view_as_real(rows) if rows.is_complex() else rows
+    rows = torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows
     if not tokens:
         return _of(rows, 1, careful)
     positions = leader.signal.valid.shape[1]
-    has_positions = a is leader and (i == a.source or a.positions.get(i, False))
+    has_positions = a is not leader or i == a.source or a.positions.get(i, False)
     if positions == 1:
         return _of(rows, 1, careful).unsqueeze(1)
     if not has_positions:

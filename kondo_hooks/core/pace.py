@@ -28,6 +28,7 @@ class _Spans:
     rows: int = 0
     replayed: int = 0
     gated: bool = False
+    forgotten: bool = False
     steps: list[tuple[Any, Any]] = field(default_factory=list)
     replays: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -59,6 +60,7 @@ class Pace:
         self._now = _Spans()
         self._closed: deque[_Spans] = deque(maxlen=4 * _RECENT)
         self._full, self._fixed, self._row = (deque[float](maxlen=_RECENT) for _ in range(3))
+        self._last = 0, 0
         self._depth = 0
         self._ungated = _UNGATED_FIRST if auto else 0
         self._cold = _COLD
@@ -66,6 +68,11 @@ class Pace:
         self._since = 0
         self._pause = _PAUSE
         self._probing = False
+
+    def begin(self, window: int) -> None:
+        """Steps are so many backwards from now on."""
+        if self.auto:
+            self._ungated = _UNGATED_FIRST * window
 
     def passes(self) -> bool:
         """Whether the coming step passes straight through."""
@@ -110,6 +117,10 @@ class Pace:
         """A backward of all rows was met."""
         self._now.rows += rows
 
+    def forget(self) -> None:
+        """The step that now runs is none to measure: it was decided on before, or has failed."""
+        self._now.forgotten = True
+
     def decided(self, rows: int) -> None:
         """A population of so many rows was decided on."""
         self._now.rows += rows
@@ -127,6 +138,8 @@ class Pace:
             return
         if start is not None:
             self._now.steps.append((start, self.mark()))
+        if self._now.forgotten:
+            self._now = _Spans()
         if not self._now.rows:
             return
         if not self._now.gated and self._ungated:
@@ -141,6 +154,8 @@ class Pace:
         while self._closed and self._closed[0].is_known():
             step = self._closed.popleft()
             whole, replay = _seconds(step.steps), _seconds(step.replays)
+            if step.gated:
+                self._last = step.rows, step.replayed
             if not step.gated:
                 self._full.append(whole / step.rows)
             elif self._cold:
@@ -150,11 +165,12 @@ class Pace:
                 if step.replayed:
                     self._row.append(replay / step.replayed)
 
-    def seconds(self, rows: int, kept: int) -> tuple[float, float, float]:
-        """Of a step of so many rows: beside its replay, of the replay, and without a gate; NaN where not known."""
+    def seconds(self) -> tuple[float, float, float]:
+        """Of a step like the last: beside its replay, of the replay, and without a gate; NaN where not known."""
         self._read()
         fixed, row, full = (statistics.median(each) if each else math.nan for each in self._measured)
-        return fixed * rows, row * kept, full * rows
+        rows, replayed = self._last
+        return fixed * rows, row * replayed, full * rows
 
     @property
     def _measured(self) -> tuple[deque[float], ...]:

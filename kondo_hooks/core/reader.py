@@ -71,7 +71,18 @@ class Reader:
                     raise cause
                 rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)
                 a.signal, a.offset = Signal(rows, rows, rows == 0, is_known=False), 0
-        find_norms(arrivals, tokens, self.shared.selector.config.weighs)
+        config = self.shared.selector.config
+        find_norms(arrivals, tokens, config.weighs, config.is_lossless, self._tell_without_positions)
+
+    def _tell_without_positions(self, arrival: Arrival, i: int) -> None:
+        config = self.shared.selector.config
+        if config.weighs and config.is_fair and (grad := arrival.grads[i]) is not None and bool(grad.any()):
+            self.shared.warn(
+                "without positions",
+                f"gated: unit='token': {name_of(arrival.call, i)} gets a gradient and has no positions. A row's part "
+                "in it counts by the largest factor of its tokens, which is not right on average under this rule. "
+                "Leave unit='sample', or use rate='lossless', which keeps all of it.",
+            )
 
     def _warn_critic(self, arrival: Arrival) -> None:
         """Say once where a rule that prefers some rows decides what something else than the policy learns from."""

@@ -20,6 +20,7 @@ from kondo_hooks.rows.axes import Rows, infer_batch_size
 from kondo_hooks.rows.tree import Tree, flatten, hidden_tensors, is_atom, map_tensors
 from kondo_hooks.same.state import forked_rng
 
+_MOST_UNSEEN = 32
 Name = str | int | Callable[[Any], Tensor]
 
 
@@ -86,6 +87,7 @@ class Forward:
         self._with_batch: dict[tuple[str, ...], int] = {}
         self._learned_tape = False
         self._ungated_task = -1
+        self._unseen = 0
 
     def passes_through(self) -> bool:
         """Whether all rows are kept now, so that nothing needs to be done."""
@@ -160,6 +162,7 @@ class Forward:
             )
         result = screened.run(call, self._batch_dim, self._step.shared.learned, self._outputs_learned)
         self._step.ran_first(screened.hooks)
+        self._step.shared.pace.forget()
         self._step.shared.stats.replayed(screened.forwarded, screened.batch)
         return result
 
@@ -273,19 +276,28 @@ class Forward:
         """Pass straight through for as little as can be: only rows and backwards are counted."""
         result = original(*args, **kwargs)
         outputs = _leaves((result,))
-        if (leaf := next((leaf for leaf in outputs if leaf.grad_fn is not None), None)) is not None:
-            try:
-                batch = infer_batch_size(_leaves(args), outputs, self._batch_dim)
-            except ValueError:
-                batch = 0
-            leaf.register_hook(functools.partial(self._slept, batch))
+        self._unseen += 1
+        if self._unseen > _MOST_UNSEEN:  # what the loss uses is not returned, so that nobody sees its backwards
+            self._step.shared.pace.begin(1)
+        try:
+            batch = infer_batch_size(_leaves(args), outputs, self._batch_dim)
+        except ValueError:
+            batch = 0
+        count = functools.partial(self._slept, batch, [-1])
+        for leaf in outputs:
+            if leaf.grad_fn is not None:
+                leaf.register_hook(count)
         return result
 
-    def _slept(self, batch: int, _grad: Tensor) -> None:
+    def _slept(self, batch: int, counted: list[int], _grad: Tensor) -> None:
         shared, task = self._step.shared, private.graph_task()
-        shared.stats.ungated(batch)
+        if task != counted[0]:
+            counted[0] = task
+            shared.stats.ungated(batch)
         if task != self._ungated_task:
             self._ungated_task = task
+            self._unseen = 0
+            self._step.forget_told()
             shared.pace.slept()
             shared.selector.step += 1
             shared.stats.steps += 1
@@ -298,9 +310,7 @@ class Forward:
         inputs = _leaves(args) if not kwargs else flatten((args, kwargs))[1]
         result = original(*args, **kwargs)
         outputs = [leaf for leaf in _leaves((result,)) if leaf.grad_fn is not None]
-        left = []
-        if not (paused and outputs):
-            left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
+        left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
         try:
             batch = infer_batch_size(inputs, outputs, self._batch_dim)
         except ValueError:
@@ -316,6 +326,7 @@ class Forward:
                 self._step.shared.pace.passed(batch)
             if task != self._ungated_task:
                 self._ungated_task = task
+                self._step.forget_told()
                 self._step.shared.selector.step += 1
                 self._step.shared.stats.steps += 1
 

@@ -150,15 +150,22 @@ class Step:
         return waiting
 
     def drop(self) -> None:
-        """Forget what waits."""
+        """Forget what waits, as if it had not been."""
         self.window.take()
         self.shared.selector.forget()
+        if self._before is not None:
+            self.shared.selector.load_state_dict(self._before)
         self._before = None
+
+    def forget_told(self) -> None:
+        """What the user said of a population was of one that is over."""
+        self.forced = self.shared.selector.groups = None
 
     def respread(self, window: AtOnce) -> None:
         """Form populations otherwise, from now on."""
         self.window = window
         self.shared.waits = window.size != 1
+        self.shared.pace.begin(1 if window.size == "auto" else window.size)
 
     def waits(self) -> bool:
         """Whether a backward may leave its calls waiting for others."""
@@ -343,7 +350,8 @@ class Step:
         if self.last is None and decision.samples == 1:
             self.reader.warn_single(arrivals)
         decision.explain([a.signal for a in arrivals if a.signal is not None])
-        self.last, self.forced = decision, None
+        self.last = decision
+        self.forget_told()
         self.shared.stats.decision(decision)
         self.shared.stats.replayed(0, sum(a.call.batch for a in arrivals))
         for a in arrivals:
@@ -354,18 +362,18 @@ class Step:
     def _met(self, arrivals: list[Arrival], kept: list[Kept], decision: Decision | None) -> list[Kept]:
         """What counts of each call at parameters in the loss code.
 
-        A row that lossless drops, for its gradient is zero at the outputs, may have one there.
+        A row that no draw can keep, for its gradient is zero at the outputs, may have one there: it counts as it is.
         """
-        config = self.shared.selector.config
-        if not config.is_lossless or decision is None:
+        config, selector = self.shared.selector.config, self.shared.selector
+        if decision is None or decision.norm is None or not config.weighs or config.asks or config.unit == "token":
             return kept
-        every = [torch.arange(a.call.batch, device=mine.rows.device) for a, mine in zip(arrivals, kept, strict=True)]
-        if config.weight == "pg":
-            return [Kept(rows, None) for rows in every]
+        idle = decision.delight.sigmoid() if config.weight == "dg" else torch.ones_like(decision.delight)
+        factors = torch.where(decision.norm.to(idle.device) == 0, idle, decision.factors())
         leaders = [a for a in arrivals if a.follows is None]
-        weights = self.shared.selector.split(decision.delight.sigmoid(), [a.signal for a in leaders if a.signal])
-        by_leader = {id(a): mine for a, mine in zip(leaders, weights, strict=True)}
-        return [Kept(rows, by_leader[id(a.follows or a)]) for a, rows in zip(arrivals, every, strict=True)]
+        each = selector.split(factors, [a.signal for a in leaders if a.signal is not None])
+        by_leader = {id(a): mine for a, mine in zip(leaders, each, strict=True)}
+        found = [by_leader[id(a.follows or a)] for a in arrivals]
+        return [Kept(torch.arange(len(mine), device=mine.device), mine) for mine in found]
 
     def _decide(
         self, arrivals: list[Arrival], slots: list[int], least: float, back: Readback
@@ -389,11 +397,20 @@ class Step:
             return decision, kept, counts
         kept, lost = self.window.without_gone(arrivals, kept)
         if lost:
+            cause = "gate.force() names rows of backwards before it" if by_user else "it has more rows than expected"
             self.shared.warn(
                 "window",
-                "gated: a window ended with more rows than its first backwards let expect, so fewer rows than rate "
-                "are kept: rows that could have been chosen were no longer held.",
+                f"gated: rows of this window that were to be kept were no longer held, so they are dropped: {cause}. "
+                "Say force() before the first backward of a window; let its backwards have about as many rows.",
             )
+            held = {id(a): mine.rows for a, mine in zip(arrivals, kept, strict=True)}
+            signals = [a.signal for a in leaders if a.signal is not None]
+            each = self.shared.selector.split(decision.factors(), signals)
+            for factors, a in zip(each, leaders, strict=True):
+                gone = torch.ones(len(factors), dtype=torch.bool, device=factors.device)
+                gone[held[id(a)].to(factors.device)] = False
+                factors[gone] = 0
+            decision.cut(torch.cat([factors.reshape(-1) for factors in each]))
         return decision, kept, counts
 
     def _forced(self, arrivals: list[Arrival], signals: list[Signal]) -> Tensor | None:

@@ -176,6 +176,8 @@ def _recognise(out: Boundary) -> Kind | None:
 
 def _recognise_selected(out: Boundary) -> Kind | None:
     """One value a position, all of one sign: log-probs or their negative."""
+    if out.values.is_complex():
+        return None
     if bool((out.values <= 0).all()):
         return "logp"
     return "nll" if bool((out.values >= 0).all()) else None

@@ -127,6 +127,10 @@ class Window(AtOnce):
         if len(signals) < len(leaders):
             return
         groups = [[a for a in new if a is leader or a.follows is leader] for leader in leaders]
+        if selector.config.asks:  # about the whole window, so that nothing is known before
+            for group in groups:
+                self._hold(group, torch.arange(group[0].call.batch, device="cpu"), learned, communicates)
+            return
         if selector.config.weighs:
             self._hold_drawn(groups, signals, selector, ranks, learned, communicates)
             return
@@ -162,14 +166,14 @@ class Window(AtOnce):
     ) -> None:
         """Hold what this backward draws for itself, or where all ranks draw as one, what has a gradient."""
         forced = any(a.forced is not None for group in groups for a in group)
-        alone = selector.config.rule is None and (ranks == 1 or selector.config.is_lossless)
+        alone = ranks == 1 or selector.config.is_lossless
         if alone and not forced:
             with contextlib.suppress(ValueError):  # what is NaN is told by the decision, to all ranks
                 selector.draw(signals)
         for group, signal in zip(groups, signals, strict=True):
             every = torch.arange(len(signal.valid), device="cpu")
             flags = signal.factors
-            if flags is None and selector.config.rule is None and not forced and signal.norm is not None:
+            if flags is None and selector.config.needs_norm and not forced and signal.norm is not None:
                 flags = signal.norm.cpu()
             if flags is None:
                 rows = every

@@ -163,8 +163,16 @@ class SelectionConfig:
     @property
     def needs_delight(self) -> bool:
         """Whether samples cannot be chosen without their delight."""
-        by_norm = self.priority in ("norm", "uniform") or (self.weighs and not self._has_share and self.rule is None)
-        return not by_norm or self.weight == "dg"
+        if self.rule is not None:
+            without = not getattr(self.rule, "needs_policy", True)
+        else:
+            without = self.priority in ("norm", "uniform") or (self.weighs and not self._has_share)
+        return not without or self.weight == "dg"
+
+    @property
+    def asks(self) -> bool:
+        """Whether a function of the user's says what becomes of the samples."""
+        return self.rule is not None or callable(self.priority)
 
     @property
     def needs_norm(self) -> bool:

@@ -44,12 +44,14 @@ class _Sorted(NamedTuple):
         scale: the largest.
         head: (M + 1,) sum of the squares of the first m.
         tail: (M + 1,) sum of the others.
+        rest: (M + 1,) sum of the squares of the others.
     """
 
     values: Tensor
     scale: float
     head: Tensor
     tail: Tensor
+    rest: Tensor
 
     @classmethod
     def of(cls, magnitudes: Tensor) -> "_Sorted":
@@ -58,8 +60,8 @@ class _Sorted(NamedTuple):
         values = values / scale
         zero = values.new_zeros(1)
         head = torch.cat([zero, values.square().cumsum(0)])
-        tail = torch.cat([values.flip(0).cumsum(0).flip(0), zero])
-        return cls(values, scale, head, tail)
+        tail, rest = (torch.cat([t.flip(0).cumsum(0).flip(0), zero]) for t in (values, values.square()))
+        return cls(values, scale, head, tail, rest)
 
     def first(self, slopes: Tensor) -> float:
         """The slope for the fewest rows that are certain: ``slopes[m] * values[m] <= 1`` at the first such m."""
@@ -77,8 +79,10 @@ def bounded_noise(magnitudes: Tensor, noise: float) -> float:
     Returns:
         c; infinity where every row that is not zero is needed.
     """
+    if noise == 0:
+        return math.inf
     x = _Sorted.of(magnitudes)
-    allowed = (1 + noise) * x.head[-1] - x.head[:-1]
+    allowed = noise * x.head[-1] + x.rest[:-1]
     return x.first(x.tail[:-1] / allowed)
 
 

@@ -86,7 +86,7 @@ def random(rate: float) -> Rule:
         factors[top_k(scores, k)] = len(rows) / k
         return factors
 
-    draw.unbiased = True  # type: ignore[attr-defined]
+    draw.unbiased, draw.needs_policy = True, False  # type: ignore[attr-defined]
     return draw
 
 

@@ -208,6 +208,12 @@ class Decision:
             return torch.cat([rows(s) for s in self.signals] or [self.delight.new_empty(0)])
         return torch.cat([tokens(s).reshape(-1) for s in self.signals] or [self.delight.new_empty(0)])
 
+    def cut(self, factors: Tensor) -> None:
+        """Keep no more than these (N,) factors say."""
+        self.kept = factors.nonzero().flatten()
+        self.weights = None if self.weights is None else factors[self.kept]
+        self.rate = len(self.kept) / max(self.samples, 1)
+
     def explain(self, signals: Sequence[Signal]) -> None:
         """Note what was known of the samples."""
         self.signals = signals

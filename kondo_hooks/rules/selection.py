@@ -135,7 +135,7 @@ class Selector:
             told, self.groups = len(self.groups), None
             raise ValueError(f"groups: told for {told} samples, and the population has {len(delight)}")
         samples = Samples(delight, delight, valid, norm)
-        asks = config.rule is not None or callable(config.priority)
+        asks = config.asks
         if (pooled or tokens) if asks else config.weighs:
             of_rows = [s.advantages.reshape(-1) if tokens else mean_valid(s.advantages, s.valid) for s in signals]
             samples.advantages = joined([t.to(delight) for t in of_rows])
@@ -167,7 +167,7 @@ class Selector:
     def choose(self, samples: "Samples", forced: Tensor | None = None, back: Readback | None = None) -> Decision:
         """Decide on the valid samples; the decision's indices are into all of them. Arguments as of a call."""
         decision = self._choose_valid(samples, forced, back)
-        decision.norm, self.groups = samples.norm, None
+        decision.norm = samples.norm
         return decision
 
     def _choose_valid(self, samples: "Samples", forced: Tensor | None, back: Readback | None) -> Decision:
@@ -224,7 +224,7 @@ class Selector:
 
     def pool(self, samples: Samples) -> None:
         """Ask a function of the user's about the samples of several ranks."""
-        if self.config.rule is not None or callable(self.config.priority):
+        if self.config.asks:
             self._ask(samples, None)
 
     def _ask(self, samples: Samples, signals: list[Signal] | None) -> None:
@@ -309,7 +309,7 @@ class Selector:
         config = self.config
         if not signals:
             return
-        if config.weighs and config.rule is None:
+        if config.weighs and not config.asks:
             samples = self.samples(signals)
             if config.needs_norm:
                 self._norm_of(samples)

@@ -158,7 +158,8 @@ def ask(function: Callable[[Rows], Any], rows: Rows, name: str) -> Tensor:
     told = getattr(function, "__name__", type(function).__name__)
     found = function(rows)
     try:
-        values = torch.as_tensor(found).detach().to("cpu", torch.float64)
+        values = found if isinstance(found, Tensor) else torch.as_tensor(found, device="cpu")
+        values = values.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}={told}: returned {type(found).__name__}, not a number for each sample") from error
     if values.shape != (len(rows),):

@@ -274,9 +274,12 @@ class _Both:
         """Give each call of a population its share of the decision."""
         sizes = [len(batches[f].x) for backward in backwards for f in backward.forwards]
         factors = decision.factors()
+        dg = decision.delight.sigmoid() if self.p.option("weight") == "dg" else torch.ones_like(factors)
+        draws = self.p.option("noise") is not None or self.p.option("unbiased")
         if self.p.option("rate") == "lossless":  # what has no gradient may be dropped or not
-            dg = self.p.option("weight") == "dg"
-            factors = decision.delight.sigmoid() if dg else torch.ones_like(factors)
+            factors = dg
+        elif draws and self.p.option("deterministic") is None and self.p.option("unit") != "token":
+            factors = torch.where(decision.norm == 0, dg, factors)  # at parameters in the loss code it counts
         if len(factors) * (2 if self.p.option("pairs") else 1) % sum(sizes):
             if self.p.option("unit") == "token" and self.p.calls > 1:
                 raise _UndecidedError  # a call whose gradient is zero has no positions that one could tell
