@@ -129,11 +129,12 @@ class Entry:
             )
         return split
 
-    def send_to_met(self, arrivals: list[Arrival], kept: list[Kept]) -> None:
+    def send_to_met(self, arrivals: list[Arrival], kept: Callable[[], list[Kept]]) -> None:
         """The kept rows' share in the gradients of parameters that the loss code uses itself."""
         if not self._meetings:
             return
-        by_call = {id(a.call): mine.spread(a.call.batch, torch.float64) for a, mine in zip(arrivals, kept, strict=True)}
+        shares = zip(arrivals, kept(), strict=True)
+        by_call = {id(a.call): mine.spread(a.call.batch, torch.float64) for a, mine in shares}
         ready = [m for m in self._meetings if m.is_ready(by_call)]
         self._meetings = [m for m in self._meetings if m not in ready]
         due = [pair for meeting in ready for pair in meeting.release(by_call)]

@@ -103,7 +103,7 @@ def _of(rows: Tensor, leading: int, careful: bool) -> Tensor:
     axes = tuple(range(leading, rows.dim()))
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if careful and rows.device.type not in ("cpu", "mps"):
-        return torch.linalg.vector_norm(rows, 2, axes, dtype=torch.float64)
+        return torch.linalg.vector_norm(rows, 2, axes, dtype=torch.float64).to(dtype)
     norm: Tensor = torch.linalg.vector_norm(rows, 2, axes, dtype=dtype)
     if not careful:
         return norm

@@ -333,7 +333,7 @@ class Step:
                 ranks.fail(error)
             inputs = self._replays(arrivals, slots, parts, counts, reduces, back)
             if kept:
-                self.entry.send_to_met(arrivals, self._met(arrivals, kept, decision))
+                self.entry.send_to_met(arrivals, lambda: self._met(arrivals, kept, decision))
             if counts is not None and not engine.wrappers:
                 ranks.meet()  # no reduction of gradients comes after which all ranks could look
             if reduces:

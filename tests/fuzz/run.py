@@ -402,6 +402,8 @@ class _Both:
                 raise _DifferenceError(f"{name} is {'None' if a is None else 'there'}, by a masked backward it is not")
             if a is None or b is None:
                 continue
+            if b.isnan().any():
+                raise _UndecidedError  # the program has left the range of numbers by itself
             apart = (a - b).abs().max().item()
             if not apart <= self.tolerance * max(b.abs().max().item(), floor, 1e-30):
                 raise _DifferenceError(f"{name}: {_short(a)}, by a masked backward {_short(b)}")
