@@ -8,7 +8,7 @@ The update is CleanRL's: 4 epochs of 4 minibatches, clipped ratios and values, G
 advantages, gradients clipped at 0.5, Adam 2.5e-4 (1e-3 on pixels), annealed. Pole cart and Acrobot (gymnasium) have an
 MLP for actor and critic in one module; Breakout (MinAtar, 10 x 10 pixels) a small convolutional network. "first" rules
 decide before the forward, from the rollout's own log-probs and the advantages, so that the learner runs the kept rows
-alone. "small batch" is a tenth of the rows without a gate. Seconds are of a CPU, one thread a run; the learner's are of
+alone. "small batch" is a share of the rows without a gate. Seconds are of a CPU, one thread a run; the learner's are of
 its updates.
 """
 
@@ -140,9 +140,9 @@ RULES = {
 }
 PIXELS = {
     "all rows": Method(),
-    "small batch 10%": Method(drawn=0.1),
+    **{f"small batch {share:.0%}": Method(drawn=share) for share in (0.1, 0.25)},
     "|advantage| 10%, first": Method(by("abs_advantage", 0.1), first=True),
-    "random 10%, first": Method(by("uniform", 0.1), first=True),
+    **{f"random {rate:.0%}, first": Method(by("uniform", rate), first=True) for rate in (0.1, 0.25)},
     "delight 10%, first": Method({"rate": 0.1}, first=True),
     "noise 1, first": Method({"noise": 1.0}, first=True),
     "auto": Method({"rate": "auto"}),
@@ -253,8 +253,8 @@ def table(runs: pd.DataFrame) -> str:
     """A row a rule: return over the second half, rows with a graph and seconds, against those of all rows."""
     lines = []
     for setting, of_setting in runs.groupby("setting", sort=False):
-        ends = of_setting.groupby(["method", "seed"], sort=False).last()
-        base = ends.loc["all rows"].mean() if "all rows" in of_setting.method.values else ends.mean(numeric_only=True)
+        ends = of_setting.drop(columns="setting").groupby(["method", "seed"], sort=False).last()
+        base = ends.loc["all rows"].mean()
         lines.append(f"{setting:<28} {'return, second half':>20} {'rows':>6} {'learner s':>10} {'all s':>7}")
         for method, of_method in of_setting.groupby("method", sort=False):
             own = ends.loc[method].mean()
