@@ -39,11 +39,9 @@ class Recorder(KondoCallback):
         return [decision.kept.tolist() for decision in self.decisions]
 
     def masks(self, batch):
-        """1 where a row was kept, for each micro-batch."""
+        """Each row's factor, 0 where it was dropped, for each micro-batch."""
         for decision in self.decisions:
-            mask = torch.zeros(len(decision.delight))
-            mask[decision.kept] = 1
-            yield from mask.split(batch)
+            yield from decision.factors().split(batch)
 
 
 def tokenizer():

@@ -339,7 +339,9 @@ def test_a_schedule_is_asked_with_the_trainer():
     assert asked == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (1, 5)]
 
 
-@pytest.mark.parametrize("options", [{"rate": 0.25, "history": 5}, {"rate": 0.25, "priority": "uniform"}])
+@pytest.mark.parametrize(
+    "options", [{"rate": 0.25, "history": 5}, {"rate": 0.25, "priority": "uniform"}, {"noise": 0.5}]
+)
 def test_a_run_that_resumes_continues(tmp_path, options):
     whole, model, again = Policy(), Policy(), Policy()
     callbacks = [KondoCallback(**options) for _ in range(3)]

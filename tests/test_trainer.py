@@ -22,7 +22,7 @@ def make(folder, model=None, callbacks=None, data=None, **options):
 
 
 def run_gated(trainer, **options):
-    with kondo.gated(trainer.model, rate=RATE, **options) as gate:
+    with kondo.gated(trainer.model, **options or {"rate": RATE}) as gate:
         recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
@@ -67,6 +67,17 @@ def test_one_line(build, name, tmp_path):
     assert gate.stats.kept == gate.stats.forwarded == sum(round(RATE * n) for n in sizes)
     assert not any("_compiled_call_impl" in vars(module) for module in trainer.model.modules())
     assert "_loss_function" not in vars(trainer.model)
+
+
+def test_a_draw_by_norm_weighs_what_it_keeps(tmp_path):
+    trainer = make(tmp_path)
+    start = hf.parameters(trainer)
+    gate, recorder = run_gated(trainer, noise=0.5)
+    reference = make(tmp_path)
+    hf.mask_head(reference, recorder.masks(BATCH))
+    reference.train()
+    hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start)
+    assert 0 < gate.stats.kept < gate.stats.rows and gate.stats.noise > 0
 
 
 def test_sequence_classification(tmp_path):

@@ -32,10 +32,10 @@ def policy_trainer(kind, folder, *, model=None, **options):
     )
 
 
-def check_against_masked(kind, folder, **options):
+def check_against_masked(kind, folder, gate_options=None, **options):
     trainer = policy_trainer(kind, folder, **options)
     start = hf.parameters(trainer)
-    with kondo.gated(trainer.model, rate=RATE) as gate:
+    with kondo.gated(trainer.model, **gate_options or {"rate": RATE}) as gate:
         recorder = hf.Recorder(gate)
         trainer.add_callback(recorder)
         trainer.train()
@@ -46,7 +46,8 @@ def check_against_masked(kind, folder, **options):
     hf.assert_same(found, hf.parameters(reference), start)
     rows = BATCH * trainer.args.gradient_accumulation_steps
     assert [len(d.delight) for d in recorder.decisions] == [rows] * STEPS
-    assert gate.stats.forwarded == gate.stats.kept == STEPS * RATE * rows
+    assert gate.stats.forwarded == gate.stats.kept
+    assert gate_options or gate.stats.kept == STEPS * RATE * rows
     return trainer, recorder
 
 
@@ -71,6 +72,23 @@ def test_one_line_around_grpo(loss_type, tmp_path):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_line_around_grpo_with(name, tmp_path):
     check_against_masked(GRPOTrainer, tmp_path, **VARIANTS[name])
+
+
+WEIGHING = {
+    "noise": {"noise": 0.5},
+    "lossless": {"rate": "lossless"},
+    "cppo": {"rule": kondo.rules.cppo(0.5), "groups": 4},
+    "norm": {"rate": 0.5, "priority": "norm", "unbiased": True},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHING)
+def test_rules_that_weigh_around_grpo(name, tmp_path):
+    trainer, recorder = check_against_masked(GRPOTrainer, tmp_path, WEIGHING[name], loss_type="dapo")
+    if name != "lossless":  # all groups here have answers of several rewards
+        assert any(len(decision.kept) < len(decision.delight) for decision in recorder.decisions)
+    if name in ("noise", "norm"):
+        assert "kondo/noise" in {key for entry in trainer.state.log_history for key in entry}
 
 
 def test_one_line_around_rloo(tmp_path):
@@ -114,7 +132,7 @@ class ScreenFirstRloo(KondoMixin, RLOOTrainer):
     pass
 
 
-def check_screen_first(kind, base, folder, **options):
+def check_screen_first(kind, base, folder, gate_options=None, **options):
     masks, forwarded = [], []
 
     class Recording(kind):
@@ -125,14 +143,14 @@ def check_screen_first(kind, base, folder, **options):
             forwarded.append(self.kondo.gate.stats.forwarded - before)
             return loss
 
-    trainer = policy_trainer(Recording, folder, kondo={"rate": RATE}, **options)
+    trainer = policy_trainer(Recording, folder, kondo=gate_options or {"rate": RATE}, **options)
     start = hf.parameters(trainer)
     trainer.train()
     reference = policy_trainer(masking(base), folder, **options)
     reference.masks = iter(masks)
     reference.train()
     hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start)
-    assert forwarded == [max(1, int(mask.sum())) for mask in masks]
+    assert forwarded == [max(1, int(mask.count_nonzero())) for mask in masks]
     assert trainer.kondo.gate is None and "_compiled_call_impl" not in vars(trainer.model)
     return trainer, reference, masks
 
@@ -140,6 +158,11 @@ def check_screen_first(kind, base, folder, **options):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_screen_first_grpo(loss_type, tmp_path):
     check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("name", ["noise", "cppo", "norm"])
+def test_screen_first_grpo_by_rules_that_weigh(name, tmp_path):
+    check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, WEIGHING[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS)

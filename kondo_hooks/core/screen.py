@@ -305,8 +305,8 @@ class Forward:
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any) -> Any:
         """Pass straight through; only count, when a backward comes."""
-        attributes, paused = self._step.shared.state.attributes, self._step.shared.watcher.paused
-        known = set() if paused else {id(leaf) for leaf in attributes.take().tensors().values()}
+        attributes = self._step.shared.state.attributes
+        known = {id(leaf) for leaf in attributes.take().tensors().values()}
         inputs = _leaves(args) if not kwargs else flatten((args, kwargs))[1]
         result = original(*args, **kwargs)
         outputs = [leaf for leaf in _leaves((result,)) if leaf.grad_fn is not None]
