@@ -190,7 +190,7 @@ class Gated:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Look for waiting backwards that a closure did not finish."""
-        if any(callable(value) for value in (*args, *kwargs.values())):
+        if not self._step.shared.watcher.asleep and any(callable(value) for value in (*args, *kwargs.values())):
             self._check_step(optimizer)
 
     def _check_step(self, optimizer: torch.optim.Optimizer) -> None:

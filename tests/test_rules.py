@@ -691,7 +691,7 @@ def test_steps_pass_through_for_longer_and_longer_while_the_gate_does_not_pay():
         pauses.append(pace._ungated)
         pace._ungated = 0
     assert costs == Costs(pytest.approx(0.2), pytest.approx(0.2))
-    assert pauses == [8, 16, 32, 64, 128, 256, 512, 1024, 1024]
+    assert pauses == [100, 200, 400, 800, 1600, 2048, 2048, 2048, 2048]  # a try costs 1% of the first
     assert pace.settle(Decided(0.05), 1, alone) and pace._ungated == 0
     assert [pace.settle(Decided(0.05), 1, alone) for _ in range(5)].count(None) == 5
 
@@ -1034,13 +1034,15 @@ def test_a_long_pause_ends_whatever_the_loss_uses(kind):
     torch.manual_seed(1)
     model, data = kind().double(), batch()
     with kondo.gated(model, rate="auto") as gate:
-        decided = set()
-        for _ in range(150):
+        for step in range(150):
             out = model(data[0])
             logits = model.left if out is None else out[1]
             pg((logits,), data, 1.0).backward()
-            decided.add(gate.stats.decided)
-        assert len(decided) > 6
+            if step == 20:
+                decided, gate._step.shared.pace._ungated = gate.stats.decided, 60
+            asleep = gate._step.shared.watcher.asleep
+            assert asleep or step != 40
+        assert gate.stats.decided > decided
 
 
 def test_what_is_decided_before_the_forward_is_not_measured_and_does_not_pile_up():

@@ -17,7 +17,7 @@ from kondo_hooks.rules.weigh import Costs
 _RECENT = 9
 _UNGATED_FIRST = 2  # of which the first warms up
 _COLD = 2  # gated steps in which the gate gets to know the model
-_PAUSE, _LONGEST_PAUSE = 8, 1024
+_PAUSE, _LONGEST_PAUSE = 8, 2048
 _AGAIN = 256
 
 
@@ -51,10 +51,12 @@ class Pace:
 
     Attributes:
         auto: as it was told.
+        calls: of the model in the last step that was seen.
     """
 
     def __init__(self, auto: bool, device: Callable[[], torch.device]):
         self.auto, self._device = auto, device
+        self.calls = 1
         self._on: torch.device | None = None
         self._asked = True
         self._now = _Spans()
@@ -67,7 +69,7 @@ class Pace:
         self._decisions = 0
         self._since = 0
         self._pause = _PAUSE
-        self._probing = False
+        self._probing = self._chosen = False
 
     def begin(self, window: int) -> None:
         """Steps are so many backwards from now on."""
@@ -82,9 +84,9 @@ class Pace:
         """Whether so many steps are still to pass through that nobody needs to see them."""
         return self._ungated > _PAUSE
 
-    def slept(self) -> None:
-        """A backward passed through that nobody saw."""
-        self._ungated -= 1
+    def slept(self, steps: int) -> None:
+        """Steps passed through that nobody saw."""
+        self._ungated = max(0, self._ungated - steps)
 
     # Marks.
 
@@ -136,6 +138,7 @@ class Pace:
         self._depth -= 1
         if self._depth:
             return
+        self.calls = max(1, len(self._now.steps))
         if start is not None:
             self._now.steps.append((start, self.mark()))
         if self._now.forgotten:
@@ -189,7 +192,7 @@ class Pace:
         """
         self._decisions += 1
         self._since += 1
-        if not self.auto or not (self._decisions <= 4 or self._decisions % 8 == 0 or self._probing):
+        if not self.auto or not (not self._chosen or self._decisions % 8 == 0 or self._probing):
             return None
         self._read()
         known = [statistics.median(each) if each else math.nan for each in self._measured]
@@ -197,12 +200,20 @@ class Pace:
         if not (math.isfinite(fixed) and math.isfinite(row)):
             return None
         if math.isfinite(full) and math.isfinite(cost):
-            self._choose(cost >= full, window)
+            self._choose(cost >= full, fixed / full if full else 1.0, window)
         return Costs(fixed, row)
 
-    def _choose(self, is_dear: bool, window: int) -> None:
-        self._probing = is_dear
+    def _choose(self, is_dear: bool, times: float, window: int) -> None:
+        """For how long steps pass through: if the gate is dear, so long that to try it again costs 1% of them.
+
+        Args:
+            is_dear: whether a step of all rows is worth more.
+            times: a gated step's seconds over one's without a gate.
+            window: backwards of a population.
+        """
+        self._chosen, self._probing = True, is_dear
         if is_dear:
+            self._pause = min(max(self._pause, math.ceil(100 * (times - 1))), _LONGEST_PAUSE)
             self._ungated, self._pause = self._pause * window, min(2 * self._pause, _LONGEST_PAUSE)
         else:
             self._pause = _PAUSE

@@ -1,6 +1,5 @@
 """What happens in a call of the model: it is screened without a graph, or passes through, or runs kept rows only."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CoroutineType, GeneratorType
@@ -20,7 +19,7 @@ from kondo_hooks.rows.axes import Rows, infer_batch_size
 from kondo_hooks.rows.tree import Tree, flatten, hidden_tensors, is_atom, map_tensors
 from kondo_hooks.same.state import forked_rng
 
-_MOST_UNSEEN = 32
+_HOOKED_CALLS, _MOST_UNSEEN = 8, 32
 Name = str | int | Callable[[Any], Tensor]
 
 
@@ -87,16 +86,24 @@ class Forward:
         self._with_batch: dict[tuple[str, ...], int] = {}
         self._learned_tape = False
         self._ungated_task = -1
-        self._unseen = 0
+        self._unseen: list[int] = []
+        self._rows: dict[torch.Size | None, int] = {}
 
     def passes_through(self) -> bool:
         """Whether all rows are kept now, so that nothing needs to be done."""
         shared = self._step.shared
         return shared.selector.step < self._warmup_steps or shared.selector.rate() == 1.0 or shared.pace.passes()
 
-    @private.uncompiled
     def intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for the model's call."""
+        shared = self._step.shared
+        is_asleep = shared.watcher.asleep and shared.pace.is_long() and torch.is_grad_enabled()
+        if is_asleep and not torch.compiler.is_compiling():
+            return self._sleep_through(original, args, kwargs)
+        return self._intercept(original, args, kwargs)
+
+    @private.uncompiled
+    def _intercept(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shared = self._step.shared
         if shared.watcher.asleep or (shared.watcher.paused and shared.pace.is_long()):
             if torch.is_grad_enabled() and shared.pace.is_long():
@@ -273,35 +280,45 @@ class Forward:
         return found
 
     def _sleep_through(self, original: Any, args: Any, kwargs: Any) -> Any:
-        """Pass straight through for as little as can be: only rows and backwards are counted."""
+        """Pass straight through for as little as can be: only rows and backwards are counted.
+
+        A hook costs more than all else here. Where no window has to be met only every few calls have one, and stand for
+        those before them.
+        """
         result = original(*args, **kwargs)
         outputs = _leaves((result,))
-        self._unseen += 1
-        if self._unseen > _MOST_UNSEEN:  # what the loss uses is not returned, so that nobody sees its backwards
+        shape = args[0].shape if args and type(args[0]) is Tensor else None
+        batch = self._rows.get(shape)
+        if batch is None or shape is None:
+            batch = self._rows[shape] = self._infer(_leaves(args), outputs)
+        self._unseen.append(batch)
+        if len(self._unseen) % _HOOKED_CALLS and not self._step.waits():
+            return result
+        if len(self._unseen) > _MOST_UNSEEN:  # what the loss uses is not returned, so that nobody sees its backwards
             self._step.shared.pace.begin(1)
-        try:
-            batch = infer_batch_size(_leaves(args), outputs, self._batch_dim)
-        except ValueError:
-            batch = 0
-        count = functools.partial(self._slept, batch, [-1])
         for leaf in outputs:
             if leaf.grad_fn is not None:
-                leaf.register_hook(count)
+                leaf.register_hook(self._slept)
         return result
 
-    def _slept(self, batch: int, counted: list[int], _grad: Tensor) -> None:
+    def _slept(self, _grad: Tensor) -> None:
         shared, task = self._step.shared, private.graph_task()
-        if task != counted[0]:
-            counted[0] = task
-            shared.stats.ungated(batch)
         if task != self._ungated_task:
             self._ungated_task = task
-            self._unseen = 0
+            steps = max(1, len(self._unseen) // shared.pace.calls)
+            shared.stats.ungated(sum(self._unseen))
+            self._unseen = []
             self._step.forget_told()
-            shared.pace.slept()
-            shared.selector.step += 1
-            shared.stats.steps += 1
+            shared.pace.slept(steps)
+            shared.selector.step += steps
+            shared.stats.steps += steps
             shared.idle.ran()
+
+    def _infer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+        try:
+            return infer_batch_size(inputs, outputs, self._batch_dim)
+        except ValueError:
+            return 0
 
     def _run_ungated(self, original: Any, args: Any, kwargs: Any) -> Any:
         """Pass straight through; only count, when a backward comes."""
@@ -311,10 +328,7 @@ class Forward:
         result = original(*args, **kwargs)
         outputs = [leaf for leaf in _leaves((result,)) if leaf.grad_fn is not None]
         left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
-        try:
-            batch = infer_batch_size(inputs, outputs, self._batch_dim)
-        except ValueError:
-            batch = 0
+        batch = self._infer(inputs, outputs)
         counted = -1
 
         def count(_grad: Tensor) -> None:
