@@ -42,9 +42,9 @@ figures: .venv/installed
 	$(BIN)/python benchmarks/ranks.py --out benchmarks/results
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results --figure docs/scaling.png
 
-# About three hours of two cores, into out/. What is there already is not run again.
+# About five hours of two cores, into out/. What is there already is not run again.
 evidence: .venv/installed
-	for script in reversal bandit robustness gradients llm; do \
+	for script in reversal bandit robustness gradients ppo llm; do \
 		$(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

@@ -19,6 +19,7 @@ SCRIPTS = {
     "robustness": ["robustness_noise", "robustness_screens", "robustness_gambling", "robustness_vocabulary"],
     "gradients": ["gradients"],
     "llm": ["llm"],
+    "ppo": ["ppo", "ppo_pixels"],
 }
 
 
@@ -249,7 +250,24 @@ def test_files_say_how_they_were_made(name):
     if "seed" in frame:
         names = ("method", "signal", "gate", "setting", "init", "tokens", "noise", "noisy")
         names = ("method",) if "solved" in frame else names  # seeds climb to different H and M
-        assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == 5).all()
+        seeds = 3 if script_of(name) == "ppo" else 5
+        assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == seeds).all()
+
+
+def script_of(name):
+    return next(script for script, files in SCRIPTS.items() if name in files)
+
+
+def test_ppo_is_stopped_by_delight_and_not_by_rules_that_draw():
+    for name, setting, bar in (("ppo", "CartPole-v1", 60), ("ppo_pixels", "Breakout, pixels", 2)):
+        frame = pd.read_csv(RESULTS / f"{name}.csv", comment="#")
+        frame = frame[(frame.setting == setting) & (frame.step > frame.step.max() / 2)]
+        end = frame.groupby(["method", "seed"])["return"].mean()
+        for method in end.index.levels[0]:
+            if method.startswith("delight") and "price" not in method:
+                assert (end[method] < bar).all(), method
+            if method.startswith(("noise", "auto", "all rows")):
+                assert (end[method] > bar).all(), method
 
 
 def test_every_seed_tells_delight_from_random_rows_at_300_steps():
