@@ -251,19 +251,19 @@ def final(runs: pd.DataFrame) -> "pd.Series[float]":
 
 def table(runs: pd.DataFrame) -> str:
     """A row a rule: return over the second half, rows with a graph and seconds, against those of all rows."""
-    lines = []
+    tables = []
     for setting, of_setting in runs.groupby("setting", sort=False):
         ends = of_setting.drop(columns="setting").groupby(["method", "seed"], sort=False).last()
         base = ends.loc["all rows"].mean()
-        lines.append(f"{setting:<28} {'return, second half':>20} {'rows':>6} {'learner s':>10} {'all s':>7}")
+        lines = [f"{setting:<28} {'return, second half':>20} {'rows':>6} {'learner s':>10} {'all s':>7}"]
         for method, of_method in of_setting.groupby("method", sort=False):
             own = ends.loc[method].mean()
             lines.append(
                 f"  {method:<26} {record.spread(final(of_method)):>20} {own.rows / base.rows:>6.0%} "
                 f"{own.learner_seconds / base.learner_seconds:>9.2f}x {own.seconds / base.seconds:>6.2f}x"
             )
-        lines.append("")
-    return "\n".join(lines)
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def draw(runs: pd.DataFrame) -> plt.Figure:
@@ -299,8 +299,8 @@ def main() -> None:
             "ppo": [Task(s, m, seed) for seed in seeds for s in list(SETTINGS)[:2] for m in RULES],
             "ppo_pixels": [Task("Breakout, pixels", m, seed) for seed in seeds for m in PIXELS],
         }
-    for name, runs in record.collect_each({name: (train, each) for name, each in tasks.items()}, args):
-        print(table(runs))
+    for n, (name, runs) in enumerate(record.collect_each({name: (train, each) for name, each in tasks.items()}, args)):
+        print("\n" * (n > 0) + table(runs))
         draw(runs).savefig(args.out / f"{name}.png", dpi=110)
 
 
