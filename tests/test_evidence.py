@@ -1,6 +1,7 @@
 """The evidence: runs resume, the committed pictures and tables are those of the committed files, orderings hold."""
 
 import importlib
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -334,3 +335,30 @@ def test_llm_step_costs_its_kept_rows(tmp_path):
     rows = {"full step": 64, "kondo-gate 0.1.0, 3%": 64, "gated, 3%": 8, "windowed, 3%": 2, "screen-first, 3%": 2}
     assert {name: int(batch.rows[name]) for name in rows} == rows
     assert (tmp_path / "llm.png").stat().st_size > 10_000
+
+
+PPO = {
+    "all rows": ("all rows", "all rows"),
+    "delight 10%": ("delight 10%", "delight 10%, first"),
+    "\\|advantage\\| 10%": ("|advantage| 10%", "|advantage| 10%, first"),
+    "`noise=1`": ("noise 1", "noise 1, first"),
+    '`rate="auto"`': ("auto", "auto"),
+    "random rows 25%": ("random 25%", "random 25%, first"),
+    "a small batch, 25%": (None, "small batch 25%"),
+}
+
+
+def test_returns_in_the_readme_are_those_of_the_committed_files(scripts):
+    ppo, record = scripts("ppo"), scripts("record")
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    told = [[cell.strip().strip("*") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    rows = {row[0]: row[1:] for row in told if row[0] in PPO and len(row) == 5}
+    assert rows.keys() == PPO.keys()
+    cart, pixels = (record.read(RESULTS / f"{name}.csv") for name in ("ppo", "ppo_pixels"))
+    cart = cart[cart.setting == "CartPole-v1"]
+    ends = pixels.drop(columns="setting").groupby(["method", "seed"]).last()
+    for name, (of_cart, of_pixels) in PPO.items():
+        share = ends.loc[of_pixels].mean() / ends.loc["all rows"].mean()
+        expected = ["" if of_cart is None else f"{ppo.final(cart[cart.method == of_cart]).mean():.0f}"]
+        expected += [f"{ppo.final(pixels[pixels.method == of_pixels]).mean():.1f}"]
+        assert rows[name] == [*expected, f"{share.rows:.0%}", f"{share.learner_seconds:.2f}"], name
