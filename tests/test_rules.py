@@ -219,6 +219,18 @@ def test_a_dg_weight_multiplies_the_factors():
 # Functions of the user's.
 
 
+def test_a_function_that_scores_is_what_a_fair_draw_goes_by():
+    def score(rows):
+        return torch.arange(12.0) * (torch.arange(12) > 6)
+
+    selector = Selector(SelectionConfig(rate=0.25, priority=score, unbiased=True))
+    factors = torch.stack([choose(selector, signals_of()).factors() for _ in range(2000)])
+    assert not factors[:, :7].any() and (factors.count_nonzero(1) == 3).all()
+    chance = (factors != 0).double().mean(0)[7:]
+    torch.testing.assert_close(chance, 3 * torch.arange(7.0, 12.0).double() / 45, atol=0.05, rtol=0)
+    assert ((factors.mean(0)[7:] - 1).abs() < 4.5 * (factors.var(0)[7:] / 2000).sqrt()).all()
+
+
 def test_a_function_sees_the_rows_and_their_factors_are_used():
     seen = []
 

@@ -56,7 +56,8 @@ def find_norms(
     leaders: dict[int, Arrival] = {}
     for key, each in found.items():
         for leader, norm in each:
-            share = torch.where(norm == 0, 0, _squares(norm) / totals[key] * mean)
+            share = _squares(norm) / totals[key] * mean
+            share = torch.where(norm == 0, 0, share.clamp_min(torch.finfo(share.dtype).tiny))
             leaders[id(leader)] = leader
             squares[id(leader)] = share + squares[id(leader)] if id(leader) in squares else share
     for name, leader in leaders.items():

@@ -56,7 +56,8 @@ class Table:
         if samples.rows is not None:
             rows = samples.rows
             seen = {"delight": rows.delight, "norm": rows.norm, "advantages": rows.advantage}
-            every = {**seen, "forced": None if forced is None else forced.cpu()}
+            size = samples.scores if share else rows.norm
+            every = {**seen, "size": size, "forced": None if forced is None else forced.cpu()}
         given = to_host({name: value for name, value in every.items() if value is not None})
         n = len(samples.delight)
         size = given.get("size", torch.ones(n, dtype=torch.float64, device="cpu")).abs()
