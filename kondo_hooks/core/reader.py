@@ -16,6 +16,7 @@ from kondo_hooks.rules.readback import Readback
 from kondo_hooks.rules.samples import Signal
 
 _RESIDUAL = 0.1
+_FEW = 32  # calls, whose norms are worth knowing where the rule does not need them
 
 
 class Reader:
@@ -72,7 +73,8 @@ class Reader:
                 rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)
                 a.signal, a.offset = Signal(rows, rows, rows == 0, is_known=False), 0
         config = self.shared.selector.config
-        find_norms(arrivals, tokens, config.weighs, config.is_lossless, self._tell_without_positions)
+        if config.weighs or config.asks or config.needs_norm or len(arrivals) <= _FEW:
+            find_norms(arrivals, tokens, config.weighs, config.is_lossless, self._tell_without_positions)
 
     def _tell_without_positions(self, arrival: Arrival, i: int) -> None:
         config = self.shared.selector.config
