@@ -159,8 +159,8 @@ class Decision:
         samples: how many were chosen from: N, less the invalid tokens.
         sum_delight: total delight of all samples.
         sum_delight_kept: total delight of the kept ones.
-        norm: (N,) of each sample's gradient at the model's outputs, with the loss's scale; None where it is not known: for
-            an episode of many calls only rules that need it have it.
+        norm: (N,) of each sample's gradient at the model's outputs, with the loss's scale; None where it is not known:
+            for an episode of many calls only rules that need it have it.
         noise: of a draw, ``sum n^2 / p`` over ``sum n^2``, less one; NaN where nothing was drawn.
         without_gradient: fraction of the samples that have none; NaN where the rule did not ask.
         largest_factor: on a kept sample's gradient; NaN where the rule gives none.
