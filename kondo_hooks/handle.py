@@ -368,7 +368,7 @@ class Gated:
         decision.explain([signal])
         self._step.last = decision
         self._step.forget_told()
-        self.stats.decision(decision)
+        self._step.shared.stats.decision(decision)
         return decision, kept
 
     def _screen_rows(self, kept: Kept, valid: Tensor) -> Screened:
@@ -406,7 +406,8 @@ class Gated:
             raise ValueError(f"{name}: {kind} already holds logp, advantages and mask; give it alone")
         by_norm = not config.needs_delight and config.priority != "uniform"
         by_delight = config.priority in ("delight", "uniform") and not by_norm and config.rule is None
-        if not (by_norm or config.priority == "uniform" if norm is not None else by_delight):
+        is_enough = by_delight if norm is None else by_norm or config.priority == "uniform"
+        if not is_enough:
             rule = "rule" if config.weighs and config.priority == "delight" else "priority"
             raise ValueError(f"{name}: this {rule} needs logp and advantages, not {kind} alone")
         if not isinstance(given, Tensor) or given.dim() not in (1, 2):

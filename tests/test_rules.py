@@ -699,13 +699,13 @@ def test_steps_pass_through_for_longer_and_longer_while_the_gate_does_not_pay():
     pauses = []
     costs = None
     for _ in range(9):
-        costs = pace.settle(Decided(0.25), 1, alone) or costs
+        costs = pace.settle(Decided(0.25), alone) or costs
         pauses.append(pace._ungated)
         pace._ungated = 0
     assert costs == Costs(pytest.approx(0.2), pytest.approx(0.2))
     assert pauses == [100, 200, 400, 800, 1600, 2048, 2048, 2048, 2048]  # a try costs 1% of the first
-    assert pace.settle(Decided(0.05), 1, alone) and pace._ungated == 0
-    assert [pace.settle(Decided(0.05), 1, alone) for _ in range(5)].count(None) == 5
+    assert pace.settle(Decided(0.05), alone) and pace._ungated == 0
+    assert [pace.settle(Decided(0.05), alone) for _ in range(5)].count(None) == 5
 
 
 def test_a_gate_that_never_pays_is_left_after_a_few_steps_and_its_gradient_is_all_rows():

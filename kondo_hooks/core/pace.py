@@ -64,6 +64,7 @@ class Pace:
         self._full, self._fixed, self._row = (deque[float](maxlen=_RECENT) for _ in range(3))
         self._last = 0, 0
         self._depth = 0
+        self._window = 1  # backwards of a step
         self._ungated = _UNGATED_FIRST if auto else 0
         self._cold = _COLD
         self._decisions = 0
@@ -71,10 +72,11 @@ class Pace:
         self._pause = _PAUSE
         self._probing = self._chosen = False
 
-    def begin(self, window: int) -> None:
-        """Steps are so many backwards from now on."""
+    def begin(self, window: int | None = None) -> None:
+        """Measure from the start, by steps that pass straight through; ``window`` backwards are one from now on."""
+        self._window = window or self._window
         if self.auto:
-            self._ungated = _UNGATED_FIRST * window
+            self._ungated = _UNGATED_FIRST * self._window
 
     def passes(self) -> bool:
         """Whether the coming step passes straight through."""
@@ -157,11 +159,11 @@ class Pace:
         while self._closed and self._closed[0].is_known():
             step = self._closed.popleft()
             whole, replay = _seconds(step.steps), _seconds(step.replays)
-            if step.gated:
-                self._last = step.rows, step.replayed
             if not step.gated:
                 self._full.append(whole / step.rows)
-            elif self._cold:
+                continue
+            self._last = step.rows, step.replayed
+            if self._cold:
                 self._cold -= 1
             else:
                 self._fixed.append((whole - replay) / step.rows)
@@ -179,12 +181,11 @@ class Pace:
     def _measured(self) -> tuple[deque[float], ...]:
         return self._fixed, self._row, self._full
 
-    def settle(self, decision: Decision, window: int, ranks: Alone) -> Costs | None:
+    def settle(self, decision: Decision, ranks: Alone) -> Costs | None:
         """After a decision, where all ranks are: what steps cost, and whether the next pass straight through.
 
         Args:
             decision: the last.
-            window: backwards of a population.
             ranks: take the mean of what each has measured.
 
         Returns:
@@ -200,24 +201,23 @@ class Pace:
         if not (math.isfinite(fixed) and math.isfinite(row)):
             return None
         if math.isfinite(full) and math.isfinite(cost):
-            self._choose(cost >= full, fixed / full if full else 1.0, window)
+            self._choose(cost >= full, fixed / full if full else 1.0)
         return Costs(fixed, row)
 
-    def _choose(self, is_dear: bool, times: float, window: int) -> None:
+    def _choose(self, is_dear: bool, times: float) -> None:
         """For how long steps pass through: if the gate is dear, so long that to try it again costs 1% of them.
 
         Args:
             is_dear: whether a step of all rows is worth more.
             times: a gated step's seconds over one's without a gate.
-            window: backwards of a population.
         """
         self._chosen, self._probing = True, is_dear
         if is_dear:
             self._pause = min(max(self._pause, math.ceil(100 * (times - 1))), _LONGEST_PAUSE)
-            self._ungated, self._pause = self._pause * window, min(2 * self._pause, _LONGEST_PAUSE)
+            self._ungated, self._pause = self._pause * self._window, min(2 * self._pause, _LONGEST_PAUSE)
         else:
             self._pause = _PAUSE
             if self._since >= _AGAIN:
-                self._ungated = window
+                self._ungated = self._window
         if self._ungated:
             self._since = 0

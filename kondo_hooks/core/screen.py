@@ -198,8 +198,7 @@ class Forward:
         state = self._step.shared.state
         # What this forward made for good, layers or hooks, is there from the start for the one that counts.
         if made := not state.same_parameters():
-            state.attributes.undo(call.scene.change)
-            call.scene.buffers.undo()
+            call.scene.undo()
             state.read()
         if made or (call.scene.change.changes_state and state.has_new_hooks()):
             call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
@@ -295,24 +294,31 @@ class Forward:
         if len(self._unseen) % _HOOKED_CALLS and not self._step.waits():
             return result
         if len(self._unseen) > _MOST_UNSEEN:  # what the loss uses is not returned, so that nobody sees its backwards
-            self._step.shared.pace.begin(1)
+            self._step.shared.pace.begin()
         for leaf in outputs:
             if leaf.grad_fn is not None:
                 leaf.register_hook(self._slept)
         return result
 
     def _slept(self, _grad: Tensor) -> None:
-        shared, task = self._step.shared, private.graph_task()
-        if task != self._ungated_task:
-            self._ungated_task = task
-            steps = max(1, len(self._unseen) // shared.pace.calls)
+        shared = self._step.shared
+        steps = max(1, len(self._unseen) // shared.pace.calls)
+        if self._count_steps(steps):
             shared.stats.ungated(sum(self._unseen))
             self._unseen = []
-            self._step.forget_told()
             shared.pace.slept(steps)
-            shared.selector.step += steps
-            shared.stats.steps += steps
             shared.idle.ran()
+
+    def _count_steps(self, steps: int) -> bool:
+        """Count steps that passed straight through, once a backward; returns whether this is the first time in it."""
+        task = private.graph_task()
+        if task == self._ungated_task:
+            return False
+        self._ungated_task = task
+        self._step.forget_told()
+        self._step.shared.selector.step += steps
+        self._step.shared.stats.steps += steps
+        return True
 
     def _infer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
         try:
@@ -338,11 +344,7 @@ class Forward:
                 counted = task
                 self._step.shared.stats.ungated(batch)
                 self._step.shared.pace.passed(batch)
-            if task != self._ungated_task:
-                self._ungated_task = task
-                self._step.forget_told()
-                self._step.shared.selector.step += 1
-                self._step.shared.stats.steps += 1
+            self._count_steps(1)
 
         for leaf in (*outputs, *left):
             if leaf.grad_fn is not None:

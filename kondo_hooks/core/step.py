@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal, forced_ma
 from kondo_hooks.rules.selection import Selector
 from kondo_hooks.same.rounding import Checks
 from kondo_hooks.same.state import ModuleState
+
+_T = TypeVar("_T")
 
 
 class AtOnce:
@@ -345,8 +347,7 @@ class Step:
             return inputs
         self.shared.pace.decided(sum(a.call.batch for a in arrivals))
         if reduces:
-            costs = self.shared.pace.settle(decision, self.window.size if self.window.size != "auto" else 1, ranks)
-            self.shared.selector.costs = costs or self.shared.selector.costs
+            self.shared.selector.costs = self.shared.pace.settle(decision, ranks) or self.shared.selector.costs
         if self.last is None and decision.samples == 1:
             self.reader.warn_single(arrivals)
         decision.explain([a.signal for a in arrivals if a.signal is not None])
@@ -369,10 +370,8 @@ class Step:
             return kept
         idle = decision.delight.sigmoid() if config.weight == "dg" else torch.ones_like(decision.delight)
         factors = torch.where(decision.norm.to(idle.device) == 0, idle, decision.factors())
-        leaders = [a for a in arrivals if a.follows is None]
-        each = selector.split(factors, [a.signal for a in leaders if a.signal is not None])
-        by_leader = {id(a): mine for a, mine in zip(leaders, each, strict=True)}
-        found = [by_leader[id(a.follows or a)] for a in arrivals]
+        each = selector.split(factors, [a.signal for a in arrivals if a.signal is not None])
+        found = _of_each(arrivals, each)
         return [Kept(torch.arange(len(mine), device=mine.device), mine) for mine in found]
 
     def _decide(
@@ -391,8 +390,7 @@ class Step:
         by_user = self.forced is not None
         of_leaders = [slot for a, slot in zip(arrivals, slots, strict=True) if a.follows is None]
         decision, chosen, counts = self.choose(found, forced, of_leaders, back)
-        by_leader = {id(a): mine for a, mine in zip(leaders, chosen, strict=True)}
-        kept = [by_leader[id(a.follows or a)] for a in arrivals]
+        kept = _of_each(arrivals, chosen)
         if counts is None and not by_user and len(decision.kept) <= least:
             return decision, kept, counts
         kept, lost = self.window.without_gone(arrivals, kept)
@@ -403,14 +401,9 @@ class Step:
                 f"gated: rows of this window that were to be kept were no longer held, so they are dropped: {cause}. "
                 "Say force() before the first backward of a window; let its backwards have about as many rows.",
             )
-            held = {id(a): mine.rows for a, mine in zip(arrivals, kept, strict=True)}
-            signals = [a.signal for a in leaders if a.signal is not None]
-            each = self.shared.selector.split(decision.factors(), signals)
-            for factors, a in zip(each, leaders, strict=True):
-                gone = torch.ones(len(factors), dtype=torch.bool, device=factors.device)
-                gone[held[id(a)].to(factors.device)] = False
-                factors[gone] = 0
-            decision.cut(torch.cat([factors.reshape(-1) for factors in each]))
+            left = [mine for a, mine in zip(arrivals, kept, strict=True) if a.follows is None]
+            shares = zip(leaders, left, strict=True)
+            decision.cut([mine.spread(a.call.batch, decision.delight.dtype) for a, mine in shares])
         return decision, kept, counts
 
     def _forced(self, arrivals: list[Arrival], signals: list[Signal]) -> Tensor | None:
@@ -454,6 +447,13 @@ class Step:
             self.forced = None  # said once, and not at every step to come
             raise
         return mine if forced is None else mine | forced
+
+
+def _of_each(arrivals: list[Arrival], of_leaders: list[_T]) -> list[_T]:
+    """What was decided for the calls that others follow, for each call."""
+    leaders = [a for a in arrivals if a.follows is None]
+    by_leader = {id(a): mine for a, mine in zip(leaders, of_leaders, strict=True)}
+    return [by_leader[id(a.follows or a)] for a in arrivals]
 
 
 def _note_scale(decision: Decision, first: Arrival, back: Readback) -> None:

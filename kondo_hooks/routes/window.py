@@ -128,8 +128,7 @@ class Window(AtOnce):
             return
         groups = [[a for a in new if a is leader or a.follows is leader] for leader in leaders]
         if selector.config.asks:  # about the whole window, so that nothing is known before
-            for group in groups:
-                self._hold(group, torch.arange(group[0].call.batch, device="cpu"), learned, communicates)
+            self._hold_all(groups, learned, communicates)
             return
         if selector.config.weighs:
             self._hold_drawn(groups, signals, selector, ranks, learned, communicates)
@@ -139,9 +138,7 @@ class Window(AtOnce):
         samples = selector.samples(signals)
         most, config, scores = self._most(selector, len(samples.delight), ranks), selector.config, samples.scores
         if scores is None or (most is None and (config.price is None or not (config.hard and config.deterministic))):
-            for group in groups:
-                rows = torch.arange(group[0].call.batch, device=group[0].call.outputs[0].device)
-                self._hold(group, rows, learned, communicates)
+            self._hold_all(groups, learned, communicates)
             return
         if samples.valid is not None:
             scores = scores.masked_fill(~samples.valid.to(scores.device), -torch.inf)
@@ -222,6 +219,11 @@ class Window(AtOnce):
                         for a in waiting.group:
                             a.keep(rows)
         self._scores = every[to_device(torch.cat(places), every.device)]
+
+    def _hold_all(self, groups: list[list[Arrival]], learned: Learned, communicates: bool) -> None:
+        """Hold every row: any may still be chosen."""
+        for group in groups:
+            self._hold(group, torch.arange(group[0].call.batch, device="cpu"), learned, communicates)
 
     def _hold(self, group: list[Arrival], rows: Tensor, learned: Learned, communicates: bool) -> bool:
         """Cut newcomers to these rows; False where that is in doubt, and all of them are held."""

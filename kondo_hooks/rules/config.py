@@ -116,7 +116,7 @@ class SelectionConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
             raise ValueError(f"history must be a number of decisions >= 0, got {self.history!r}")
-        if self.history and not self._has_share:
+        if self.history and not self.has_share:
             raise ValueError("history sets the price from a rate: give rate as a fraction")
         if self.unbiased and not self.hard:
             raise ValueError("unbiased=True divides by a keep-probability, and hard=False keeps every sample")
@@ -139,7 +139,7 @@ class SelectionConfig:
             raise ValueError(f"{told} takes no price from the past: leave history away")
         if self.normalize == "kept" and not self.rule:
             raise ValueError(f"{told} weighs the kept samples for the others already: leave normalize away")
-        if self.priority != "delight" and not self._has_share:
+        if self.priority != "delight" and not self.has_share:
             raise ValueError(f"{told} goes by the gradients themselves: leave priority away")
 
     def told(self) -> str:
@@ -148,16 +148,17 @@ class SelectionConfig:
         value = getattr(self, name)
         by = f"{name}={getattr(value, '__qualname__', repr(value))}"
         priority = getattr(self.priority, "__qualname__", repr(self.priority))
-        return f"{by}, priority={priority}" if self._has_share or self.price is not None else by
+        return f"{by}, priority={priority}" if self.has_share or self.price is not None else by
 
     @property
-    def _has_share(self) -> bool:
+    def has_share(self) -> bool:
+        """Whether a fraction of the samples is kept."""
         return self.rate is not None and not isinstance(self.rate, str)
 
     @property
     def weighs(self) -> bool:
         """Whether each sample gets a factor, 0 where it is dropped, instead of a rank."""
-        drawn = self.unbiased and self.deterministic and self._has_share
+        drawn = self.unbiased and self.deterministic and self.has_share
         return self.noise is not None or self.rule is not None or isinstance(self.rate, str) or drawn
 
     @property
@@ -166,7 +167,7 @@ class SelectionConfig:
         if self.rule is not None:
             without = not getattr(self.rule, "needs_policy", True)
         else:
-            without = self.priority in ("norm", "uniform") or (self.weighs and not self._has_share)
+            without = self.priority in ("norm", "uniform") or (self.weighs and not self.has_share)
         return not without or self.weight == "dg"
 
     @property
@@ -177,7 +178,7 @@ class SelectionConfig:
     @property
     def needs_norm(self) -> bool:
         """Whether samples cannot be chosen without the norm of their gradients."""
-        return self.priority == "norm" or (self.weighs and not self._has_share and self.rule is None)
+        return self.priority == "norm" or (self.weighs and not self.has_share and self.rule is None)
 
     @property
     def reweighs(self) -> bool:
@@ -196,7 +197,7 @@ class SelectionConfig:
         if self.rule is not None:
             return bool(getattr(self.rule, "unbiased", False))
         if self.weighs:
-            return not self._has_share or self.priority in ("norm", "uniform")
+            return not self.has_share or self.priority in ("norm", "uniform")
         return self.priority == "uniform" or (self.unbiased and self.hard)
 
 

@@ -130,6 +130,13 @@ def inclusion(magnitudes: Tensor, c: float) -> Tensor:
     return torch.where(p > 1 - _NEARLY, 1.0, p)
 
 
+def drawn_factors(probability: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,) ``1 / p`` of the rows of a systematic draw, 0 of the others; arguments as of ``systematic``."""
+    start = float(torch.rand((), dtype=torch.float64, generator=generator, device="cpu"))
+    kept = systematic(probability, order, start)
+    return torch.where(kept, 1 / probability.clamp_min(torch.finfo(probability.dtype).tiny), 0)
+
+
 def systematic(probability: Tensor, order: Tensor, start: float) -> Tensor:
     """(N,) bool: a systematic draw, in which rows that are near each other in ``order`` stand in for one another.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.rules.config import check_rate
-from kondo_hooks.rules.draw import bounded_noise, inclusion, systematic, top_k
+from kondo_hooks.rules.draw import bounded_noise, drawn_factors, inclusion, top_k
 from kondo_hooks.rules.samples import Rows
 
 Rule = Callable[[Rows], Tensor]
@@ -69,8 +69,7 @@ def positive(noise: float = 0.5) -> Rule:
     def draw(rows: Rows) -> Tensor:
         norm = torch.where(rows.advantage > 0, rows.norm.double(), 0)
         p = inclusion(norm, bounded_noise(norm, noise))
-        start = float(torch.rand((), generator=rows.generator, dtype=torch.float64, device="cpu"))
-        return torch.where(systematic(p, rows.advantage, start), 1 / p.clamp_min(1e-300), 0)
+        return drawn_factors(p, rows.advantage, rows.generator)
 
     return draw
 

@@ -209,8 +209,9 @@ class Decision:
             return torch.cat([rows(s) for s in self.signals] or [self.delight.new_empty(0)])
         return torch.cat([tokens(s).reshape(-1) for s in self.signals] or [self.delight.new_empty(0)])
 
-    def cut(self, factors: Tensor) -> None:
-        """Keep no more than these (N,) factors say."""
+    def cut(self, parts: Sequence[Tensor]) -> None:
+        """Keep no more than the factors of each call say, (B,) or (B, P)."""
+        factors = torch.cat([part.reshape(-1).to(self.delight.device) for part in parts])
         self.kept = factors.nonzero().flatten()
         self.weights = None if self.weights is None else factors[self.kept]
         self.rate = len(self.kept) / max(self.samples, 1)

@@ -135,13 +135,13 @@ class Selector:
             told, self.groups = len(self.groups), None
             raise ValueError(f"groups: told for {told} samples, and the population has {len(delight)}")
         samples = Samples(delight, delight, valid, norm)
-        asks = config.asks
-        if (pooled or tokens) if asks else config.weighs:
+        as_rows = config.asks and not (pooled or tokens)  # the function is shown every position
+        if (config.weighs or config.asks) and not as_rows:
             of_rows = [s.advantages.reshape(-1) if tokens else mean_valid(s.advantages, s.valid) for s in signals]
             samples.advantages = joined([t.to(delight) for t in of_rows])
-        if asks and (pooled or tokens):
-            samples.surprisal = joined([each(s, torch.where(s.valid, s.surprisal, 0)).to(delight) for s in signals])
-        if asks:
+        if config.asks:
+            if not as_rows:
+                samples.surprisal = joined([each(s, torch.where(s.valid, s.surprisal, 0)).to(delight) for s in signals])
             if not pooled:
                 self._ask(samples, signals)
             return samples
@@ -250,9 +250,7 @@ class Selector:
         config, delight = self.config, samples.delight
         if not len(delight):
             raise ValueError("the gate was given an empty batch: there is no row to choose from")
-        if samples.factors is None and config.needs_norm:
-            self._norm_of(samples)
-        table = Table.of(samples, forced, config)
+        table = self._table(samples, forced)
         n = int(table.valid.sum())
         cost = math.nan
         if samples.factors is not None:
@@ -287,9 +285,13 @@ class Selector:
             cost=cost,
         )
 
+    def _table(self, samples: Samples, forced: Tensor | None) -> Table:
+        if samples.factors is None and self.config.needs_norm:
+            self._norm_of(samples)
+        return Table.of(samples, forced, self.config)
+
     def _draw(self, table: Table, earlier: Tensor | None) -> Drawn:
-        start = float(torch.rand((), dtype=torch.float64, generator=self._generator, device="cpu"))
-        return draw(self.config, table, self.rate(), self.costs, start, earlier)
+        return draw(self.config, table, self.rate(), self.costs, self._generator, earlier)
 
     def most(self, expected: float) -> int | None:
         """The most of this many samples that a decision by rank keeps; None where it is not by rank."""
@@ -310,10 +312,7 @@ class Selector:
         if not signals:
             return
         if config.weighs and not config.asks:
-            samples = self.samples(signals)
-            if config.needs_norm:
-                self._norm_of(samples)
-            table = Table.of(samples, None, config)
+            table = self._table(self.samples(signals), None)
             sizes = [earlier.size[earlier.valid] for earlier in self._begun]
             factors, moment, _ = self._draw(table, torch.cat(sizes) if sizes else None)
             self._begun.append(table)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.rules.config import SelectionConfig
-from kondo_hooks.rules.draw import bounded_noise, cheapest, fixed_share, inclusion, systematic
+from kondo_hooks.rules.draw import bounded_noise, cheapest, drawn_factors, fixed_share, inclusion
 from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Rows, Samples, Signal, check_finite
 
@@ -50,7 +50,7 @@ class Table:
     @classmethod
     def of(cls, samples: Samples, forced: Tensor | None, config: SelectionConfig) -> "Table":
         """Bring what is known of the samples to the host; raises ValueError where that is no number."""
-        share = config.rate is not None and not isinstance(config.rate, str)
+        share = config.has_share
         every = {"delight": samples.delight, "norm": samples.norm, "advantages": samples.advantages}
         every |= {"valid": samples.valid, "forced": forced, "size": samples.scores if share else samples.norm}
         if samples.rows is not None:
@@ -103,7 +103,7 @@ def draw(
     table: Table,
     rate: float | None,
     costs: Costs | None,
-    start: float,
+    generator: torch.Generator,
     earlier: Tensor | None = None,
 ) -> Drawn:
     """Draw samples, or keep all that have a gradient.
@@ -113,7 +113,7 @@ def draw(
         table: the samples.
         rate: the share of them, where a draw is of a share.
         costs: as measured, if they were.
-        start: of the systematic draw, in [0, 1).
+        generator: to draw from.
         earlier: sizes of the valid samples of the same population that were drawn from already.
     """
     sizes = table.size[table.valid]
@@ -131,8 +131,7 @@ def draw(
         c, cost = cheapest(sizes, fixed * len(sizes), row)
         cost = math.nan if costs is None else cost / len(sizes)
     p = inclusion(table.size, c).masked_fill(table.forced & table.valid, 1.0)
-    kept = systematic(p, table.advantages, start)
-    factors = torch.where(kept, 1 / p.clamp_min(torch.finfo(p.dtype).tiny), 0)
+    factors = drawn_factors(p, table.advantages, generator)
     squares = table.norm.square()
     moment = float((squares / p)[p > 0].sum())
     return Drawn(factors, moment, cost)
