@@ -94,6 +94,10 @@ METHODS = {
     **{f"DG-K {rate:.0%}": Method({"rate": rate}) for rate in RATES},
     "DG-K price 0": Method({"price": 0.0}),
     **{f"random {rate:.0%}": Method({"rate": rate, "priority": "uniform"}) for rate in RATES},
+    "|advantage| 10%": Method({"rate": 0.1, "priority": "abs_advantage"}),
+    **{f"noise {noise:g}": Method({"noise": noise}) for noise in (0.5, 1.0)},
+    "lossless": Method({"rate": "lossless"}),
+    "auto": Method({"rate": "auto"}),
     "PG, small batch 10%": Method(drawn=0.1, longer=4),
     "DG, small batch 10%": Method(loss=dg_loss, drawn=0.1, longer=4),
 }

@@ -196,13 +196,17 @@ METHODS: dict[str, Method] = {
         for name, priority in CONTROLS.items()
         for rate in RATES
     },
+    **{f"noise {noise:g}": Method({"noise": noise}) for noise in (0.5, 1.0)},
+    "lossless": Method({"rate": "lossless"}),
+    "auto": Method({"rate": "auto"}),
     "advantage 10%, screen-first": Method({"rate": 0.1, "priority": "advantage"}, screen=sampled),
     "random positive 10%, screen-first": Method({"rate": 0.1}, screen=positive),
     "DG, random 10%": Method({"rate": 0.1, "priority": "uniform"}, loss=dg_loss),
     "DG, small batch 10%": Method(loss=dg_loss, prompts=PROMPTS // 10),
 }
+LONG_RUNS = ("PG", "DG-K 10%", "random 10%", "noise 0.5", "auto", "DG, random 10%", "DG, small batch 10%")
 STEPS = dict.fromkeys(METHODS, 600)
-STEPS |= dict.fromkeys(("PG", "DG-K 10%", "random 10%", "DG, random 10%", "DG, small batch 10%"), 3000)
+STEPS |= dict.fromkeys(LONG_RUNS, 3000)
 INIT = ("PG", "DG", "DG-K 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
 
@@ -440,6 +444,7 @@ REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficult
 COLORS = {"PG": "black", "PPO": "tab:brown", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
 COLORS |= {"DG-K 10%, screen-first": "tab:green", "random positive 10%, screen-first": "tab:pink"}
 COLORS |= {"DG, small batch 10%": "tab:purple", "random 10%": "tab:gray"}
+COLORS |= {"noise 0.5": "tab:cyan"}
 BY_RATE = {"DG-K": "tab:red", "random": "black", "advantage": "tab:blue", "abs_advantage": "tab:cyan"}
 BY_RATE |= {"surprisal": "tab:green", "additive": "tab:purple", "DG-K tokens": "tab:orange"}
 

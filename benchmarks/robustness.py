@@ -213,6 +213,11 @@ GAMBLERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "DG-K 10%": ({"rate": 0.1}, False),
     "DG-K price 0": ({"price": 0.0}, False),
     "random 10%": ({"rate": 0.1, "priority": "uniform"}, False),
+    "|advantage| 10%": ({"rate": 0.1, "priority": "abs_advantage"}, False),
+    "noise 0.5": ({"noise": 0.5}, False),
+    "noise 1": ({"noise": 1.0}, False),
+    "lossless": ({"rate": "lossless"}, False),
+    "auto": ({"rate": "auto"}, False),
 }
 
 
@@ -274,6 +279,7 @@ def run_vocabulary(task: Vocabulary) -> record.Rows:
 def tasks(seeds: range) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:
     noisy = ("DG", "DG-K 10%", "DG-K 3%")
     growing = ("PG", "DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "advantage 10%", "random 10%")
+    growing += ("abs_advantage 10%", "noise 0.5", "noise 1", "lossless", "auto")
     sigmas = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
     return {
         "robustness_noise": (run_noise, [Noise(m, s, seed) for seed in seeds for s in NOISE for m in noisy]),
@@ -342,13 +348,14 @@ def report(name: str, frame: pd.DataFrame) -> None:
 
 COLORS = {"PG": "black", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
 COLORS |= {"DG-K price 0": "tab:purple", "advantage 10%": "tab:cyan", "random 10%": "tab:gray"}
+COLORS |= {"noise 0.5": "tab:green", "auto": "tab:olive"}
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(17, 9))
 
     def lines(axis: Axes, frame: pd.DataFrame, x: str, title: str) -> None:
-        for method, own in frame.groupby("method", sort=False):
+        for method, own in frame[frame.method.isin(COLORS)].groupby("method", sort=False):
             at = own.groupby(x).error
             half = 100 * at.apply(record.interval)
             axis.errorbar(at.mean().index, 100 * at.mean(), half, fmt="o-", ms=4, color=COLORS[method], label=method)

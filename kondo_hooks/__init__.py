@@ -8,7 +8,7 @@ with kondo.gated(model, rate=0.03):
 
 from kondo_hooks import rules
 from kondo_hooks.api import gated
-from kondo_hooks.errors import DelightError, KondoWarning, RankError, ReplayMismatchError
+from kondo_hooks.errors import DelightError, KondoWarning, PrefixError, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,
     KondoGateConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "KondoGateOutput",
     "KondoTrainer",
     "KondoWarning",
+    "PrefixError",
     "RankError",
     "ReplayMismatchError",
     "Rows",

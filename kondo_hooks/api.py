@@ -148,8 +148,10 @@ def gated(
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
     if pairs is not None and not isinstance(pairs, bool):
         raise ValueError(f"pairs must be True or False, got {pairs!r}")
-    if pairs and unit == "token":
+    if pairs and config.tokens:
         raise ValueError("pairs are kept or dropped as one: they need unit='sample'")
+    if unit == "prefix" and balance:
+        raise ValueError("balance=True moves whole rows between ranks, and unit='prefix' cuts them: leave one away")
     if shared_loss not in ("refuse", "kept"):
         raise ValueError(f"shared_loss must be 'refuse' or 'kept', got {shared_loss!r}")
     if shared_loss == "kept" and balance:

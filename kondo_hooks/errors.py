@@ -8,6 +8,10 @@ class DelightError(RuntimeError):
     """Delight cannot be known from what the gate saw; the message says what to name."""
 
 
+class PrefixError(RuntimeError):
+    """With ``unit="prefix"``: the rows of this model cannot be cut after their last kept position."""
+
+
 class ReplayMismatchError(RuntimeError):
     """The replay of the kept rows did not reproduce what the screen returned for them."""
 

@@ -21,6 +21,7 @@ from kondo_hooks.core.attach import attach
 from kondo_hooks.core.audit import Audit
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.idle import Idle, moves
+from kondo_hooks.core.prefix import MOST_PASSES
 from kondo_hooks.core.screen import Forward, Reading
 from kondo_hooks.core.step import AtOnce, Step
 from kondo_hooks.delight.loss_code import observe_logp
@@ -372,7 +373,11 @@ class Gated:
         return decision, kept
 
     def _screen_rows(self, kept: Kept, valid: Tensor) -> Screened:
-        return Screened(len(valid), kept, valid, self._step.shared.engine.communicates, self._forward.shared_loss)
+        engine = self._step.shared.engine
+        passes = 0
+        if self._selector.config.unit == "prefix":
+            passes = 1 if engine.wrappers else MOST_PASSES
+        return Screened(len(valid), kept, valid, engine.communicates, self._forward.shared_loss, passes)
 
     def _signal(
         self,
@@ -399,7 +404,7 @@ class Gated:
                     "has none, an entropy bonus has one): give norm=, 0 where you know of none, or use noise="
                 )
             signal = Signal.of(logp, advantages, mask)
-            signal.norm = signal.norm_at_logits(tokens=config.unit == "token")
+            signal.norm = signal.norm_at_logits(tokens=config.tokens)
             return signal
         kind, given = ("delight", delight) if norm is None else ("norm", norm)
         if mask is not None or logp is not None or advantages is not None:
@@ -458,7 +463,7 @@ class Gated:
         """
         if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
             raise ValueError("groups: give one integer a row, as a tensor of shape (N,)")
-        if self._selector.config.unit == "token":
+        if self._selector.config.tokens:
             raise ValueError("groups are of rows: they need unit='sample'")
         self._selector.groups = ids.detach()
 

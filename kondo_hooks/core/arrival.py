@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.kept_rows import Part, same_values
+from kondo_hooks.core.positions import Positions
 from kondo_hooks.delight.boundary import (
     Boundary,
     Kind,
@@ -46,6 +47,8 @@ class Arrival:
         forced: (B,) rows that are kept whatever their delight; None if there are none.
         follows: the call of the same rows that holds their policy, where this one holds none: one decision is for both.
         held: the rows that can still be chosen, where the call has let go of the rest.
+        cuts: whether its rows are cut after their last kept position.
+        cut: where its positions are then.
     """
 
     call: Call
@@ -62,6 +65,8 @@ class Arrival:
     forced: Tensor | None = None
     follows: "Arrival | None" = None
     held: Part | None = None
+    cuts: bool = False
+    cut: Positions | None = None
 
     def unsplit(self) -> list[int]:
         """Outputs without rows that the loss used."""
@@ -162,7 +167,7 @@ class Arrival:
         part = self._take(to_device(kept.rows, self._device))
         if kept.factors is None:
             return part
-        return part.weighted(to_device(kept.factors, self._device), self.offset, self.source, self.positions)
+        return part.weighted(to_device(kept.factors, self._device), self.offset, self.source, self.positions, self.cut)
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""

@@ -79,6 +79,13 @@ class RankOne:
         coefficient, action, logp = (t.index_select(0, index) for t in self.tensors())
         return RankOne(coefficient, action, logp, shape, self.dtype)
 
+    def until(self, length: int) -> "RankOne":
+        """Its first positions, on the first axis of a row."""
+        shape = torch.Size((self.shape[0], length, *self.shape[2:]))
+        per = shape[2:-1].numel()
+        coefficient, action, logp = (t[:, : length * per] for t in self.tensors())
+        return RankOne(coefficient, action, logp, shape, self.dtype)
+
     def weighted(self, factors: Tensor) -> "RankOne":
         """Each row times a factor, (n,), or each entry of its leading axes, (n, T, ...); not of the actions'."""
         inner = self.shape[1:-1]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
-from kondo_hooks.core.kept_rows import Part, pack
-from kondo_hooks.core.passes import Plan, checked, complete
+from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.core.passes import Plan, checked, complete, grouped
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed
 from kondo_hooks.hosts import accelerate_syncs
@@ -164,7 +164,7 @@ class Engine:
             learned: where inputs keep their rows, by their paths.
         """
         chosen = [complete(part) for part in parts if part is not None] or [complete(arrivals[0].stand_in())]
-        return Plan(pack(chosen, limit))
+        return Plan(grouped(chosen, limit))
 
     def run(self, group: list[Part], first: Arrival, learned: Learned, back: Readback) -> list[Replayed]:
         """One pass of several, checked against the screen.

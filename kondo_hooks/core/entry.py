@@ -111,7 +111,7 @@ class Entry:
         mine = [id(leaf) for leaf in leaves if id(leaf) in names]
         if not mine or (wanted is not None and not any(id(leaf) in names for leaf in wanted)):
             return []
-        whole = shared.engine.wrappers or shared.engine.balance or shared.selector.config.unit == "token"
+        whole = shared.engine.wrappers or shared.engine.balance or shared.selector.config.tokens
         # What waits for others would be asked again when the user's code may have changed what it is made of.
         whole = whole or shared.waits or not all(id(leaf) in names for leaf in wanted or ())
         split = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from kondo_hooks.rows.encoded import Encoded
 from kondo_hooks.rows.tree import Tree, attributes, is_entered
 from kondo_hooks.same.attributes import same_facts
 from kondo_hooks.same.rounding import by_column, measure
+
+if TYPE_CHECKING:
+    from kondo_hooks.core.positions import Positions
 
 Gradient = Tensor | RankOne
 
@@ -47,6 +51,9 @@ class Part:
         held: set once the rows are no longer taken from the call.
         silent: stands in where no row is kept: its gradient is zero, whatever its activations are.
         repeated: rows may stand in it more than once.
+        lengths: (n,) positions until the last one that is kept of each row, where rows are to be cut there.
+        positions: where the call keeps them.
+        is_cut: the rows were.
     """
 
     call: Call
@@ -55,6 +62,9 @@ class Part:
     held: Held | None = None
     silent: bool = False
     repeated: bool = False
+    lengths: Tensor | None = None
+    positions: "Positions | None" = None
+    is_cut: bool = False
 
     @classmethod
     def of(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None]) -> "Part":
@@ -135,10 +145,16 @@ class Part:
                 for where, leaf in zip(self.call.rows, held.outputs, strict=True)
             ]
             held = replace(held, inputs=inputs, outputs=outputs)
-        return replace(self, rows=self.rows[index], grads=grads, held=held)
+        lengths = None if self.lengths is None else self.lengths[index]
+        return replace(self, rows=self.rows[index], grads=grads, held=held, lengths=lengths)
 
     def weighted(
-        self, factors: Tensor, offset: int = 0, source: int | None = None, positions: Mapping[int, bool] | None = None
+        self,
+        factors: Tensor,
+        offset: int = 0,
+        source: int | None = None,
+        positions: Mapping[int, bool] | None = None,
+        cut: "Positions | None" = None,
     ) -> "Part":
         """Its gradients times factors.
 
@@ -147,6 +163,7 @@ class Part:
             offset: the first of these positions.
             source: the output that the positions were read from; the first with a gradient where that is not known.
             positions: of other outputs, whether their rows begin with these positions, where that is known.
+            cut: where the positions are, if rows are to be cut after the last one with a factor.
 
         Raises:
             DelightError: if the output does not have these positions.
@@ -154,6 +171,7 @@ class Part:
         if factors.device.type == "cpu" and bool((factors == 1).all()):
             return self  # elsewhere it would be a wait for what is hardly ever so
         shapes = [self._row_shape(i) for i in range(len(self.grads))]
+        lengths = None
         if factors.dim() == 2:
             if source is None or shapes[source] is None:
                 source = next((i for i, shape in enumerate(shapes) if shape is not None), None)
@@ -167,6 +185,10 @@ class Part:
                     "unit='sample'"
                 )
             factors = placed
+            if cut is not None and placed.dim() > 1:
+                used = placed.flatten(2).ne(0).any(2) if placed.dim() > 2 else placed.ne(0)
+                place = torch.arange(1, used.shape[1] + 1, device=used.device)
+                lengths = torch.where(used, place, 1).amax(1)
         grads: list[Gradient | None] = []
         for i, (where, grad, shape) in enumerate(zip(self.call.rows, self.grads, shapes, strict=True)):
             if grad is None or where is None or shape is None:
@@ -176,7 +198,7 @@ class Part:
             if i != source:
                 mine = carried_over(factors, shape, (positions or {}).get(i), i in self.call.policy)
             grads.append(grad.weighted(mine) if isinstance(grad, RankOne) else where.weighted(grad, mine))
-        return replace(self, grads=grads)
+        return replace(self, grads=grads, lengths=lengths, positions=cut)
 
     def _row_shape(self, i: int) -> torch.Size | None:
         """Of a row of an output's gradient; None where there is none."""
@@ -194,7 +216,9 @@ class Part:
             else:
                 assert isinstance(grad, Tensor)
                 grads.append(where.put(torch.zeros_like(output, dtype=grad.dtype), self.rows, grad))
-        return replace(self, rows=torch.arange(self.call.batch, device=self.rows.device), grads=grads, repeated=False)
+        return replace(
+            self, rows=torch.arange(self.call.batch, device=self.rows.device), grads=grads, repeated=False, lengths=None
+        )
 
     @classmethod
     def holding(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None], layout: Layout) -> "Part":
@@ -304,8 +328,8 @@ def _take(call: Call, i: int, grad: Gradient | None, index: Tensor, share: float
     return where.take(grad, index)
 
 
-def pack(parts: list[Part], limit: int | None = None) -> list[list[Part]]:
-    """Group parts whose rows can go through the model as one batch of at most ``limit`` rows."""
+def pack(parts: list[Part]) -> list[list[Part]]:
+    """Group parts whose rows can go through the model as one batch."""
     groups: list[list[Part]] = []
     for part in parts:
         for group in groups:
@@ -314,7 +338,7 @@ def pack(parts: list[Part], limit: int | None = None) -> list[list[Part]]:
                 break
         else:
             groups.append([part])
-    return [cut for group in groups for cut in split(group, limit)]
+    return groups
 
 
 def split(group: list[Part], limit: int | None) -> list[list[Part]]:

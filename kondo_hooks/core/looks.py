@@ -6,6 +6,7 @@ from kondo_hooks.core.arrival import Arrival, OutputProbe
 from kondo_hooks.core.audit import Audit
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.passes import forward as run_checked
+from kondo_hooks.core.positions import Positions, locate
 from kondo_hooks.core.readings import find_positions
 from kondo_hooks.core.replay import AmbiguousRowsError, find_graphs, have_graph, replay
 from kondo_hooks.core.shared import Shared
@@ -24,6 +25,7 @@ class Looks:
         self._probed: dict[tuple[str, ...], OutputProbe] = {}
         self._positions: dict[str, bool] = {}
         self._constants: dict[str, bool] = {}
+        self._cuts: dict[tuple[str, ...], Positions | None] = {}
 
     def forget_constants(self, arrival: Arrival) -> None:
         """Drop the gradients of outputs without rows that have no graph, as one row shows: they are constants."""
@@ -81,7 +83,8 @@ class Looks:
     def find_readings(self, arrivals: list[Arrival]) -> None:
         """Find out where inputs keep their rows, by a row of each call in doubt, before other rows are let go."""
         engine = self.shared.engine
-        if not self.shared.waits or engine.communicates or engine.ranks.failed:
+        waits = self.shared.waits or any(a.cuts for a in arrivals)
+        if not waits or engine.communicates or engine.ranks.failed:
             return
         for a in arrivals:
             if a.call.whole is None and self.shared.learned.known(a.call) is None and a.call.in_doubt():
@@ -93,6 +96,18 @@ class Looks:
                         contextlib.suppress(AmbiguousRowsError),
                     ):
                         replay([some], self.shared.learned)
+
+    def find_prefixes(self, arrivals: list[Arrival]) -> None:
+        """Find out where calls whose rows are to be cut keep their positions, and that the first need no others."""
+        engine = self.shared.engine
+        for a in arrivals:
+            if not a.cuts or a.call.whole is not None or engine.ranks.failed:
+                continue
+            key = (*a.call.input_paths, *a.call.paths)
+            with self.shared.looking(), engine.one_pass(False):
+                a.cut = self._cuts[key] = locate(
+                    a, self._cuts.get(key), self.shared.learned, look=not engine.communicates
+                )
 
     def find_graphs(self, call: Call) -> None:
         """Find out which of the tensors that a screen left in attributes have a graph."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kondo_hooks.core.arrival import Arrival
-from kondo_hooks.core.kept_rows import Part, same_structure, stands_alone
+from kondo_hooks.core.kept_rows import Part, pack, same_structure, stands_alone
+from kondo_hooks.core.prefix import by_length
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import AmbiguousRowsError, Replayed, replay, replay_as_known, taking_draws
 from kondo_hooks.core.verify import verify
@@ -42,6 +43,11 @@ def find_slots(arrivals: list[Arrival]) -> list[int]:
                 kinds[same] = a
         slots.append(same)
     return slots
+
+
+def grouped(parts: list[Part], limit: int | None) -> list[list[Part]]:
+    """Rows that can go through the model together, at most ``limit``, and alike in length where they are cut."""
+    return [each for group in pack(parts) for each in by_length(group, limit)]
 
 
 def complete(part: Part) -> Part:

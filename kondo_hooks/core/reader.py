@@ -41,7 +41,7 @@ class Reader:
                 self.copy_outputs = True
                 with self.shared.looking():
                     a.call.screen_again()
-        tokens = self.shared.selector.config.unit == "token"
+        tokens = self.shared.selector.config.tokens
         read: list[Arrival] = []
         unread: list[tuple[Arrival, DelightError]] = []
         paths: list[list[list[Path]]] = []
@@ -115,7 +115,7 @@ class Reader:
         config = self.shared.selector.config
         always = config.price is None and not config.history and config.hard and config.deterministic
         always = always and not config.weighs
-        if not always or config.unit == "token" or self.shared.engine.together:
+        if not always or config.tokens or self.shared.engine.together:
             return
         self.shared.warn(
             "single",

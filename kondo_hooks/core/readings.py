@@ -18,7 +18,7 @@ from kondo_hooks.errors import WarnOnce, rows_not_in_blocks, unknown_axis
 from kondo_hooks.rows.axes import Layout, Rows, fits, layouts, rows_between
 from kondo_hooks.rows.tree import flatten
 from kondo_hooks.same.scene import no_fast_path, uncompiled
-from kondo_hooks.same.state import forked_rng
+from kondo_hooks.same.state import Autocast, forked_rng
 from kondo_hooks.same.uses import Uses
 
 Key = tuple[str, ...]
@@ -32,10 +32,12 @@ class Learned:
     Attributes:
         warn: for what stays in doubt.
         layouts: which reading reproduced a screen, and no other did.
+        positions: where calls that were decided on before the forward keep their positions.
     """
 
     warn: WarnOnce = field(default_factory=WarnOnce)
     layouts: dict[Key, Layout] = field(default_factory=dict)
+    positions: dict[Key, Any] = field(default_factory=dict)
     _waits: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
     def known(self, call: Call, batch: int | None = None) -> Layout | None:
@@ -192,8 +194,7 @@ def find_positions(call: Call, outputs: Sequence[int], source: int, length: int)
             if size == length and (where is None or axis != where.axis):
                 taken, shortened = taken.narrow(axis, 0, length - 1), True
         inputs.append(taken)
-    training, requires_grad = call.scene.flags
-    part = _outputs(call, inputs, ((False,) * len(training), requires_grad)) if shortened else None
+    part = run_rows(call, inputs) if shortened else None
     if part is None:
         return {}
     found: dict[int, bool] = {}
@@ -210,6 +211,16 @@ def find_positions(call: Call, outputs: Sequence[int], source: int, length: int)
         ):
             found[i] = shape != full
     return found if found.pop(source, False) else {}
+
+
+def run_rows(call: Call, inputs: Sequence[Tensor], autocast: Autocast | None = None) -> list[Tensor] | None:
+    """A call's outputs for other inputs, in eval mode and without a graph; None if the model does not run on them."""
+    training, requires_grad = call.scene.flags
+    before, call.scene.autocast = call.scene.autocast, autocast or call.scene.autocast
+    try:
+        return _outputs(call, inputs, ((False,) * len(training), requires_grad))
+    finally:
+        call.scene.autocast = before
 
 
 Found = dict[str, Rows | ValueError | None]

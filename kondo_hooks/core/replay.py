@@ -58,7 +58,7 @@ class Replayed:
         for i in self.all_outputs:
             if (where := call.rows[i]) is not None:
                 rows = where.take(outputs[i], part.rows)
-                found[i] = pad_to(rows, _as_long(rows, where, call.outputs[i].shape))
+                found[i] = rows if part.is_cut else pad_to(rows, _as_long(rows, where, call.outputs[i].shape))
         return found
 
     def _in_its_places(self, part: Part, inputs: list[Tensor]) -> list[Tensor]:

@@ -248,6 +248,7 @@ class Step:
             keeps_graph if self.entry.keeps_graph is None else self.entry.keeps_graph,
             private.graph_task(),
             private.will_run(node.next_functions[0][0]),
+            cuts=self.shared.selector.config.unit == "prefix",
         )
         self.shared.idle.reached()
         if call.decides_at_once and not arrival.to_parameters:
@@ -294,7 +295,12 @@ class Step:
             return []
         engine, back = self.shared.engine, Readback()
         with self.shared.streams.joined():
-            for step in (lambda each: self.reader.read(each, back), self.looks.find_readings, self.looks.audit):
+            for step in (
+                lambda each: self.reader.read(each, back),
+                self.looks.find_readings,
+                self.looks.find_prefixes,
+                self.looks.audit,
+            ):
                 try:
                     step(arrivals)
                 except Exception as error:
@@ -366,7 +372,7 @@ class Step:
         A row that no draw can keep, for its gradient is zero at the outputs, may have one there: it counts as it is.
         """
         config, selector = self.shared.selector.config, self.shared.selector
-        if decision is None or decision.norm is None or not config.weighs or config.asks or config.unit == "token":
+        if decision is None or decision.norm is None or not config.weighs or config.asks or config.tokens:
             return kept
         idle = decision.delight.sigmoid() if config.weight == "dg" else torch.ones_like(decision.delight)
         factors = torch.where(decision.norm.to(idle.device) == 0, idle, decision.factors())
@@ -414,7 +420,7 @@ class Step:
             torch.zeros(a.call.batch, dtype=torch.bool, device=s.valid.device) if a.forced is None else a.forced
             for a, s in zip(arrivals, signals, strict=True)
         ]
-        if self.shared.selector.config.unit == "token":
+        if self.shared.selector.config.tokens:
             rows = [r.repeat_interleave(s.valid.numel() // len(r)) for r, s in zip(rows, signals, strict=True)]
         return torch.cat(rows)
 

@@ -206,7 +206,9 @@ def _message(group: list[Part], compared: _Compared) -> str:
     return (
         f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows changed "
         f"{name_of(group[0].call, compared.i)} by up to {float(compared.apart[worst]):.3g} (its largest value is "
-        f"{float(compared.measure[worst]):.3g}): in this model a row's output depends on the other rows of the batch, "
+        f"{float(compared.measure[worst]):.3g}): in this model "
+        + ("later positions matter to earlier ones, or " if any(part.is_cut for part in group) else "")
+        + "a row's output depends on the other rows of the batch, "
         "or the model is not deterministic. Likely: normalisation or attention over the batch axis, state that a "
         "forward updates, randomness from outside torch, inputs that the gate cannot cut into rows, "
         "rows of different lengths packed into one batch for a model that does not mask what "

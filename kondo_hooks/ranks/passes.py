@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.engine import Engine
-from kondo_hooks.core.kept_rows import Part, cut, pack, reading, same_constants, same_values, stands_alone
-from kondo_hooks.core.passes import Plan, checked, complete
+from kondo_hooks.core.kept_rows import Part, cut, reading, same_constants, same_values, stands_alone
+from kondo_hooks.core.passes import Plan, checked, complete, grouped
+from kondo_hooks.core.prefix import in_pieces, is_cut, pieces_of
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed, assemble, check_unchanged, held_layout, silenced, with_gradients
 from kondo_hooks.core.replay import forward as run_assembled
@@ -62,15 +63,22 @@ def plan(
     imbalance = None if counts is None else (together.imbalance(counts), together.imbalance(replayed))
     if not engine.communicates:
         chosen = [complete(part) for slot in by_slot for part in slot] or [complete(arrivals[0].stand_in())]
-        return Plan(pack(chosen, limit), imbalance)
+        return Plan(grouped(chosen, limit), imbalance)
     pieces = [1] * len(firsts)
-    if limit is not None:
-        pieces = [max(1, -(-sum(map(len, slot)) // limit)) for slot in by_slot]
+    cuts = any(first.cuts for first in firsts)
+    if limit is not None or cuts:
+        pieces = [pieces_of(slot) for slot in by_slot]
+        if limit is not None:
+            pieces = [max(n, -(-sum(map(len, slot)) // limit)) for n, slot in zip(pieces, by_slot, strict=True)]
         if not ranks.alone:
             pieces = ranks.largest(pieces)
     groups = []
     for first, mine, n in zip(firsts, by_slot, pieces, strict=True):
-        for group in [mine] if stands_alone(first.call) else cut(mine, n):
+        if is_cut(mine):
+            each = in_pieces(mine, n, alike=limit is not None)
+        else:
+            each = [mine, *[[]] * (n - 1 if cuts else 0)] if stands_alone(first.call) else cut(mine, n)
+        for group in each:
             groups.append([complete(part) for part in group or [first.stand_in()]])
     return Plan(groups, imbalance)
 

@@ -16,7 +16,7 @@ from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal, check_finite
 from kondo_hooks.rules.selection import Selector
 
-_COLUMNS = 10  # delight, score, valid, forced, norm, advantage, surprisal, group, slot, row
+_COLUMNS = 11  # delight, score, valid, forced, norm, advantage, surprisal, group, begins, slot, row
 
 
 @dataclass
@@ -66,6 +66,7 @@ def decide(
         None if samples.norm is None else union[:, 4],
         union[:, 5],
         union[:, 6],
+        begins=None if samples.begins is None else union[:, 8] != 0,
     )
     if selector.groups is not None:
         selector.groups = union[:, 7]
@@ -130,7 +131,10 @@ def _table(
         samples.delight if samples.scores is None else samples.scores,
         valid,
         nothing if forced is None else forced,
-        *(nothing if t is None else t for t in (samples.norm, samples.advantages, samples.surprisal, groups)),
+        *(
+            nothing if t is None else t
+            for t in (samples.norm, samples.advantages, samples.surprisal, groups, samples.begins)
+        ),
         torch.cat(slot),
         torch.cat(rows),
     ]

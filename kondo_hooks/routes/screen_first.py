@@ -13,11 +13,22 @@ from torch import Tensor, nn
 
 from kondo_hooks.core.call import LEFT, Call
 from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.core.positions import Positions, locate_before
+from kondo_hooks.core.prefix import cut_points
 from kondo_hooks.core.readings import Learned, settle_outputs
 from kondo_hooks.core.replay import AmbiguousRowsError, replay
 from kondo_hooks.delight.graph import silence
-from kondo_hooks.errors import no_batch_axis, unknown_positions
-from kondo_hooks.rows.axes import Layout, Rows, candidate_rows, fill_index, is_doubtful, layouts, rows_between
+from kondo_hooks.errors import PrefixError, no_batch_axis, unknown_positions
+from kondo_hooks.rows.axes import (
+    Layout,
+    Rows,
+    candidate_rows,
+    fill_index,
+    is_doubtful,
+    join_rows,
+    layouts,
+    rows_between,
+)
 from kondo_hooks.rows.tree import Tree, flatten, unflatten
 from kondo_hooks.rules.samples import Kept
 from kondo_hooks.same.state import forked_rng, rng_state_now, same_rng_state
@@ -68,6 +79,7 @@ class Screened:
         valid: (B,) or (B, T), False on masked tokens.
         shared_loss: an output without rows may be used, as it is for the kept rows alone.
         one_pass: every rank makes this pass and no other, so doubtful shapes are read in the likeliest way.
+        passes: how many may be made of rows that are cut after their last kept position; 0 where they are not.
         hooks: that make the gradient of a row which stands in exactly zero, to be removed after the backward.
     """
 
@@ -76,6 +88,7 @@ class Screened:
     valid: Tensor
     one_pass: bool = False
     shared_loss: bool = False
+    passes: int = 0
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
@@ -115,19 +128,20 @@ class Screened:
         if len(rows) == batch and factors is None:
             return call.run_given()
         before = call.state.attributes.before()
-        try:
-            result = call.run_kept(taken)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise RuntimeError(
-                f"gated: after preselect() the kept rows run alone, and on {len(rows)} of the {batch} rows of this "
-                f"call the model failed: {type(error).__name__}: {error}. If it keeps a state of all rows, or needs "
-                "several, leave preselect() away."
-            ) from error
+        positions = self._positions(call, layout, rows, factors, learned)
+        if positions is None:
+            result = self._run(call, taken, len(rows))
+            paths, leaves = flatten(result)
+        else:
+            assert factors is not None
+            result, paths, leaves = self._run_cut(call, taken, factors, positions)
         call.refuse_row_lists(result, len(rows))
         change = call.state.attributes.compare(before, lambda _: False)
-        paths, leaves = flatten(result)
+        if positions is not None and change.new:
+            raise PrefixError(
+                f"gated: unit='prefix': the model leaves tensors in its attributes ({next(iter(change.new))}), which "
+                "would be those of some rows alone: return them, or use unit='token'"
+            )
         returned = len(leaves)
         paths += [LEFT + path for path in change.new]
         leaves += change.new.values()
@@ -154,6 +168,80 @@ class Screened:
         if change.after is not None:
             change.after.substitute({id(leaf): spread[id(leaf)] for leaf in change.new.values() if id(leaf) in spread})
         return unflatten(result, [spread.get(id(leaf), leaf) for leaf in leaves[:returned]])
+
+    def _run(self, call: Call, inputs: list[Tensor], rows: int) -> Tree:
+        try:
+            return call.run_kept(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"gated: after preselect() the kept rows run alone, and on {rows} of the {self.batch} rows of this "
+                f"call the model failed: {type(error).__name__}: {error}. If it keeps a state of all rows, or needs "
+                "several, leave preselect() away."
+            ) from error
+
+    def _positions(
+        self, call: Call, layout: Layout, rows: Tensor, factors: Tensor | None, learned: Learned
+    ) -> Positions | None:
+        """Where rows that are cut keep their positions; None where they are not cut."""
+        if not self.passes or call.batch_dim or factors is None or factors.dim() < 2 or factors.shape[1] == 1:
+            return None
+        key = tuple(call.input_paths)
+        known = learned.positions.get(key)
+        some = [leaf if at is None else at.take(leaf, rows[:2]) for leaf, at in zip(call.inputs, layout, strict=True)]
+        training, requires_grad = call.scene.flags
+
+        def look(inputs: list[Tensor]) -> list[Tensor] | None:
+            with call.state.restored_flags(((False,) * len(training), requires_grad)):
+                try:
+                    return list(self._outputs_of(call, inputs).values())
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:
+                    return None
+
+        found = locate_before(call, layout, factors.shape[1], known, None if self.one_pass else look, some)
+        learned.positions[key] = found
+        return found
+
+    def _run_cut(
+        self, call: Call, taken: list[Tensor], factors: Tensor, positions: Positions
+    ) -> tuple[Tree, list[str], list[Tensor]]:
+        """Run rows no further than to their last kept position, those of about the same length together.
+
+        Positions that are not run hold a copy of the last that is, without a graph.
+        """
+        place = torch.arange(1, factors.shape[1] + 1, device=factors.device)
+        lengths = torch.where(factors != 0, place, 1).amax(1).cpu()
+        order = lengths.argsort(stable=True)
+        found: list[tuple[Tree, list[str], list[Tensor]]] = []
+        sizes: list[tuple[int, int]] = []
+        ends = cut_points(lengths[order], self.passes)
+        for first, last in zip([0, *ends], ends, strict=False):
+            if first == last:
+                continue
+            index, longest = order[first:last], int(lengths[order[last - 1]])
+            mine = [
+                leaf if where is None else where.take(leaf, index)
+                for leaf, where in zip(taken, positions.layout, strict=True)
+            ]
+            result = self._run(call, positions.shorten(mine, longest), len(index))
+            found.append((result, *flatten(result)))
+            sizes.append((len(index), longest))
+        result, paths, _ = found[0]
+        back = order.argsort()
+        leaves = []
+        for each in zip(*(pieces for _, _, pieces in found), strict=True):
+            if any(leaf.dim() < 1 or leaf.shape[0] != n for leaf, (n, _) in zip(each, sizes, strict=True)):
+                leaves.append(each[0])
+                continue
+            full = [
+                _stretched(leaf, positions.length) if leaf.shape[1:2] == (longest,) else leaf
+                for leaf, (_, longest) in zip(each, sizes, strict=True)
+            ]
+            leaves.append(join_rows(full, 0).index_select(0, back.to(full[0].device)))
+        return result, paths, leaves
 
     def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: Learned) -> Layout:
         batch = self.batch
@@ -254,6 +342,14 @@ class Screened:
                 "be told: they are flattened in another order than the batch's. Return (B, T, ...) or (B * T, ...)."
             )
         return where
+
+
+def _stretched(leaf: Tensor, length: int) -> Tensor:
+    """A tensor whose last position on axis 1 is repeated, without a graph, up to a length."""
+    more = length - leaf.shape[1]
+    if not more:
+        return leaf
+    return torch.cat([leaf, leaf[:, -1:].detach().expand(-1, more, *leaf.shape[2:])], 1)
 
 
 def _other_sizes(call: Call, inputs: Layout) -> set[int]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Unit = Literal["sample", "token"]
+Unit = Literal["sample", "token", "prefix"]
 Reduction = Literal["sum", "mean", "max"]
 Weight = Literal["pg", "dg"]
 Normalize = Literal["batch", "kept"]
@@ -48,7 +48,8 @@ class SelectionConfig:
         temperature: softness ``eta`` of the Bernoulli and soft gates, in units of the score.
         hard: False weights every sample by ``sigmoid((score - price) / temperature)``: nothing is skipped.
         deterministic: False draws ``G ~ Bernoulli(sigmoid((score - price) / temperature))``.
-        unit: "sample" keeps or drops whole rows, "token" single positions.
+        unit: "sample" keeps or drops whole rows, "token" single positions; "prefix" single positions, of which a draw
+            takes the first so many of a row, and a row is replayed no further than to its last kept one.
         reduction: how a row's score comes from its positions: "sum", "mean" or "max".
         history: with ``rate``, take the price from the last ``history`` decisions, so that the long-run
             kept fraction is ``rate`` even where ``rate * batch`` is less than one row. 0: this batch alone.
@@ -100,14 +101,14 @@ class SelectionConfig:
             isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1
         ):
             raise ValueError(f"groups must be a number of rows >= 1, got {self.groups!r}")
-        if self.groups is not None and self.unit == "token":
+        if self.groups is not None and self.tokens:
             raise ValueError("groups are of rows: they need unit='sample'")
         if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be > 0 and finite, got {self.temperature!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         for name, allowed in (
-            ("unit", ("sample", "token")),
+            ("unit", ("sample", "token", "prefix")),
             ("reduction", ("sum", "mean", "max")),
             ("weight", ("pg", "dg")),
             ("normalize", ("batch", "kept")),
@@ -124,7 +125,7 @@ class SelectionConfig:
             raise ValueError("unbiased=True divides by a keep-probability: with price it needs deterministic=False")
         if self.unbiased and self.rule is not None:
             raise ValueError("unbiased=True: the factors of a rule are its own; return 1 / probability from it")
-        if self.rate == "auto" and self.unit == "token":
+        if self.rate == "auto" and self.tokens:
             raise ValueError("rate='auto' weighs the seconds of rows: it needs unit='sample'; noise= takes tokens")
         if self.weighs:
             self._check_weighs()
@@ -156,6 +157,11 @@ class SelectionConfig:
         return self.rate is not None and not isinstance(self.rate, str)
 
     @property
+    def tokens(self) -> bool:
+        """Whether samples are positions of rows."""
+        return self.unit != "sample"
+
+    @property
     def weighs(self) -> bool:
         """Whether each sample gets a factor, 0 where it is dropped, instead of a rank."""
         drawn = self.unbiased and self.deterministic and self.has_share
@@ -184,7 +190,7 @@ class SelectionConfig:
     def reweighs(self) -> bool:
         """Whether a kept sample's gradient may be another than the loss sent, or be cut."""
         weighs = self.weighs and not self.is_lossless
-        return weighs or not self.hard or self.weight != "pg" or self.unit == "token"
+        return weighs or not self.hard or self.weight != "pg" or self.tokens
 
     @property
     def is_lossless(self) -> bool:

@@ -153,3 +153,70 @@ def systematic(probability: Tensor, order: Tensor, start: float) -> Tensor:
     marks = (probability[line].cumsum(0) + start).floor()
     kept[line] = marks.diff(prepend=marks.new_zeros(1)) > 0
     return kept
+
+
+# Draws that take the first so many positions of each row: a row that is run to some position has run all before it.
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def falling(sizes: Tensor, begins: Tensor) -> Tensor:
+    """(N,) sizes that never rise within a row, for which a draw of its first positions costs least.
+
+    Of all ``p`` that do not rise, ``min(1, c m)`` has the least ``sum p`` for its ``sum n^2 / p`` if ``m^2`` is the
+    mean of ``n^2`` over blocks of positions, as wide as it takes for these means to fall: the slopes of the least
+    concave curve above the sum of ``n^2``.
+
+    Args:
+        sizes: (N,) ``n``, at least zero, the positions of one row after another, float64.
+        begins: (N,) bool, the first position of each row.
+    """
+    row, place, shape = _places(begins)
+    squares = sizes.new_zeros(shape)
+    scale = sizes.max().clamp_min(torch.finfo(sizes.dtype).tiny) if len(sizes) else 1.0
+    squares[row, place] = (sizes / scale).square()
+    above = torch.cat([squares.new_zeros(len(squares), 1), squares.cumsum(1)], 1)
+    found, at = torch.zeros_like(squares), torch.zeros(len(squares), 1, dtype=torch.long, device="cpu")
+    position = torch.arange(shape[1] + 1, device="cpu").expand_as(above)
+    while bool((at < shape[1]).any()):
+        slope = (above - above.gather(1, at)) / (position - at)
+        slope = torch.where(position > at, slope, -math.inf)
+        steepest = slope.amax(1, keepdim=True)
+        end = torch.where(slope == steepest, position, 0).amax(1, keepdim=True)
+        inside = (position >= at) & (position < end)
+        found = torch.where(inside[:, :-1], steepest, found)
+        at = torch.where(at < shape[1], end, at)
+    found = found.cummin(1).values  # but for rounding it is
+    # What is lost in the sum beside large squares is not nothing.
+    later = squares.flip(1).cummax(1).values.flip(1) > 0
+    found = torch.where(later, found.sqrt().clamp_min(torch.finfo(sizes.dtype).tiny), 0)
+    return found[row, place] * scale
+
+
+def drawn_prefixes(probability: Tensor, begins: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,) ``1 / p`` of the positions that are drawn, 0 of the others: in each row the first so many.
+
+    One number a row decides, and those of rows that are near each other are far apart.
+
+    Args:
+        probability: (N,) of each position, float64, which never rises within a row.
+        begins: (N,) bool, the first position of each row.
+        order: (N,) by which rows are put in line.
+        generator: to draw from.
+    """
+    start = float(torch.rand((), dtype=torch.float64, generator=generator, device="cpu"))
+    row, place, shape = _places(begins)
+    by = order.new_zeros(shape)
+    by[row, place] = order
+    line = by.mean(1).argsort(stable=True)
+    level = torch.empty(shape[0], dtype=torch.float64, device="cpu")
+    level[line] = (start + _GOLDEN * torch.arange(shape[0], dtype=torch.float64, device="cpu")) % 1
+    return torch.where(level[row] < probability, 1 / probability.clamp_min(torch.finfo(probability.dtype).tiny), 0)
+
+
+def _places(begins: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The row of each position and its place in it, and the shape of a table that holds all of them."""
+    row = begins.long().cumsum(0) - 1
+    starts = begins.nonzero().flatten()
+    place = torch.arange(len(begins), device=begins.device) - starts[row]
+    return row, place, (len(starts), int(place.max()) + 1 if len(place) else 0)

@@ -271,6 +271,7 @@ class Samples:
         surprisal: of each sample, where a rule of the user's is asked.
         factors: where these were decided on already, on the host.
         rows: what a function of the user's was shown of them, each a row.
+        begins: which are the first position of a row, where a draw has to know it.
     """
 
     delight: Tensor
@@ -281,6 +282,7 @@ class Samples:
     surprisal: Tensor | None = None
     factors: Tensor | None = None
     rows: Rows | None = None
+    begins: Tensor | None = None
 
 
 def check_finite(scores: Tensor, delight: Tensor) -> None:

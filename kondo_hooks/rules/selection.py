@@ -112,14 +112,14 @@ class Selector:
         return decision
 
     def samples(self, signals: list[Signal], pooled: bool = False) -> "Samples":
-        """What is chosen among: one sample a row, or one a position when ``unit="token"``.
+        """What is chosen among: one sample a row, or one a position.
 
         Args:
             signals: of the calls.
             pooled: they will be put together with other ranks', and a function of the user's asked then.
         """
         config = self.config
-        tokens = config.unit == "token"
+        tokens = config.tokens
 
         def each(signal: Signal, values: Tensor) -> Tensor:
             values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -135,6 +135,8 @@ class Selector:
             told, self.groups = len(self.groups), None
             raise ValueError(f"groups: told for {told} samples, and the population has {len(delight)}")
         samples = Samples(delight, delight, valid, norm)
+        if config.unit == "prefix":
+            samples.begins = joined([_first_of_each_row(s.valid) for s in signals])
         as_rows = config.asks and not (pooled or tokens)  # the function is shown every position
         if (config.weighs or config.asks) and not as_rows:
             of_rows = [s.advantages.reshape(-1) if tokens else mean_valid(s.advantages, s.valid) for s in signals]
@@ -196,7 +198,7 @@ class Selector:
 
     def kept_of(self, decision: Decision, signals: list[Signal]) -> list[Kept]:
         """What a decision over several batches keeps of each; waits for the device once if there are several."""
-        if self.config.unit == "token":
+        if self.config.tokens:
             factors = self.split(decision.factors(), signals)
             rows = torch.cat([any_of_row(f) for f in factors]).nonzero().flatten()
             each = by_batch(rows, [len(f) for f in factors])
@@ -209,7 +211,7 @@ class Selector:
 
     def split(self, values: Tensor, signals: list[Signal]) -> list[Tensor]:
         """Values of the samples, batch by batch, in the shape of its rows, or of its positions."""
-        tokens = self.config.unit == "token"
+        tokens = self.config.tokens
         shapes = [s.valid.shape if tokens else s.valid.shape[:1] for s in signals]
         parts = values.split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -228,7 +230,7 @@ class Selector:
             self._ask(samples, None)
 
     def _ask(self, samples: Samples, signals: list[Signal] | None) -> None:
-        config, tokens = self.config, self.config.unit == "token"
+        config, tokens = self.config, self.config.tokens
         groups = config.groups if self.groups is None else self.groups
         pooled = signals is None
         rows = rows_of(signals or [], samples, tokens, groups, self.step, self._generator, pooled)
@@ -313,7 +315,7 @@ class Selector:
             return
         if config.weighs and not config.asks:
             table = self._table(self.samples(signals), None)
-            sizes = [earlier.size[earlier.valid] for earlier in self._begun]
+            sizes = [earlier.sizes(config) for earlier in self._begun]
             factors, moment, _ = self._draw(table, torch.cat(sizes) if sizes else None)
             self._begun.append(table)
             self._moments += moment
@@ -321,7 +323,7 @@ class Selector:
                 signal.factors = mine
         elif config.priority == "uniform" and config.hard and config.deterministic and not config.history:
             for signal in signals:
-                n = signal.valid.numel() if config.unit == "token" else len(signal.valid)
+                n = signal.valid.numel() if config.tokens else len(signal.valid)
                 signal.draws = self.uniform(n)
 
     def forget(self) -> None:
@@ -408,3 +410,10 @@ class Selector:
         self._history = deque((scores.cpu() for scores in state["history"]), maxlen=self.config.history)
         self._generator.set_state(state["generator"].cpu())
         self.forget()
+
+
+def _first_of_each_row(valid: Tensor) -> Tensor:
+    """(B * P,) bool, of the positions of (B, P)."""
+    begins = torch.zeros_like(valid)
+    begins[:, 0] = True
+    return begins.reshape(-1)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.rules.config import SelectionConfig
-from kondo_hooks.rules.draw import bounded_noise, cheapest, drawn_factors, fixed_share, inclusion
+from kondo_hooks.rules.draw import (
+    bounded_noise,
+    cheapest,
+    drawn_factors,
+    drawn_prefixes,
+    falling,
+    fixed_share,
+    inclusion,
+)
 from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Rows, Samples, Signal, check_finite
 
@@ -38,6 +46,7 @@ class Table:
         advantages: of each sample.
         valid: which are to be chosen from.
         forced: which are kept whatever they are.
+        begins: which are the first position of a row, where rows are cut; the size never rises within one then.
     """
 
     delight: Tensor
@@ -46,13 +55,19 @@ class Table:
     advantages: Tensor
     valid: Tensor
     forced: Tensor
+    begins: Tensor | None = None
 
     @classmethod
     def of(cls, samples: Samples, forced: Tensor | None, config: SelectionConfig) -> "Table":
         """Bring what is known of the samples to the host; raises ValueError where that is no number."""
         share = config.has_share
         every = {"delight": samples.delight, "norm": samples.norm, "advantages": samples.advantages}
-        every |= {"valid": samples.valid, "forced": forced, "size": samples.scores if share else samples.norm}
+        every |= {
+            "begins": samples.begins,
+            "valid": samples.valid,
+            "forced": forced,
+            "size": samples.scores if share else samples.norm,
+        }
         if samples.rows is not None:
             rows = samples.rows
             seen = {"delight": rows.delight, "norm": rows.norm, "advantages": rows.advantage}
@@ -71,7 +86,17 @@ class Table:
             given["forced"] != 0 if "forced" in given else nothing != 0,
         )
         table._clean()
+        if "begins" in given:
+            table.begins = given["begins"] != 0
+            table.size = falling(table.size, table.begins)
         return table
+
+    def sizes(self, config: SelectionConfig) -> Tensor:
+        """(M,) of the samples that a draw's slope is found for.
+
+        Where a row is cut, what comes before a position is run with it, whether it is valid or not.
+        """
+        return self.size if self.begins is not None and not config.has_share else self.size[self.valid]
 
     def _clean(self) -> None:
         masked = self.forced | ~self.valid
@@ -116,7 +141,7 @@ def draw(
         generator: to draw from.
         earlier: sizes of the valid samples of the same population that were drawn from already.
     """
-    sizes = table.size[table.valid]
+    sizes = table.sizes(config)
     sizes = sizes if earlier is None else torch.cat([earlier, sizes])
     cost = math.nan
     if config.is_lossless:
@@ -131,7 +156,10 @@ def draw(
         c, cost = cheapest(sizes, fixed * len(sizes), row)
         cost = math.nan if costs is None else cost / len(sizes)
     p = inclusion(table.size, c).masked_fill(table.forced & table.valid, 1.0)
-    factors = drawn_factors(p, table.advantages, generator)
+    if table.begins is None:
+        factors = drawn_factors(p, table.advantages, generator)
+    else:
+        factors = torch.where(table.valid, drawn_prefixes(p, table.begins, table.advantages, generator), 0)
     squares = table.norm.square()
     moment = float((squares / p)[p > 0].sum())
     return Drawn(factors, moment, cost)

@@ -170,16 +170,23 @@ def _draw_rows(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], full: list[Any], batch: int, rows: Tensor, pairs: bool
 ) -> Any:
     whole = list(args)
-    where = None
+    where: Rows | None = None
+    sizes: torch.Size | None = None
     source = fill_index(rows, batch)
     for i, (value, shape) in enumerate(zip(args, full, strict=True)):
         if shape is None or _shape(value)[0] == shape[0]:
             continue
-        if (rows_at := rows_between(shape[0], _shape(value)[0], batch, len(rows), pairs)) is None:
+        wanted = _shape(value)[0]
+        if (rows_at := rows_between(shape[0], wanted, batch, len(rows), pairs)) is None:
+            rows_at = _rows_cut(shape[0], wanted, batch, len(rows), pairs)
+        if rows_at is None:
             return func(*args, **kwargs)
-        where = rows_at
+        where, sizes = rows_at, wanted
         if isinstance(value, Tensor):
             # Rows that are not replayed hold a copy of one that is: zeros would be no probabilities to draw from.
+            for axis, (long, short) in enumerate(zip(shape[0], wanted, strict=True)):
+                if axis != where.axis and short < long:  # and so do positions
+                    value = value.index_select(axis, torch.arange(long, device=value.device).clamp(max=short - 1))
             whole[i] = _laid_out(where.take(value, source.to(value.device)), *shape)
         else:
             whole[i] = list(shape[0])
@@ -190,7 +197,11 @@ def _draw_rows(
     def take(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.dim():
             return tensor
-        return Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows)
+        taken = Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows)
+        for axis, (long, short) in enumerate(zip(taken.shape, sizes or (), strict=False)):
+            if axis != where.axis and short < long:
+                taken = taken.narrow(axis, 0, short)
+        return taken
 
     for i, argument in enumerate(func._schema.arguments[: len(args)]):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -198,3 +209,13 @@ def _draw_rows(
             if result is whole[i]:
                 return args[i]
     return tuple(map(take, result)) if isinstance(result, (tuple, list)) else take(result)
+
+
+def _rows_cut(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool) -> Rows | None:
+    """Where a tensor keeps its rows if the rows of ``part`` are cut as well: on the first axis that can hold them."""
+    if len(full) != len(part) or any(short > long for long, short in zip(full, part, strict=True)):
+        return None
+    for axis, (long, short) in enumerate(zip(full, part, strict=True)):
+        if long % batch == 0 and short * batch == long * rows:
+            return Rows(axis, long // batch, pairs)
+    return None
