@@ -4,15 +4,19 @@
 
 A step of twice the noise is worth half of one, so the product is what ``rate="auto"`` minimises: it should be no more
 than that of the best fixed rule, or of no gate, by more than what it takes to find that out. Half of the rows have no
-advantage, as in groups without variance. Rules take turns within a round; medians over rounds.
+advantage, as in groups without variance. The last table is of rows that are padded: answers of 8 to 64 tokens, in which
+the later tokens count for less, by rules that choose rows, tokens or the first tokens of rows. Rules take turns within
+a round; medians over rounds.
 """
 
 import argparse
 import contextlib
 import csv
+import dataclasses
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from step import Workload, workloads
@@ -21,11 +25,20 @@ from tqdm import tqdm
 
 import kondo_hooks as kondo
 
-RULES = {
+Rules = dict[str, dict[str, Any] | None]
+RULES: Rules = {
     "no gate": None,
     "lossless": {"rate": "lossless"},
     **{f"noise {noise:g}": {"noise": noise} for noise in (0.25, 0.5, 1.0, 2.0)},
     "auto": {"rate": "auto"},
+}
+UNITS: Rules = {
+    "no gate": None,
+    "lossless, rows": {"rate": "lossless"},
+    "lossless, prefixes": {"rate": "lossless", "unit": "prefix"},
+    "noise 0.5, rows": {"noise": 0.5},
+    "noise 0.5, tokens": {"noise": 0.5, "unit": "token"},
+    "noise 0.5, prefixes": {"noise": 0.5, "unit": "prefix"},
 }
 
 
@@ -37,19 +50,27 @@ def demo() -> Workload:
     return Workload("MLP of make demo, B=100", model, (torch.rand(100, 784, generator=g),), actions, actions * 0.0)
 
 
-def measure(work: Workload, rounds: int, each: int, first: int) -> list[dict[str, float | str]]:
-    """Milliseconds a step, noise and share of the rows, by rule."""
+def padded(work: Workload) -> Workload:
+    """Answers of other lengths, whose later tokens count for less."""
+    n, length = work.advantages.shape
+    lengths = torch.randint(length // 8, length + 1, (n, 1), generator=torch.Generator().manual_seed(2))
+    counts = torch.linspace(1.5, 0.3, length) * (torch.arange(length) < lengths)
+    return dataclasses.replace(work, name="the same, padded: 8 to 64 tokens", advantages=counts)
+
+
+def measure(work: Workload, rules: Rules, rounds: int, each: int, first: int) -> list[dict[str, float | str]]:
+    """Milliseconds a step, noise and share of the rows, or tokens, by rule."""
     g = torch.Generator().manual_seed(1)
-    shape = work.advantages.shape
-    gates = {name: None if o is None else kondo.gated(work.model, **o) for name, o in RULES.items()}
-    spent: dict[str, list[float]] = {name: [] for name in RULES}
-    noises: dict[str, list[float]] = {name: [] for name in RULES}
+    shape, counts = work.advantages.shape, work.advantages
+    gates = {name: None if o is None else kondo.gated(work.model, **o) for name, o in rules.items()}
+    spent: dict[str, list[float]] = {name: [] for name in rules}
+    noises: dict[str, list[float]] = {name: [] for name in rules}
 
     def steps(gate: kondo.Gated | None, n: int) -> tuple[float, float]:
         begun, noise = time.perf_counter(), 0.0
         for _ in range(n):
             rows = torch.randn(len(work.actions), generator=g) * (torch.rand(len(work.actions), generator=g) < 0.5)
-            work.advantages = rows if len(shape) == 1 else rows[:, None].expand(shape)
+            work.advantages = rows if len(shape) == 1 else rows[:, None] * counts
             before = 0 if gate is None else gate.stats.decided
             work.loss(work.logits()).backward()
             if gate is not None and gate.stats.decided > before:
@@ -82,8 +103,11 @@ def main() -> None:
     args = parser.parse_args()
     found = []
     sizes = [(400, 600), (150, 300), (40, 60), (3, 12)]  # steps a round, and steps at first
-    for work, (each, first) in zip([demo(), *workloads(torch.device("cpu"))], sizes, strict=True):
-        rows = measure(work, args.rounds, each, first)
+    models = [demo(), *workloads(torch.device("cpu"))]
+    models[-1].advantages = torch.ones_like(models[-1].advantages)
+    tables = [(work, RULES, *size) for work, size in zip(models, sizes, strict=True)]
+    for work, rules, each, first in [*tables, (padded(models[-1]), UNITS, 3, 12)]:
+        rows = measure(work, rules, args.rounds, each, first)
         print(f"\n{work.name:<48} {'ms':>8} {'x no gate':>10} {'noise':>6} {'kept':>6} {'seconds x noise':>16}")
         for row in rows:
             print(

@@ -61,6 +61,15 @@ def test_rules_that_weigh_give_the_weighted_gradient(host: str, accumulation: in
         assert any(kept < rows for _, kept, rows in found["rows"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("host", KINDS)
+def test_rows_that_are_cut_give_the_weighted_gradient(host: str):
+    for found in behaviour("prefixes", host, timeout=230):
+        for case, difference in found["differences"]:
+            assert difference < 1e-5, (host, case)
+        assert all(found["alike"]) and any(0 < kept < tokens for kept, tokens in found["tokens"])
+
+
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])
 def test_a_replay_under_deepspeed_is_scaled_and_reduced_once(host: str):
     """Accumulation 2 without the driver is the known trap; the test would see it."""

@@ -345,6 +345,14 @@ class Pooled(Recurrent):
         return logits, values.mean(1)
 
 
+class Coupled(Recurrent):
+    """Log-probs of the tokens, in which each row has something of the others."""
+
+    def forward(self, ids):
+        logits = super().forward(ids)[0]
+        return log_probs(logits + 0.1 * logits.mean(0), ids)
+
+
 class LastOnes(nn.Module):
     """Logits of the last positions alone, as many as an argument says."""
 
@@ -395,6 +403,17 @@ def test_later_positions_that_matter_are_named_before_the_forward():
     )
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_rows_that_depend_on_each_other_are_told_of_all_the_same(window):
+    ids, _, u = batch(1)
+    model = Coupled().double()
+    with kondo.gated(model, unit="prefix", rate=0.2, audit=0, window=window):
+        with pytest.raises(kondo.ReplayMismatchError, match="a row's output depends on the other rows"):
+            for _ in range(window):
+                (-u[:, :1] * model(ids)).mean().backward()
+        assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_gradient_without_positions_is_named():
     ids, _, u = batch(1)
 
@@ -437,6 +456,18 @@ def test_one_position_is_a_row():
         (-u * log_probs(ours(x), a)).mean().backward()
     (-u * log_probs(theirs(x), a) * gate.last.factors()).mean().backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_one_number_a_row_before_the_forward_is_one_position():
+    model = made("recurrent")
+    given = batch(6)
+    with kondo.gated(model, unit="prefix", noise=0.0) as gate:
+        gate.preselect(norm=torch.tensor([1.0, 0, 0, 0, 0, 0]))
+        loss_of(model, given).backward()
+    mine = grads(model)
+    model.zero_grad()
+    (loss_of(model, [each[:1] for each in given]) / B).backward()
+    assert largest_relative_difference(mine, grads(model)) < 1e-10
 
 
 def test_as_many_rows_as_positions_are_told_apart():

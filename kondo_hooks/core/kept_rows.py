@@ -31,13 +31,13 @@ class Held:
         layout: where the inputs keep their rows.
         inputs: the rows of each input, or all of it where it is shared.
         outputs: what the screen returned for the rows; None where the loss did not use it, or its gradient tells.
-        measures: of each of these, the magnitudes of its columns over all rows of the call.
+        measures: of each of these, the magnitudes of its columns over all rows of the call, if that has them no more.
     """
 
     layout: Layout
     inputs: list[Tensor]
     outputs: list[Tensor | None]
-    measures: list[Tensor | None]
+    measures: list[Tensor | None] | None
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Part:
         repeated: rows may stand in it more than once.
         lengths: (n,) positions until the last one that is kept of each row, where rows are to be cut there.
         positions: where the call keeps them.
-        is_cut: the rows were.
+        until: how many positions are left of each row, where the rows were cut.
     """
 
     call: Call
@@ -64,7 +64,7 @@ class Part:
     repeated: bool = False
     lengths: Tensor | None = None
     positions: "Positions | None" = None
-    is_cut: bool = False
+    until: int | None = None
 
     @classmethod
     def of(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None]) -> "Part":
@@ -95,6 +95,11 @@ class Part:
         return len(self.rows)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether its rows were cut."""
+        return self.until is not None
+
+    @property
     def all_rows(self) -> bool:
         """Whether it is the whole call."""
         return self.held is None and not self.repeated and len(self.rows) == self.call.batch
@@ -120,12 +125,17 @@ class Part:
 
     def measure(self, i: int) -> Tensor | None:
         """(columns,) magnitudes of an output over all rows of the call; None where that was not kept."""
-        if self.held is not None:
-            return self.held.measures[i]
         where = self.call.rows[i]
-        if where is None or i in self.call.picked:
-            return None
-        return measure(by_column(self.call.outputs[i], where.axis))
+        if self.held is not None and self.held.measures is not None:
+            found = self.held.measures[i]
+        elif where is None or i in self.call.picked:
+            found = None
+        else:
+            found = measure(by_column(self.call.outputs[i], where.axis))
+        if found is None or not self.is_cut or self.call.outputs[i].dim() > 2:
+            return found
+        assert self.positions is not None and self.until is not None  # its columns are the positions
+        return found[: self.until * len(found) // self.positions.length]
 
     def repeat(self, index: Tensor) -> "Part":
         """Its rows, by position, some of them more than once."""

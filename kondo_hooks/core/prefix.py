@@ -54,10 +54,10 @@ def in_pieces(group: list[Part], pieces: int, alike: bool = False) -> list[list[
         for piece in mine.unique().tolist():
             index = (mine == piece).nonzero().flatten().to(part.rows.device)
             result[piece].append(part if len(index) == len(part) else part.select(index))
-    return [[until(part, int(_lengths(each).max())) for part in each] for each in result]
+    return [[first_of(part, int(_lengths(each).max())) for part in each] for each in result]
 
 
-def until(part: Part, length: int) -> Part:
+def first_of(part: Part, length: int) -> Part:
     """A part's first positions, with what a replay of them needs."""
     positions, call = part.positions, part.call
     assert positions is not None
@@ -78,12 +78,12 @@ def until(part: Part, length: int) -> Part:
             outputs.append(None)
             grads.append(grad.until(length))
         else:
-            output = part.output(i)
+            output = None if i in call.picked else part.output(i)
             outputs.append(None if output is None else output.narrow(position_axis(where), 0, length))
             grads.append(grad.narrow(position_axis(where), 0, length))
-    measures = [None if output is None else part.measure(i) for i, output in enumerate(outputs)]
+    measures = None if part.held is None else part.held.measures
     held = Held(layout, positions.shorten(inputs, length), outputs, measures)
-    return replace(part, held=held, grads=grads, lengths=None, is_cut=True)
+    return replace(part, held=held, grads=grads, lengths=None, until=length)
 
 
 def cut_points(lengths: Tensor, most: int) -> list[int]:

@@ -247,8 +247,7 @@ class Forward:
         self._step.shared.streams.note([*call.inputs, *call.outputs])
         shared = self._step.shared
         known = shared.learned.known(call) is not None
-        held = shared.waits or shared.engine.balance or config.unit == "prefix"
-        call.lets_go = known and not (held or self._named)
+        call.lets_go = known and not (shared.waits or shared.engine.balance or self._named)
         live, outputs = call.attach_node(result, self._step.entry.anchor)
         if shared.pace.auto:
             shared.living.add(call)

@@ -147,7 +147,9 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
     assert where is not None
     axis = where.axis
     for part, rows in zip(group, rows_of(group, i, output), strict=True):
-        grad, picked = part.grads[i], part.call.picked.get(i) if part.held is None else None
+        grad, picked = part.grads[i], part.call.picked.get(i) if part.held is None or part.is_cut else None
+        if picked is not None and part.is_cut:
+            picked = picked.until(rows.shape[1])
         expected = part.output(i) if picked is None else None
         if picked is not None:
             index = part.rows.to(picked.index.device)

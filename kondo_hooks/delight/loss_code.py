@@ -140,6 +140,14 @@ class Picked:
     offset: int
     sent: Tensor | None = None
 
+    def until(self, length: int) -> "Picked":
+        """Those of the logits' first positions."""
+        index, values, sent = (
+            None if t is None else t[:, : length - self.offset] for t in (self.index, self.values, self.sent)
+        )
+        assert index is not None and values is not None
+        return Picked(index, values, self.offset, sent)
+
     def of(self, logits: Tensor, rows: Tensor) -> Tensor:
         """(n, ...) log-probs of the same actions by the logits of another run of some rows."""
         index = self.index.index_select(0, rows)

@@ -413,7 +413,7 @@ class Selector:
 
 
 def _first_of_each_row(valid: Tensor) -> Tensor:
-    """(B * P,) bool, of the positions of (B, P)."""
-    begins = torch.zeros_like(valid)
+    """(B * P,) bool, of the positions of (B, P) or (B,)."""
+    begins = torch.zeros_like(valid).view(len(valid), -1)
     begins[:, 0] = True
     return begins.reshape(-1)

@@ -74,9 +74,14 @@ class Program:
         return self.inputs in ("sequence", "ids") and not any(b in POOLS for b in self.blocks)
 
     @property
+    def tokens(self) -> bool:
+        """Whether the gate chooses positions one by one."""
+        return self.option("unit") in ("token", "prefix")
+
+    @property
     def chooses_parts(self) -> bool:
         """Whether the gate may choose parts of an action one by one."""
-        return self.option("unit") == "token" and self.head in ("bits", "bernoulli", "normal", "mean_std")
+        return self.tokens and self.head in ("bits", "bernoulli", "normal", "mean_std")
 
     def option(self, name: str, default: Any = None) -> Any:
         return dict(self.options).get(name, default)
@@ -209,7 +214,7 @@ def _draw_options(rng: random.Random) -> tuple[tuple[str, Any], ...]:
     if chance(0.3):
         options["priority"] = choose(["uniform", "advantage", "abs_advantage", "surprisal", "additive"])
     if chance(0.15):
-        options["unit"] = "token"
+        options["unit"] = choose(["token", "prefix"])
     if chance(0.1):
         options["deterministic"] = False
         options["unbiased"] = chance(0.5)
@@ -345,7 +350,7 @@ def normal(p: Program) -> Program:
         else:
             terms = [dataclasses.replace(t, reduction=terms[0].reduction) for t in terms]
     new["terms"] = tuple(terms)
-    if options.get("unit") == "token":
+    if "unit" in options:
         options.pop("pairs", None)
     if p.batch % 2:
         options.pop("pairs", None)

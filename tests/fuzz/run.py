@@ -278,10 +278,10 @@ class _Both:
         draws = self.p.option("noise") is not None or self.p.option("unbiased")
         if self.p.option("rate") == "lossless":  # what has no gradient may be dropped or not
             factors = dg
-        elif draws and self.p.option("deterministic") is None and self.p.option("unit") != "token":
+        elif draws and self.p.option("deterministic") is None and not self.p.tokens:
             factors = torch.where(decision.norm == 0, dg, factors)  # at parameters in the loss code it counts
         if len(factors) * (2 if self.p.option("pairs") else 1) % sum(sizes):
-            if self.p.option("unit") == "token" and self.p.calls > 1:
+            if self.p.tokens and self.p.calls > 1:
                 raise _UndecidedError  # a call whose gradient is zero has no positions that one could tell
             raise _DifferenceError(f"the decision has {len(factors)} entries for {sum(sizes)} rows")
         each = len(factors) / sum(sizes)
@@ -291,7 +291,7 @@ class _Both:
                 n = round(len(batches[f].x) * each)
                 backward.weights[f] = self._in_shape(factors[start : start + n], batches[f], len(batches[f].x))
                 start += n
-        if self.p.force and not factors[0] and self.p.option("unit") != "token":  # no token where the gradient is zero
+        if self.p.force and not factors[0] and not self.p.tokens:  # no token where the gradient is zero
             raise _DifferenceError("a forced row was dropped")
         backwards[-1].delight = decision.delight
 
@@ -364,7 +364,7 @@ class _Both:
     def _check_delight(self, groups: list[list[_Backward]], expected: list[list[Tensor]]) -> None:
         p = self.p
         found = [b.delight for group in groups for b in group if b.delight is not None]
-        alone = p.option("priority") != "uniform" and p.option("unit") != "token" and p.option("reduction") is None
+        alone = p.option("priority") != "uniform" and not p.tokens and p.option("reduction") is None
         # Not followed but read off the boundary: sums of products, losses on an axis that is not the rows', parts.
         unseen = p.pick in ("one_hot", "cross_entropy", "nll_loss", "flipped", "halves", "written")
         unseen = unseen or (p.arrangement == "TB" and any(t.kind == "ce" for t in p.terms))

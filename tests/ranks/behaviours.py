@@ -434,6 +434,47 @@ def rules(name: str, micro: int) -> dict[str, Any]:
     return found
 
 
+def prefixes(name: str) -> dict[str, Any]:
+    """Sequences of which each rank runs others no further than to some token, under rules that weigh tokens."""
+    cases: list[dict[str, Any]] = [
+        {"noise": 0.7},
+        {"noise": 0.7, "scope": "global"},
+        {"noise": 0.7, "micro_batch_size": 2},
+        {"rate": 0.3, "scope": "global"},
+        {"rate": "lossless"},
+        {"price": 1e6},
+    ]
+    host, net = build(HOSTS[name], make_net(), 1), make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
+    found: dict[str, Any] = {"differences": [], "alike": [], "tokens": []}
+    for number, case in enumerate(cases):
+        at(f"{name}, rank {rank}, {case}")
+        batches = [sequences(10 * number + r, 9 - r) for r in range(ranks)]
+        for r, b in enumerate(batches):
+            b.advantages[:2, 3 + r :] = 0
+            b.advantages[2:] *= torch.linspace(2, 0.1, b.advantages.shape[1])
+        with kondo.gated(host.model, unit="prefix", audit=0, **case) as gate:
+            with host.micro(0, 1):
+                host.backward(sequence_loss(host.model(batches[rank].x), batches[rank]))
+            host.step()
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, (gate.last.factors().tolist(), gate.stats.noise))
+        for b, (factors, _) in zip(batches, gathered, strict=True):
+            logp = net(b.x).log_softmax(-1).gather(-1, b.actions.unsqueeze(-1)).squeeze(-1)
+            ((-b.advantages * logp * torch.tensor(factors).view(logp.shape)).mean() / ranks).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = {n: p.detach() for n, p in net.named_parameters()}
+        found["differences"].append((str(case), difference(host.full(), expected)))
+        if case.get("scope") == "global":
+            found["alike"].append(len({str(noise) for _, noise in gathered}) == 1)
+        found["tokens"].append((sum(f != 0 for f in gathered[rank][0]), batches[rank].actions.numel()))
+    return found
+
+
 def plain_world() -> dict[str, Any]:
     """No wrapper: the user reduces gradients; all ranks choose as one."""
     dist.init_process_group("gloo")
