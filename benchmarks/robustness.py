@@ -29,6 +29,7 @@ from gradients import cosine, gradient
 from matplotlib.axes import Axes
 from reversal import (
     METHODS,
+    RULES,
     SOLVED,
     Batch,
     Decoder,
@@ -273,7 +274,7 @@ class Vocabulary:
 
 
 def run_vocabulary(task: Vocabulary) -> record.Rows:
-    return learn(METHODS[task.method], task.seed, 5, task.tokens, task.steps)[-1:]
+    return learn((METHODS | RULES)[task.method], task.seed, 5, task.tokens, task.steps)[-1:]
 
 
 def tasks(seeds: range) -> dict[str, tuple[Callable[[Any], record.Rows], list[Any]]]:

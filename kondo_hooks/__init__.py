@@ -8,6 +8,7 @@ with kondo.gated(model, rate=0.03):
 
 from kondo_hooks import rules
 from kondo_hooks.api import gated
+from kondo_hooks.checking import Checked, Way, check
 from kondo_hooks.errors import DelightError, KondoWarning, PrefixError, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,
@@ -27,6 +28,7 @@ from kondo_hooks.stats import Stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checked",
     "Decision",
     "DelightError",
     "Gated",
@@ -43,7 +45,9 @@ __all__ = [
     "Selector",
     "Signal",
     "Stats",
+    "Way",
     "additive",
+    "check",
     "dg_loss",
     "expected_confidence_baseline",
     "gated",

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "kondo_hooks"
 # From the ground up: a part imports itself and those before it.
 ORDER = [
     *("errors", "private", "rules", "stats", "report", "rows", "same", "delight", "hosts", "core", "routes", "ranks"),
-    *("handle", "api", "gate", "__init__"),
+    *("handle", "api", "checking", "gate", "__init__"),
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -209,14 +209,22 @@ class Seen:
         return sum(shape.numel() for shape in self.runs)
 
 
+def largest_advantages(rows):
+    return (rows.advantage > 0.3).float() * 2
+
+
 RULES = [
     {"noise": 0.5},
     {"rate": 0.3, "priority": "norm", "unbiased": True},
     {"rate": "lossless"},
     {"rate": 0.1},
     {"rate": 0.2, "priority": "surprisal"},
-    {"rule": lambda rows: (rows.advantage > 0.3).float() * 2},
+    {"rule": largest_advantages},
 ]
+
+
+def told(options):
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
 
 
 def factors_of(gate, given, rows=B):
@@ -226,7 +234,7 @@ def factors_of(gate, given, rows=B):
 
 
 @pytest.mark.parametrize("loss", ["gather", "clip", "entropy"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=told)
 @pytest.mark.parametrize("kind", ["llama", "llama checkpointed", "qwen3", "gpt2", "recurrent", "dropout", "masked"])
 def test_the_gradient_is_that_of_the_masked_loss_and_fewer_positions_run(kind, rule, loss):
     ours, theirs = copies(made(kind))
@@ -251,7 +259,7 @@ def test_the_gradient_is_that_of_the_masked_loss_and_fewer_positions_run(kind, r
 
 @pytest.mark.parametrize("kind", ["llama", "recurrent"])
 @pytest.mark.parametrize(
-    "options", [{"micro_batch_size": 2}, {"window": 2}, {"window": 2, "micro_batch_size": 2}], ids=str
+    "options", [{"micro_batch_size": 2}, {"window": 2}, {"window": 2, "micro_batch_size": 2}], ids=told
 )
 def test_windows_and_passes_of_a_few_rows(kind, options):
     ours, theirs = copies(made(kind))
@@ -311,7 +319,7 @@ def test_padding_costs_nothing_without_loss():
 
 
 @pytest.mark.parametrize("kind", ["llama", "recurrent"])
-@pytest.mark.parametrize("rule", RULES[:2] + RULES[3:4], ids=str)
+@pytest.mark.parametrize("rule", RULES[:2] + RULES[3:4], ids=told)
 def test_before_the_forward_rows_run_no_further_than_that(kind, rule):
     ours, theirs = copies(made(kind))
     given = batch(5)
@@ -484,7 +492,7 @@ def test_what_cuts_rows_does_not_move_them():
         kondo.gated(nn.Linear(2, 2), unit="prefix", scope="global", balance=True)
 
 
-@pytest.mark.parametrize("options", [{"groups": 2}, {"pairs": True}], ids=str)
+@pytest.mark.parametrize("options", [{"groups": 2}, {"pairs": True}], ids=told)
 def test_what_is_of_rows_is_refused(options):
     with pytest.raises(ValueError, match="need unit='sample'"):
         kondo.gated(nn.Linear(2, 2), unit="prefix", rate=0.5, **options)

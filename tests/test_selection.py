@@ -481,7 +481,7 @@ def test_without_the_state_the_decisions_differ(options):
         ({"rate": 0.1, "priority": "joy"}, "priority must be one of delight.*'joy'"),
         ({"rate": 0.1, "priority": None}, "priority must be one of"),
         *(({"rate": 0.1, "temperature": bad}, "temperature must be > 0") for bad in (0.0, -1.0, math.nan)),
-        ({"rate": 0.1, "unit": "row"}, "unit must be one of sample, token, got 'row'"),
+        ({"rate": 0.1, "unit": "row"}, "unit must be one of sample, token, prefix, got 'row'"),
         ({"rate": 0.1, "reduction": "min"}, "reduction must be one of sum, mean, max, got 'min'"),
         ({"rate": 0.1, "weight": "ppo"}, "weight must be one of pg, dg, got 'ppo'"),
         ({"rate": 0.1, "normalize": True}, "normalize must be one of batch, kept, got True"),

@@ -101,7 +101,7 @@ def locate(arrival: "Arrival", known: Positions | None, learned: Learned, look: 
             "gated: unit='prefix': an input of the model requires grad, and what is cut of it would have none: detach "
             "it, or use unit='token'"
         )
-    layout = tuple(reading(Part(call, torch.zeros(0, dtype=torch.long), []), learned))
+    layout = tuple(reading(Part(call, torch.zeros(0, dtype=torch.long, device="cpu"), []), learned))
     if known is not None:
         known = replace(known, layout=layout, length=length, outputs=outputs)
         if known.fits(call):

@@ -12,7 +12,7 @@ Read it after ``screen.py``, which made the calls, and before ``replay.py``, whi
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -110,6 +110,7 @@ class Step:
         window: which backwards form a population, and what waits.
         last: the last decision.
         forced: rows of the next population that are kept whatever their delight.
+        observer: shown the calls of each backward, read and not yet decided on.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Step:
         self.checks = checks
         self.last: Decision | None = None
         self.forced: Tensor | None = None
+        self.observer: Callable[[list[Arrival]], None] | None = None
         self._replays = Replays(self.shared, self.entry)
         self._populations: weakref.WeakValueDictionary[int, _Population] = weakref.WeakValueDictionary()
         self._ended: list[_Population] | None = None
@@ -305,6 +307,8 @@ class Step:
                     step(arrivals)
                 except Exception as error:
                     engine.ranks.fail(error)
+            if self.observer is not None:
+                self.observer(arrivals)
             if self._before is None:
                 self._before = self.shared.selector.state_dict()
             self.window.add(arrivals)
