@@ -9,7 +9,7 @@ with kondo.gated(model, rate=0.03):
 from kondo_hooks import rules
 from kondo_hooks.api import gated
 from kondo_hooks.checking import Checked, Way, check
-from kondo_hooks.errors import DelightError, KondoWarning, PrefixError, RankError, ReplayMismatchError
+from kondo_hooks.errors import DelightError, KondoWarning, PackError, PrefixError, RankError, ReplayMismatchError
 from kondo_hooks.gate import (
     KondoGate,
     KondoGateConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "KondoGateOutput",
     "KondoTrainer",
     "KondoWarning",
+    "PackError",
     "PrefixError",
     "RankError",
     "ReplayMismatchError",

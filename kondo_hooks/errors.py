@@ -8,6 +8,10 @@ class DelightError(RuntimeError):
     """Delight cannot be known from what the gate saw; the message says what to name."""
 
 
+class PackError(RuntimeError):
+    """Rows hold many texts, and the gate cannot cut them into these; the message says why."""
+
+
 class PrefixError(RuntimeError):
     """With ``unit="prefix"``: the rows of this model cannot be cut after their last kept position."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.kept_rows import Part, same_values
+from kondo_hooks.core.packs import Packed, Texts, cut, whole_pack
 from kondo_hooks.core.positions import Positions
 from kondo_hooks.delight.boundary import (
     Boundary,
@@ -49,6 +50,7 @@ class Arrival:
         held: the rows that can still be chosen, where the call has let go of the rest.
         cuts: whether its rows are cut after their last kept position.
         cut: where its positions are then.
+        texts: of rows that hold several, which then are the samples.
     """
 
     call: Call
@@ -67,6 +69,12 @@ class Arrival:
     held: Part | None = None
     cuts: bool = False
     cut: Positions | None = None
+    texts: Texts | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many there are to choose from: rows, or texts."""
+        return self.call.batch if self.texts is None else len(self.texts)
 
     def unsplit(self) -> list[int]:
         """Outputs without rows that the loss used."""
@@ -125,6 +133,10 @@ class Arrival:
                 rows |= infinite.to(rows.device)
         return rows if rows.any() else None
 
+    def of_samples(self, rows: Tensor) -> Tensor:
+        """(N,) of samples from (B,) of rows: texts have what their row has."""
+        return rows if self.texts is None else rows[self.texts.segments.row_of.to(rows.device)]
+
     def boundaries(self) -> list[Boundary]:
         """The outputs that the loss used, rows first."""
         call = self.call
@@ -164,6 +176,8 @@ class Arrival:
         """The kept rows with their weighted gradients; None if no row is kept."""
         if not len(kept.rows):
             return None
+        if self.texts is not None:
+            return self._of_texts(Packed(self.texts, kept.rows, kept.factors, self.cuts))
         part = self._take(to_device(kept.rows, self._device))
         if kept.factors is None:
             return part
@@ -171,9 +185,19 @@ class Arrival:
 
     def stand_in(self) -> Part:
         """One row with a gradient of zero: parameters then get zero, as a masked loss gives them, not None."""
+        if self.texts is not None:
+            shortest = self.texts.segments.lengths.argmin().view(1)
+            part = self._of_texts(Packed(self.texts, shortest, None))
+            return (part if part.packed is None else cut(part, part.packed)).silenced()
         if self.held is not None:
             return self.held.select(torch.zeros(1, dtype=torch.long, device=self._device)).silenced()
         return Part.stand_in(self.call, torch.zeros(1, dtype=torch.long, device=self._device), self.grads)
+
+    def _of_texts(self, packed: Packed) -> Part:
+        """Texts of the call; all of its tokens where they cannot run alone."""
+        if self.call.whole is not None or self.call.scene.random:
+            return whole_pack(self.call, packed, self.grads)
+        return Part(self.call, torch.zeros(1, dtype=torch.long, device=self._device), list(self.grads), packed=packed)
 
     def some(self) -> Part | None:
         """Two rows that the loss sent a gradient to, or fewer; None if there are none."""
@@ -315,7 +339,8 @@ def find_signal(
     signals, offset, paths = _find(arrival, probe, warn)
     if tokens and (len(signals) > 1 or offset is None):
         raise DelightError(
-            "gated: unit='token' needs one log-prob a token, in the order of the model's output (B, T, ...), but "
+            "gated: unit='token', and texts that are packed into rows, need one log-prob a token, in the order of the "
+            "model's output (B, T, ...), but "
             + (f"the loss uses {len(signals)}" if len(signals) > 1 else "the loss takes it from other positions")
             + "; mark it with gate.logp(...), or leave unit='sample'"
         )

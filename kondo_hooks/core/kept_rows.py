@@ -18,6 +18,7 @@ from kondo_hooks.same.attributes import same_facts
 from kondo_hooks.same.rounding import by_column, measure
 
 if TYPE_CHECKING:
+    from kondo_hooks.core.packs import Packed
     from kondo_hooks.core.positions import Positions
 
 Gradient = Tensor | RankOne
@@ -54,6 +55,9 @@ class Part:
         lengths: (n,) positions until the last one that is kept of each row, where rows are to be cut there.
         positions: where the call keeps them.
         until: how many positions are left of each row, where the rows were cut.
+        packed: the texts of a packed row that it stands for, still to be cut out of it.
+        texts: how many texts it has, where they were.
+        origin: the parts that these texts were cut out of, each with its own.
     """
 
     call: Call
@@ -65,6 +69,9 @@ class Part:
     lengths: Tensor | None = None
     positions: "Positions | None" = None
     until: int | None = None
+    packed: "Packed | None" = None
+    texts: int | None = None
+    origin: "Sequence[tuple[Part, Packed]]" = ()
 
     @classmethod
     def of(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None]) -> "Part":
@@ -93,6 +100,11 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def samples(self) -> int:
+        """How many rows, or texts of packed rows, it has."""
+        return len(self) if self.texts is None else self.texts
 
     @property
     def is_cut(self) -> bool:
@@ -132,8 +144,11 @@ class Part:
             found = None
         else:
             found = measure(by_column(self.call.outputs[i], where.axis))
-        if found is None or not self.is_cut or self.call.outputs[i].dim() > 2:
+        if found is None or self.call.outputs[i].dim() > 2 or not (self.is_cut or self.texts):
             return found
+        if self.texts is not None:  # its columns are the tokens
+            output = None if self.held is None else self.held.outputs[i]
+            return None if output is None else found.amax().expand(output.shape[1])
         assert self.positions is not None and self.until is not None  # its columns are the positions
         return found[: self.until * len(found) // self.positions.length]
 

@@ -87,7 +87,8 @@ class Looks:
         if not waits or engine.communicates or engine.ranks.failed:
             return
         for a in arrivals:
-            if a.call.whole is None and self.shared.learned.known(a.call) is None and a.call.in_doubt():
+            is_known = a.texts is not None or a.call.whole is not None or self.shared.learned.known(a.call) is not None
+            if not is_known and a.call.in_doubt():
                 some = a.some()
                 if some is not None:
                     with (
@@ -101,7 +102,7 @@ class Looks:
         """Find out where calls whose rows are to be cut keep their positions, and that the first need no others."""
         engine = self.shared.engine
         for a in arrivals:
-            if not a.cuts or a.call.whole is not None or engine.ranks.failed:
+            if not a.cuts or a.texts is not None or a.call.whole is not None or engine.ranks.failed:
                 continue
             key = (*a.call.input_paths, *a.call.paths)
             with self.shared.looking(), engine.one_pass(False):
@@ -118,8 +119,7 @@ class Looks:
         """Audit what is new, or due; where passes communicate, also on a rank that failed to read its calls."""
         if self.shared.engine.ranks.failed and not self.shared.engine.communicates:
             return
-        rate = self.shared.selector.rate() or _AUDITED
-        with self.shared.looking():
-            self._audit(
-                arrivals, self.shared.selector.step, rate, self.shared.engine, self.shared.state, self.shared.learned
-            )
+        rate, shared = self.shared.selector.rate() or _AUDITED, self.shared
+        rows = [a for a in arrivals if a.texts is None]
+        with shared.looking():
+            self._audit(rows, shared.selector.step, rate, shared.engine, shared.state, shared.learned)

@@ -8,6 +8,7 @@ import torch
 
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.kept_rows import Part, pack, same_structure, stands_alone
+from kondo_hooks.core.packs import into_passes
 from kondo_hooks.core.prefix import by_length
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import AmbiguousRowsError, Replayed, replay, replay_as_known, taking_draws
@@ -47,7 +48,9 @@ def find_slots(arrivals: list[Arrival]) -> list[int]:
 
 def grouped(parts: list[Part], limit: int | None) -> list[list[Part]]:
     """Rows that can go through the model together, at most ``limit``, and alike in length where they are cut."""
-    return [each for group in pack(parts) for each in by_length(group, limit)]
+    packs = into_passes([part for part in parts if part.packed is not None], limit)
+    rows = [part for part in parts if part.packed is None]
+    return packs + [each for group in pack(rows) for each in by_length(group, limit)]
 
 
 def complete(part: Part) -> Part:

@@ -8,6 +8,7 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival, find_scales, find_signal
 from kondo_hooks.core.looks import Looks
 from kondo_hooks.core.norms import find_norms
+from kondo_hooks.core.packs import find_texts
 from kondo_hooks.core.shared import Shared
 from kondo_hooks.core.verify import name_of
 from kondo_hooks.delight.graph import Path
@@ -41,7 +42,10 @@ class Reader:
                 self.copy_outputs = True
                 with self.shared.looking():
                     a.call.screen_again()
-        tokens = self.shared.selector.config.tokens
+        config = self.shared.selector.config
+        for a in arrivals:
+            a.texts = find_texts(a.call, self.shared.segments)
+        tokens = config.tokens or any(a.texts is not None for a in arrivals)
         read: list[Arrival] = []
         unread: list[tuple[Arrival, DelightError]] = []
         paths: list[list[list[Path]]] = []
@@ -55,7 +59,7 @@ class Reader:
             except DelightError as error:
                 unread.append((a, error))
             self._warn_critic(a)
-        for a, scale in zip(read, find_scales(paths, [a.call.batch for a in read], self.shared.warn), strict=True):
+        for a, scale in zip(read, find_scales(paths, [a.samples for a in read], self.shared.warn), strict=True):
             assert a.signal is not None
             u = a.signal.advantages
             a.signal = replace(a.signal, advantages=u / (scale.to(u.device) if isinstance(scale, Tensor) else scale))
@@ -68,13 +72,18 @@ class Reader:
         for a, cause in unread:
             a.follow(b for b in arrivals if b.signal is not None)
             if a.follows is None:
-                if self.shared.selector.config.needs_delight or tokens:
+                if config.needs_delight or config.tokens:
                     raise cause
-                rows = torch.zeros(a.call.batch, 1, device=a.call.outputs[0].device)
+                shape = (a.call.batch, 1) if a.texts is None else (a.texts.segments.rows, a.texts.segments.length)
+                rows = torch.zeros(shape, device=a.call.outputs[0].device)
                 a.signal, a.offset = Signal(rows, rows, rows == 0, is_known=False), 0
-        config = self.shared.selector.config
+                if a.texts is not None:
+                    a.source = next((i for i, grad in enumerate(a.grads) if grad is not None and a.call.rows[i]), None)
         if config.weighs or config.asks or config.needs_norm or len(arrivals) <= _FEW:
             find_norms(arrivals, tokens, config.weighs, config.is_lossless, self._tell_without_positions)
+        for a in arrivals:
+            if a.signal is not None and tokens:
+                a.signal = _as_samples(a.signal, a, config.tokens)
 
     def _tell_without_positions(self, arrival: Arrival, i: int) -> None:
         config = self.shared.selector.config
@@ -115,7 +124,7 @@ class Reader:
         config = self.shared.selector.config
         always = config.price is None and not config.history and config.hard and config.deterministic
         always = always and not config.weighs
-        if not always or config.tokens or self.shared.engine.together:
+        if not always or config.tokens or self.shared.engine.together or arrivals[0].texts is not None:
             return
         self.shared.warn(
             "single",
@@ -123,3 +132,20 @@ class Reader:
             "it: nothing is saved. Samples that are packed into one row, (1, total), are one to the gate: give each a "
             "row of its own, (B, T), padded; where a step is several backwards, window=N chooses among their rows.",
         )
+
+
+def _as_samples(signal: Signal, arrival: Arrival, tokens: bool) -> Signal:
+    """What was read of positions, for texts, or where samples are rows, of these."""
+    norm = signal.norm
+    if arrival.texts is None:
+        if not tokens and norm is not None and norm.dim() > 1:
+            norm = torch.linalg.vector_norm(norm, 2, 1)
+        return replace(signal, norm=norm)
+    segments, offset = arrival.texts.segments, arrival.offset
+    advantages, surprisal, valid = (
+        segments.by_text(t, offset) for t in (signal.advantages, signal.surprisal, signal.valid)
+    )
+    if norm is not None:
+        norm = segments.by_text(norm, offset)
+        norm = norm if tokens else torch.linalg.vector_norm(norm, 2, 1)
+    return Signal(advantages, surprisal, valid, norm=norm, is_known=signal.is_known)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Part, reading
+from kondo_hooks.core.packs import among_others
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.verify import rows_of, verify, verify_later
 from kondo_hooks.delight.inner_loss import Tape
@@ -50,6 +51,8 @@ class Replayed:
         None where there are no others.
         """
         call = part.call
+        if part.texts is not None and call.whole is None:
+            return among_others(part)
         if self.layout is None or call.whole or len(part) >= call.batch:
             return None
         inputs, _ = assemble([part], self.layout)
@@ -73,7 +76,7 @@ class Replayed:
     def depends_on_size(self, part: Part, i: int) -> bool:
         """Whether rows of output ``i`` depend on the batch size without autocast, too: that is no rounding."""
         call, where = part.call, part.call.rows[i]
-        if not call.scene.autocast.enabled or where is None or self.layout is None:
+        if not call.scene.autocast.enabled or where is None or self.layout is None or part.texts is not None:
             return False
         inputs, _ = assemble([part], self.layout)
         autocast, call.scene.autocast = call.scene.autocast, call.scene.autocast.off()

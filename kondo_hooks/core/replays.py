@@ -83,7 +83,7 @@ class Replays:
                     f"graph in its attributes ({', '.join(scene.left_behind)}). If this step's loss used them, it had "
                     "no gradient through them; from the next call on it has. Return them from forward to be sure.",
                 )
-        rows = sum(len(part) for r in done for part in r.group)
+        rows = sum(part.samples for r in done for part in r.group)
         self.shared.stats.replayed(rows, 0)
         self.shared.pace.replayed(start, rows)
         return input_grads(done[-1])

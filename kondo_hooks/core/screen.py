@@ -33,6 +33,7 @@ class Reading:
         pairs: two rows are one sample.
         shared_loss: a term without rows of the model's own loss is taken on the kept rows.
         warmup_steps: backwards that pass straight through at first.
+        segments: what tells the texts that a row holds, where the user named it.
     """
 
     named: tuple[str, Name] | None
@@ -40,6 +41,7 @@ class Reading:
     pairs: bool
     shared_loss: bool
     warmup_steps: int
+    segments: str | Callable[..., Any] | None = None
 
 
 class DecidedFirst(Protocol):
@@ -76,6 +78,7 @@ class Forward:
         self.calls = 0
         self._step, self._refuse = step, refuse
         self._named = reading.named
+        step.shared.segments = reading.segments
         self._batch_dim = reading.batch_dim
         self._warmup_steps = reading.warmup_steps
         self._warn = warn

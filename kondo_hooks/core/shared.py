@@ -2,8 +2,9 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class Shared:
         stats: counts.
         streams: that calls and their gradients were made on.
         micro_batch_size: most rows in one pass of the replay; None for all in one.
+        segments: the input that tells which texts a row holds, or a function of the call, where the user named it.
         living: calls that a backward may still reach, where some steps pass straight through.
         pace: what steps take.
         waits: whether a backward may leave its calls waiting for others.
@@ -49,6 +51,7 @@ class Shared:
     learned: Learned
     watcher: LossWatcher
     micro_batch_size: int | None = None
+    segments: str | Callable[..., Any] | None = None
     stats: Stats = field(default_factory=Stats)
     streams: Streams = field(default_factory=Streams)
     living: weakref.WeakSet[Call] = field(default_factory=weakref.WeakSet)

@@ -355,7 +355,7 @@ class Step:
             raise
         if decision is None or ranks.failed:
             return inputs
-        self.shared.pace.decided(sum(a.call.batch for a in arrivals))
+        self.shared.pace.decided(sum(a.samples for a in arrivals))
         if reduces:
             self.shared.selector.costs = self.shared.pace.settle(decision, ranks) or self.shared.selector.costs
         if self.last is None and decision.samples == 1:
@@ -364,7 +364,7 @@ class Step:
         self.last = decision
         self.forget_told()
         self.shared.stats.decision(decision)
-        self.shared.stats.replayed(0, sum(a.call.batch for a in arrivals))
+        self.shared.stats.replayed(0, sum(a.samples for a in arrivals))
         for a in arrivals:
             if not a.keep_graph:
                 a.call.release()
@@ -376,6 +376,13 @@ class Step:
         A row that no draw can keep, for its gradient is zero at the outputs, may have one there: it counts as it is.
         """
         config, selector = self.shared.selector.config, self.shared.selector
+        if any(a.texts is not None for a in arrivals):
+            self.shared.warn(
+                "outside texts",
+                "gated: the loss code uses a parameter of the model together with its outputs, which are packed, so "
+                "texts that are dropped still reach that parameter. Return it from forward, and use what it returned.",
+            )
+            return [Kept(torch.arange(a.call.batch, device=a.call.outputs[0].device), None) for a in arrivals]
         if decision is None or decision.norm is None or not config.weighs or config.asks or config.tokens:
             return kept
         idle = decision.delight.sigmoid() if config.weight == "dg" else torch.ones_like(decision.delight)
@@ -413,7 +420,7 @@ class Step:
             )
             left = [mine for a, mine in zip(arrivals, kept, strict=True) if a.follows is None]
             shares = zip(leaders, left, strict=True)
-            decision.cut([mine.spread(a.call.batch, decision.delight.dtype) for a, mine in shares])
+            decision.cut([mine.spread(a.samples, decision.delight.dtype) for a, mine in shares])
         return decision, kept, counts
 
     def _forced(self, arrivals: list[Arrival], signals: list[Signal]) -> Tensor | None:
@@ -421,7 +428,9 @@ class Step:
         if all(a.forced is None for a in arrivals):
             return None
         rows = [
-            torch.zeros(a.call.batch, dtype=torch.bool, device=s.valid.device) if a.forced is None else a.forced
+            torch.zeros(a.samples, dtype=torch.bool, device=s.valid.device)
+            if a.forced is None
+            else a.of_samples(a.forced)
             for a, s in zip(arrivals, signals, strict=True)
         ]
         if self.shared.selector.config.tokens:
@@ -475,6 +484,6 @@ def _note_scale(decision: Decision, first: Arrival, back: Readback) -> None:
 
     def note(found: list[float]) -> None:
         limits = torch.finfo(scale.dtype)
-        decision.scale = found[0] if limits.tiny < found[0] < limits.max else 1 / first.call.batch
+        decision.scale = found[0] if limits.tiny < found[0] < limits.max else 1 / first.samples
 
     back.ask([scale], note)

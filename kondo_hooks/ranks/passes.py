@@ -11,6 +11,7 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.kept_rows import Part, cut, reading, same_constants, same_values, stands_alone
+from kondo_hooks.core.packs import into_passes
 from kondo_hooks.core.passes import Plan, checked, complete, grouped
 from kondo_hooks.core.prefix import in_pieces, is_cut, pieces_of
 from kondo_hooks.core.readings import Learned
@@ -69,18 +70,24 @@ def plan(
     if limit is not None or cuts:
         pieces = [pieces_of(slot) for slot in by_slot]
         if limit is not None:
-            pieces = [max(n, -(-sum(map(len, slot)) // limit)) for n, slot in zip(pieces, by_slot, strict=True)]
+            pieces = [max(n, -(-sum(map(_samples, slot)) // limit)) for n, slot in zip(pieces, by_slot, strict=True)]
         if not ranks.alone:
             pieces = ranks.largest(pieces)
     groups = []
     for first, mine, n in zip(firsts, by_slot, pieces, strict=True):
-        if is_cut(mine):
+        if mine and all(part.packed is not None for part in mine):
+            each = into_passes(mine, pieces=n)
+        elif is_cut(mine):
             each = in_pieces(mine, n, alike=limit is not None)
         else:
             each = [mine, *[[]] * (n - 1 if cuts else 0)] if stands_alone(first.call) else cut(mine, n)
         for group in each:
             groups.append([complete(part) for part in group or [first.stand_in()]])
     return Plan(groups, imbalance)
+
+
+def _samples(part: Part) -> int:
+    return len(part) if part.packed is None else len(part.packed)
 
 
 def _held(part: Part, learned: Learned) -> Part:

@@ -122,6 +122,8 @@ class Window(AtOnce):
             learned: where inputs keep their rows.
             communicates: every pass must be the same on all ranks, so doubtful inputs are read in the likeliest way.
         """
+        if any(a.texts is not None for a in new):
+            return  # packs are cut when it is known which texts are kept
         leaders = [a for a in new if a.follows is None]
         signals = [a.signal for a in leaders if a.signal is not None]
         if len(signals) < len(leaders):

@@ -1,0 +1,195 @@
+"""Texts that follow each other in one row: which token is whose, cut and put together.
+
+Knows tensors and nothing of gates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["tokens", "bounds", "lengths", "ids", "mask", "shared"]
+"""What an input is to the texts: something of each token, where texts begin (``cu_seqlens``), how long they are, which
+text each token belongs to, which tokens see each other, or none of these."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """S texts in rows of (B, T), the tokens of a row after those of the row before it.
+
+    Attributes:
+        rows: B.
+        length: T.
+        ids: (B * T,) the text of each token, in the order of the tokens; -1 for padding. On the host.
+    """
+
+    rows: int
+    length: int
+    ids: Tensor
+
+    @classmethod
+    def of_lengths(cls, rows: int, length: int, lengths: Tensor) -> "Segments | None":
+        """From the lengths of the texts, which may leave padding at the end; None if they do not fit."""
+        lengths = lengths.flatten().long().cpu()
+        lengths = lengths[lengths > 0]
+        total = int(lengths.sum())
+        if not len(lengths) or total > rows * length or bool((lengths < 0).any()):
+            return None
+        ids = torch.full((rows * length,), -1, device="cpu")
+        ids[:total] = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
+        return cls(rows, length, ids)
+
+    @classmethod
+    def of_marks(cls, rows: int, length: int, begins: Tensor) -> "Segments":
+        """From which tokens begin a text, (B, T) bool; the first of a row always does."""
+        begins = begins.cpu().clone()
+        begins[:, 0] = True
+        return cls(rows, length, begins.flatten().long().cumsum(0) - 1)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(S,) tokens of each text."""
+        return torch.bincount(self.ids[self.ids >= 0])
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(B * T,) the position of each token in its text; 0 for padding."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        real = self.ids >= 0
+        order = torch.where(real, real.long().cumsum(0) - 1, 0)
+        return torch.where(real, order - starts[self.ids.clamp_min(0)], 0)
+
+    @cached_property
+    def row_of(self) -> Tensor:
+        """(S,) the row that each text begins in."""
+        rows = torch.arange(len(self.ids), device="cpu") // self.length
+        found = torch.zeros(len(self), dtype=torch.long, device="cpu")
+        real = self.ids >= 0
+        found[self.ids[real].flip(0)] = rows[real].flip(0)  # of a text that goes on in the next, the first
+        return found
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, texts: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(n,) indices of the tokens of some texts, ascending; of each no more than its first ``lengths``, (S,)."""
+        wanted = torch.zeros(len(self), dtype=torch.bool, device="cpu")
+        wanted[texts.cpu()] = True
+        flags = (self.ids >= 0) & wanted[self.ids.clamp_min(0)]
+        if lengths is not None:
+            flags &= self.places < lengths.cpu()[self.ids.clamp_min(0)]
+        return flags.nonzero().flatten()
+
+    def filled(self, texts: Tensor) -> Tensor:
+        """(B * T,) for each token one of the kept texts' to stand in its place: itself, or one of a kept text."""
+        kept = self.tokens(texts)
+        every = torch.arange(len(self.ids), device="cpu")
+        found = kept[every % len(kept)]
+        found[kept] = kept
+        return found
+
+    def by_text(self, values: Tensor, offset: int = 0) -> Tensor:
+        """(S, L) values of each text's tokens from (B, P) of the positions from ``offset`` on; zero elsewhere."""
+        full = values.new_zeros(self.rows, self.length)
+        full[:, offset : offset + values.shape[1]] = values
+        index = (self.ids >= 0).nonzero().flatten()
+        found = values.new_zeros(len(self), int(self.lengths.max()))
+        found[self.ids[index].to(values.device), self.places[index].to(values.device)] = full.flatten()[
+            index.to(values.device)
+        ]
+        return found
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """(B * T,) for each token what its text has, (S,), or what stands at its place, (S, L); zero for padding."""
+        ids, places = self.ids.to(values.device), self.places.to(values.device)
+        real = ids >= 0
+        found = values[ids.clamp_min(0)] if values.dim() == 1 else values[ids.clamp_min(0), places]
+        return torch.where(real, found, 0)
+
+
+def stand_in(leaf: Tensor, segments: Segments, source: Tensor) -> Tensor:
+    """An input of the tokens, in which each has what another one had, ``source`` (B * T,)."""
+    axis = token_axis(leaf.shape, segments)
+    assert axis is not None
+    index = source.to(leaf.device)
+    if segments.rows == 1 or leaf.shape[axis] == segments.rows * segments.length:
+        return leaf.index_select(axis, index)
+    return leaf.flatten(axis - 1, axis).index_select(axis - 1, index).view(leaf.shape)
+
+
+def take_tokens(leaf: Tensor, role: Role, segments: Segments, tokens: Tensor) -> Tensor:
+    """An input with no other tokens than these, as one row.
+
+    Args:
+        leaf: the input.
+        role: what it is.
+        segments: its texts.
+        tokens: (n,) ascending.
+    """
+    index = tokens.to(leaf.device)
+    if role == "shared":
+        return leaf
+    if role in ("bounds", "lengths"):
+        lengths = torch.bincount(segments.ids[tokens], minlength=len(segments))
+        lengths = lengths[lengths > 0].to(leaf.device, leaf.dtype)
+        if role == "lengths":
+            return lengths.view(*[1] * (leaf.dim() - 1), -1)
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=leaf.dtype)])
+    shape = leaf.shape
+    if role == "mask":
+        return leaf.index_select(-1, index).index_select(-2, index)
+    axis = token_axis(shape, segments)
+    assert axis is not None
+    if segments.rows == 1 or shape[axis] == segments.rows * segments.length:
+        return leaf.index_select(axis, index)
+    return leaf.flatten(axis - 1, axis).index_select(axis - 1, index).unsqueeze(axis - 1)
+
+
+def token_axis(shape: Sequence[int], segments: Segments) -> int | None:
+    """The first axis of the tokens: of T after one of B, or of all B * T; None if there is none."""
+    b, t = segments.rows, segments.length
+    for axis, size in enumerate(shape):
+        if size == t and axis and shape[axis - 1] == b:
+            return axis
+    return next((axis for axis, size in enumerate(shape) if size == b * t), None)
+
+
+def put_together(leaves: Sequence[Tensor], role: Role, segments: Sequence[Segments], like: Sequence[Tensor]) -> Tensor:
+    """Inputs that ``take_tokens`` gave, of several calls, as one row.
+
+    Args:
+        leaves: the inputs.
+        role: what they are.
+        segments: the texts of each call.
+        like: the inputs as they were, which tell their axis of tokens.
+    """
+    first = leaves[0]
+    if role == "shared" or len(leaves) == 1:
+        return first
+    if role == "lengths":
+        return torch.cat(list(leaves), -1)
+    if role == "bounds":
+        lengths = torch.cat([leaf.diff() for leaf in leaves])
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=first.dtype)])
+    if role == "mask":
+        total = sum(leaf.shape[-1] for leaf in leaves)
+        nothing = False if first.dtype == torch.bool else min(float(leaf.min()) for leaf in leaves)
+        joined = first.new_full((*first.shape[:-2], total, total), nothing)
+        start = 0
+        for leaf in leaves:
+            end = start + leaf.shape[-1]
+            joined[..., start:end, start:end] = leaf
+            start = end
+        return joined
+    axis = token_axis(like[0].shape, segments[0])
+    assert axis is not None
+    if role == "ids":  # neighbours must differ
+        shifted, above = [], 0
+        for leaf in leaves:
+            shifted.append(leaf + (above - int(leaf.min())))
+            above = int(shifted[-1].max()) + 1
+        leaves = shifted
+    return torch.cat(list(leaves), axis)
