@@ -181,7 +181,7 @@ def test_kept_texts_of_a_window_are_one_pack(kind, options):
     ours, theirs = copies(made(kind))
     packs = [Pack(lengths, seed=i) for i, lengths in enumerate(THREE)]
     runs = Runs(ours)
-    with kondo.gated(ours, window=3, **{"rate": 0.4, **options}) as gate:
+    with kondo.gated(ours, window=3, audit=0, **{"rate": 0.4, **options}) as gate:
         for pack in packs:
             loss_of(ours, kind, pack).backward()
     factors = gate.last.factors().split([len(pack.lengths) for pack in packs])
@@ -452,3 +452,23 @@ def test_what_does_not_tell_texts_is_named(segments, match):
 def test_arguments_are_checked(options):
     with pytest.raises(ValueError, match="segments"):
         kondo.gated(nn.Linear(2, 2), **options)
+
+
+def test_texts_that_are_tied_behind_a_zero_are_told():
+    class Tied(Attention):
+        def __init__(self):
+            super().__init__("seq_lens")
+            self.gate = nn.Parameter(torch.zeros(V))
+
+        def forward(self, ids, **told):
+            logits = super().forward(ids, **told)
+            return logits + self.gate * logits.mean(1, keepdim=True)
+
+    torch.manual_seed(0)
+    model, pack = Tied().double(), Pack(*ONE)
+    with (
+        kondo.gated(model, rate=0.34),
+        pytest.raises(kondo.ReplayMismatchError, match="the gradient of gate is not the same without the other texts"),
+    ):
+        loss_of(model, "seq_lens", pack).backward()
+    assert all(p.grad is None for p in model.parameters())

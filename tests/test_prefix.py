@@ -1,6 +1,7 @@
 """Rows that are cut after their last kept position: the draw by brute force, the gradient by the masked loss."""
 
 import math
+import time
 import warnings
 
 import pytest
@@ -496,3 +497,219 @@ def test_what_cuts_rows_does_not_move_them():
 def test_what_is_of_rows_is_refused(options):
     with pytest.raises(ValueError, match="need unit='sample'"):
         kondo.gated(nn.Linear(2, 2), unit="prefix", rate=0.5, **options)
+
+
+class Behind(Recurrent):
+    """Later positions reach earlier ones by a factor that is zero at first."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.alpha = kind, nn.Parameter(torch.zeros(12 if kind == "mean" else (32, 12)))
+
+    def forward(self, ids):
+        hidden = self.gru(self.token(ids))[0]
+        if self.kind == "mean":
+            hidden = hidden + self.alpha * hidden.mean(1, keepdim=True)
+        elif self.kind == "from the end":
+            hidden = hidden + self.alpha[-ids.shape[1] :]
+        else:
+            hidden = hidden + self.alpha[ids.shape[1] - 1]
+        return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["mean", "from the end", "length"])
+def test_later_positions_behind_a_zero_are_told(kind):
+    torch.manual_seed(0)
+    model = Behind(kind).double()
+    with (
+        kondo.gated(model, unit="prefix", noise=0.5),
+        pytest.raises(kondo.ReplayMismatchError, match="the gradient of alpha is not the same without the positions"),
+    ):
+        loss_of(model, batch(1)).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+# What another reader found.
+
+
+@pytest.mark.parametrize("unit", ["token", "prefix"])
+@pytest.mark.parametrize("term", ["value", "value of the last", "z", "entropy"])
+def test_terms_at_positions_where_no_action_is_count(term, unit):
+    ours, theirs = copies(made("recurrent"))
+    ids, _, u = batch(1)
+
+    def loss(model):
+        logits, values = model(ids)
+        cut = slice(None, -1) if term == "value of the last" else slice(3, -1)  # the others have a prompt
+        terms = (-u[:, 0][:, None] * log_probs(logits, ids.roll(-1, 1)))[:, cut].sum()
+        if term == "z":
+            return terms + 0.1 * logits.logsumexp(-1).square().sum()
+        if term == "entropy":
+            return terms + 0.1 * (logits.softmax(-1) * logits.log_softmax(-1)).sum()
+        return terms + 0.5 * (values - u[:, :1]).square().sum()
+
+    with kondo.gated(ours, unit=unit, rate="lossless") as gate:
+        loss(ours).backward()
+    loss(theirs).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    expected, total, n = grads(theirs), None, 500
+    with kondo.gated(ours, unit=unit, noise=0.3) as gate:
+        for _ in range(n):
+            ours.zero_grad()
+            loss(ours).backward()
+            mine = {name: grad for name, grad in grads(ours).items() if grad is not None}
+            total = mine if total is None else {name: total[name] + mine[name] for name in mine}
+    assert gate.last.rate < 1
+    expected = {name: expected[name] for name in total}
+    assert largest_relative_difference({name: grad / n for name, grad in total.items()}, expected) < 0.2
+
+
+def test_a_rule_by_rank_tells_that_it_drops_terms_where_no_action_is():
+    ids, _, u = batch(1)
+    model = made("recurrent")
+    with (
+        kondo.gated(model, unit="token", rate=0.2),
+        pytest.warns(kondo.KondoWarning, match="at positions where no action is"),
+    ):
+        logits, values = model(ids)
+        (-(u[:, :1] * log_probs(logits[:, 5:], ids[:, 5:])).sum() + values.square().sum()).backward()
+
+
+class Beside(Recurrent):
+    """Something of each row beside its positions."""
+
+    def __init__(self, features=0):
+        super().__init__()
+        self.features = features
+        self.other = nn.Linear(12, features or 1)
+
+    def forward(self, ids):
+        hidden = self.gru(self.token(ids))[0]
+        if self.features:
+            return self.policy(hidden), self.other(hidden[:, 0])
+        return self.policy(hidden), self.other(hidden.mean(1))
+
+
+def test_before_the_forward_a_pooled_value_is_refused_once_it_gets_a_gradient():
+    model, (ids, _, u) = Beside().double(), batch(1)
+    for uses in (False, True):
+        with kondo.gated(model, unit="prefix", rate=0.2) as gate:
+            gate.preselect(logp=-torch.rand(B, T).double(), advantages=u[:, :1])
+            logits, value = model(ids)
+            loss = -(u[:, :1] * log_probs(logits, ids)).mean()
+            if not uses:
+                loss.backward()
+                continue
+            with pytest.raises(kondo.PrefixError, match=r"\[1\] gets a gradient and has no positions"):
+                (loss + value.square().mean()).backward()
+
+
+@pytest.mark.parametrize("features", range(2, T))
+def test_before_the_forward_features_are_no_positions(features):
+    model, (ids, _, u) = Beside(features).double(), batch(1)
+    with kondo.gated(model, unit="prefix", noise=0.5) as gate:
+        gate.preselect(norm=torch.linspace(2, 0.1, T).expand(B, T).double() * u[:, :1].abs())
+        assert model(ids)[1].shape == (B, features)
+
+
+def test_before_the_forward_one_token_less_than_positions():
+    ours, theirs = copies(made("recurrent"))
+    given = batch(5)
+    ids, mask, u = given
+    with torch.no_grad():
+        logp = log_probs(theirs(ids)[0][:, :-1], ids[:, 1:])
+    with kondo.gated(ours, unit="prefix", noise=0.5) as gate:
+        gate.preselect(logp=logp, advantages=u, mask=mask[:, 1:])
+        loss_of(ours, given).backward()
+    loss_of(theirs, given, factors=gate.last.factors().view(B, -1)).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_before_the_forward_flattened_positions_are_named():
+    model, (ids, _, _) = Flat().double(), batch(1)
+    with kondo.gated(model, unit="prefix", noise=0.5) as gate:
+        gate.preselect(norm=torch.rand(B, T))
+        with pytest.raises(kondo.PrefixError, match=r"so rows cannot be cut|flattened into them"):
+            model(ids)
+
+
+def test_a_second_call_on_the_same_rows_without_positions_is_named():
+    class Two(Recurrent):
+        def forward(self, ids, head="policy"):
+            logits, values = super().forward(ids)
+            return logits if head == "policy" else values.mean(1)
+
+    ids, _, u = batch(1)
+    refused(
+        Two(),
+        lambda model: -(u[:, :1] * log_probs(model(ids), ids)).mean() + model(ids, head="value").square().mean(),
+        "gets a gradient and has no positions",
+    )
+
+
+class Flattening(Recurrent):
+    """Drops tokens of all rows on one axis, or with time first."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, ids):
+        hidden = self.gru(self.token(ids))[0]
+        if self.kind == "flat":
+            hidden = nn.functional.dropout(hidden.flatten(0, 1), 0.3, self.training).view(hidden.shape)
+        else:
+            hidden = nn.functional.dropout(hidden.transpose(0, 1).contiguous(), 0.3, self.training).transpose(0, 1)
+        return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["flat", "time first"])
+def test_dropout_where_rows_and_positions_are_elsewhere(kind, seed):
+    torch.manual_seed(0)
+    ours, theirs = copies(Flattening(kind).double())
+    given = batch(seed, rows=8)
+    torch.manual_seed(seed)
+    with kondo.gated(ours, unit="prefix", noise=0.5, seed=seed, audit=0) as gate:
+        loss_of(ours, given).backward()
+    torch.manual_seed(seed)
+    loss_of(theirs, given, factors=factors_of(gate, given, 8)).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+@pytest.mark.parametrize("length", [T, T - 3])
+def test_another_sequence_that_is_as_long_is_not_cut(length):
+    class Crossed(nn.Module):
+        """A causal decoder that sees all of a source."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.source = Recurrent(), nn.Embedding(V, 12)
+
+        def forward(self, ids, source):
+            hidden = self.inner.gru(self.inner.token(ids))[0]
+            seen = nn.functional.scaled_dot_product_attention(hidden, *[self.source(source)] * 2)
+            return self.inner.policy(hidden + seen)
+
+    torch.manual_seed(0)
+    ours, theirs = copies(Crossed().double())
+    ids, mask, u = batch(2)
+    source = torch.randint(V, (B, length))
+
+    def loss(model, factors=None):
+        terms = -u * log_probs(model(ids, source)[:, :-1], ids[:, 1:]) * mask[:, 1:]
+        return (terms if factors is None else terms * factors).mean()
+
+    with kondo.gated(ours, unit="prefix", noise=0.5) as gate:
+        loss(ours).backward()
+    loss(theirs, gate.last.factors().view(B, -1)[:, : T - 1]).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_falling_sizes_of_long_rows_take_no_time():
+    begins = torch.zeros(64 * 2048, dtype=torch.bool)
+    begins[::2048] = True
+    for sizes in (torch.linspace(2, 1, 2048).repeat(64), torch.rand(64 * 2048), torch.linspace(1, 2, 2048).repeat(64)):
+        begun = time.perf_counter()
+        draw.falling(sizes.double(), begins)
+        assert time.perf_counter() - begun < 0.5

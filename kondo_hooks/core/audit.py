@@ -4,11 +4,15 @@ A step's own comparison sees what shows in the values of the kept rows. It does 
 factor that is still zero (LayerScale, LoRA's B, ReZero), nor a backward that depends on how many rows there are. So
 some rows are run alone and once more in the company of as many others whose gradient is zero: the gradients of the
 parameters have to be the same. And their values have to be the screen's also where their company was exchanged.
+
+Rows that are cut after a position, and texts of a packed row, are looked at in the same way: without what follows them,
+or stands around them, and with it.
 """
 
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +23,16 @@ from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.kept_rows import Part, pack, reading, stands_alone
+from kondo_hooks.core.packs import Packed, cut, whole_pack
 from kondo_hooks.core.passes import as_in_screen
 from kondo_hooks.core.passes import forward as run_checked
+from kondo_hooks.core.positions import position_axis
+from kondo_hooks.core.prefix import first_of
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.replay import Replayed, run
 from kondo_hooks.core.verify import verify_company
 from kondo_hooks.errors import ReplayMismatchError
+from kondo_hooks.rows.axes import Rows
 from kondo_hooks.same.state import ModuleState
 
 _ROWS = 64
@@ -69,10 +77,19 @@ class Audit:
         again = self.every is not None and step > 0 and step % self.every == 0
         structures: dict[Any, list[Arrival]] = {}
         for arrival in arrivals:
-            structures.setdefault(_structure(arrival.call), []).append(arrival)
+            kind = "texts" if arrival.texts is not None else "cut" if arrival.cut is not None else "rows"
+            structures.setdefault((kind, *_structure(arrival.call)), []).append(arrival)
         for structure, alike in structures.items():
             if alike[0].call.whole or (structure in passed and not again):
                 continue
+            if structure[0] != "rows":
+                # Where passes communicate each replay is held against the screen, and what is still zero is not seen.
+                can = engine.takes_gradients and not engine.communicates
+                with engine.one_pass(False):
+                    nothing = can and _compare_cut(alike[0], state, learned) is False
+                if structure[0] == "texts" or nothing:
+                    passed.update([] if nothing else [structure])
+                    continue
             with engine.one_pass(False):
                 if engine.communicates:
                     _compare_values(alike[0], rate, learned)
@@ -114,6 +131,62 @@ def _compare_gradients(
         return _compare_groups(*picked, state, learned)
 
 
+def _compare_cut(arrival: Arrival, state: ModuleState, learned: Learned) -> bool | None:
+    """Run the first positions of some rows, or one text of a row, alone and with what follows or stands around it.
+
+    Returns:
+        False if there was nothing to look at.
+    """
+    picked = _last_text(arrival) if arrival.texts is not None else _first_positions(arrival)
+    if picked is None:
+        return False
+    with _no_reentrant_checkpoints():
+        return _compare_groups(*picked, state, learned)
+
+
+def _last_text(arrival: Arrival) -> tuple[list[Part], list[Part]] | None:
+    """The last text that has a gradient, and the same in its row beside others whose gradient is zero."""
+    assert arrival.texts is not None
+    live = [
+        arrival.texts.segments.by_token_any(grad)
+        for grad, where in zip(arrival.grads, arrival.call.rows, strict=True)
+        if grad is not None and where == Rows(0) and grad.dim() > 1
+    ]
+    texts = torch.stack(live).any(0).nonzero().flatten() if live else torch.empty(0)
+    if not len(texts) or len(arrival.texts) < 2 or arrival.call.scene.random:
+        return None
+    packed = Packed(arrival.texts, texts[-1:], None)
+    part = Part(arrival.call, torch.zeros(1, dtype=torch.long, device="cpu"), list(arrival.grads), packed=packed)
+    return [cut(part, packed)], [whole_pack(arrival.call, packed, arrival.grads)]
+
+
+def _first_positions(arrival: Arrival) -> tuple[list[Part], list[Part]] | None:
+    """Some rows as far as half of the gradient, and the same rows whole with a gradient of zero beyond."""
+    positions, some = arrival.cut, arrival.some()
+    if positions is None or some is None or some.held is not None:
+        return None
+    used = [i for i in positions.outputs if isinstance(some.grads[i], Tensor)]
+    live = torch.zeros(positions.length, dtype=torch.bool, device=some.rows.device)
+    for i in used:
+        grad = some.grads[i]
+        assert isinstance(grad, Tensor)
+        live |= grad.movedim(position_axis(arrival.call.rows[i] or Rows(0)), 0).flatten(1).ne(0).any(1)
+    places = live.nonzero().flatten()
+    length = int(places[(len(places) - 1) // 2]) + 1 if len(places) else positions.length
+    if length >= positions.length:
+        return None
+    keep = torch.arange(positions.length, device=some.rows.device) < length
+    grads = list(some.grads)
+    for i in used:
+        grad = some.grads[i]
+        assert isinstance(grad, Tensor)
+        axis = position_axis(arrival.call.rows[i] or Rows(0))
+        shape = [-1 if a == axis else 1 for a in range(grad.dim())]
+        grads[i] = grad * keep.to(grad.dtype).view(shape)
+    whole = replace(some, grads=grads, positions=positions)
+    return [first_of(whole, length)], [whole]
+
+
 def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState | None, learned: Learned) -> bool | None:
     done = run_checked(alone, learned)
     if len(done) != 1 or done[0].layout is None:
@@ -139,6 +212,15 @@ def _compare_groups(alone: list[Part], company: list[Part], state: ModuleState |
         other = _gradients(run(copies, done[0].layout), parameters)
         if other is not None and _distance(other, theirs)[0] <= 0.5 * apart:
             return True
+    if alone[0].is_cut or alone[0].texts is not None:
+        beside = "the positions that follow" if alone[0].is_cut else "the other texts of their row"
+        raise ReplayMismatchError(
+            f"gated: the gradient of {state.name_of(parameters[worst])} is not the same without {beside}: it is off by "
+            f"{apart:.2g} of its largest entry, while the outputs agree. A layer ties them behind a factor that is "
+            "still zero. Use "
+            + ("unit='token'" if alone[0].is_cut else "one text a row")
+            + "; audit=0 switches this look off. No gradient was changed."
+        )
     raise ReplayMismatchError(
         f"gated: the gradient of {state.name_of(parameters[worst])} is not the same for {sum(map(len, alone))} rows "
         f"alone as in the company of {sum(map(len, company)) - sum(map(len, alone))} others whose gradient is zero: it "
@@ -194,6 +276,8 @@ def _part(arrival: Arrival, rows: Tensor) -> Part:
 
 
 def _in_company_of_copies(alone: list[Part]) -> list[Part] | None:
+    if alone[0].is_cut or alone[0].texts is not None:
+        return None
     if len(alone) > 1:
         return [*alone, *(part.silenced() for part in alone)]
     n = len(alone[0])

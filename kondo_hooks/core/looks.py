@@ -101,7 +101,7 @@ class Looks:
     def find_prefixes(self, arrivals: list[Arrival]) -> None:
         """Find out where calls whose rows are to be cut keep their positions, and that the first need no others."""
         engine = self.shared.engine
-        for a in arrivals:
+        for a in sorted(arrivals, key=lambda a: a.follows is not None):
             if not a.cuts or a.texts is not None or a.call.whole is not None or engine.ranks.failed:
                 continue
             key = (*a.call.input_paths, *a.call.paths)
@@ -120,6 +120,5 @@ class Looks:
         if self.shared.engine.ranks.failed and not self.shared.engine.communicates:
             return
         rate, shared = self.shared.selector.rate() or _AUDITED, self.shared
-        rows = [a for a in arrivals if a.texts is None]
         with shared.looking():
-            self._audit(rows, shared.selector.step, rate, shared.engine, shared.state, shared.learned)
+            self._audit(arrivals, shared.selector.step, rate, shared.engine, shared.state, shared.learned)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kondo_hooks.core.arrival import Arrival
 
 Axes = tuple[tuple[int, ...], ...]
+_MOST_LEFT_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Positions:
 
     def fits(self, call: Call) -> bool:
         """Whether a call's inputs are as long as this says."""
+        sizes = (self.length, self.length + 1)
         return len(call.inputs) == len(self.inputs) and all(
-            leaf.dim() > axis and leaf.shape[axis] == self.length + self.more
+            leaf.dim() > axis and leaf.shape[axis] in sizes
             for leaf, axes in zip(call.inputs, self.inputs, strict=True)
             for axis in axes
         )
@@ -55,7 +57,7 @@ class Positions:
         found = []
         for leaf, axes in zip(inputs, self.inputs, strict=True):
             for axis in axes:
-                leaf = leaf.narrow(axis, 0, length + self.more)
+                leaf = leaf.narrow(axis, 0, leaf.shape[axis] - self.length + length)
             found.append(leaf)
         return found
 
@@ -76,13 +78,20 @@ def locate(arrival: "Arrival", known: Positions | None, learned: Learned, look: 
     used = [i for i, g in enumerate(arrival.grads) if g is not None and call.rows[i] is not None]
     if not used or (arrival.signal is not None and arrival.signal.valid.shape[1] == 1):
         return None
-    source = used[0] if arrival.source is None else arrival.source
     shapes = {
         i: tuple(where.first(call.outputs[i]).shape[1:]) for i, where in enumerate(call.rows) if where is not None
     }
-    length = shapes[source][0]
-    same = [i for i in used if shapes[i][:1] == (length,) and (arrival.signal is None or arrival.positions.get(i))]
-    outputs = frozenset({source, *same})
+    leader = arrival.follows
+    if leader is not None:  # it has no policy of its own, and what was decided for that one is for its rows, too
+        if leader.cut is None:
+            return None
+        length = leader.cut.length
+        outputs = frozenset(i for i in used if shapes[i][:1] == (length,))
+    else:
+        first = used[0] if arrival.source is None else arrival.source
+        length = shapes[first][0]
+        same = [i for i in used if shapes[i][:1] == (length,) and (arrival.signal is None or arrival.positions.get(i))]
+        outputs = frozenset({first, *same})
     for i in used:
         where, grad = call.rows[i], arrival.grads[i]
         if where is not None and where.repeat != 1:
@@ -96,6 +105,9 @@ def locate(arrival: "Arrival", known: Positions | None, learned: Learned, look: 
                 f"gated: unit='prefix': {call.output_name(i)} gets a gradient and has no positions, {shapes[i]}: it "
                 "may need all of them (a pooled value?), so rows cannot be cut. Use unit='token'"
             )
+    if not outputs:
+        return None
+    source = min(outputs) if arrival.source is None else arrival.source
     if call.decides_at_once:
         raise PrefixError(
             "gated: unit='prefix': an input of the model requires grad, and what is cut of it would have none: detach "
@@ -155,17 +167,28 @@ def _cannot_cut(name: str, half: int, length: int, differs: bool) -> PrefixError
 
 
 def _places(inputs: Sequence[Tensor], layout: Sequence[Rows | None], length: int) -> list[tuple[Axes, int]]:
-    """Axes of the inputs that may be the positions, with how many more these are than ``length``; likeliest first."""
-    found: list[tuple[Axes, int]] = []
+    """Axes of the inputs that may be the positions, with how many more these are than ``length``; likeliest first.
+
+    A feature may be as long by chance, or another sequence (an encoder's), so each input may also be left as it is.
+    """
+    found: dict[tuple[Axes, int], None] = {}
     for more in (0, 1):
-        every, first = [], []
-        for leaf, where in zip(inputs, layout, strict=True):
-            axes = [a for a, n in enumerate(leaf.shape) if n == length + more and (where is None or a != where.axis)]
-            every.append(tuple(axes))
-            first.append(tuple(axes[:1]))
-        if any(axes and where is not None for axes, where in zip(every, layout, strict=True)):
-            found += [(axes, more) for axes in dict.fromkeys((tuple(every), tuple(first)))]
-    return found
+        for sizes in ((length + more,), (length, length + 1)):
+            every = [
+                tuple(a for a, n in enumerate(leaf.shape) if n in sizes and (where is None or a != where.axis))
+                for leaf, where in zip(inputs, layout, strict=True)
+            ]
+            has_rows = [bool(axes) and where is not None for axes, where in zip(every, layout, strict=True)]
+            if not any(has_rows):
+                continue
+            first = [axes[:1] for axes in every]
+            found[tuple(every), more] = found[tuple(first), more] = None
+            for i in [i for i, axes in enumerate(every) if axes][:_MOST_LEFT_OUT]:
+                for likely in (every, first):
+                    left = [() if i == j else axes for j, axes in enumerate(likely)]
+                    if any(has and axes for has, axes in zip(has_rows, left, strict=True)):
+                        found[tuple(left), more] = None
+    return list(found)
 
 
 def _is_first(whole: Tensor, part: Tensor, length: int, where: Rows | None, autocast: Autocast) -> bool:
@@ -218,8 +241,13 @@ def locate_before(
         part = look(found.shorten(some, half))
         if whole is None or part is None or len(whole) != len(part):
             continue
-        pairs = [(a, b) for a, b in zip(whole, part, strict=True) if a.dim() > 1 and a.shape[1] == length]
-        if pairs and all(_is_first(a, b, half, Rows(0), call.scene.autocast) for a, b in pairs):
-            return found
-        differs |= any(b.shape[1:2] == (half,) for _, b in pairs)
+        # Outputs may be as long as the inputs, of which the tokens are then the first.
+        pairs = {
+            i: (a, b, a.shape[1] - length)
+            for i, (a, b) in enumerate(zip(whole, part, strict=True))
+            if a.dim() > 1 and a.dim() == b.dim() and a.shape[1] in (length, length + 1) and b.shape[1] != a.shape[1]
+        }
+        if pairs and all(_is_first(a, b, half + n, Rows(0), call.scene.autocast) for a, b, n in pairs.values()):
+            return replace(found, outputs=frozenset(pairs))
+        differs |= any(b.shape[1] == half + n for _, b, n in pairs.values())
     raise _cannot_cut("its outputs", half, length, differs)

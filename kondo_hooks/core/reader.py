@@ -69,6 +69,7 @@ class Reader:
                 observation.release()
             if tokens and a.signal is not None:
                 self._looks.find_positions(a)
+                self._take_in_others(a)
         for a, cause in unread:
             a.follow(b for b in arrivals if b.signal is not None)
             if a.follows is None:
@@ -84,6 +85,41 @@ class Reader:
         for a in arrivals:
             if a.signal is not None and tokens:
                 a.signal = _as_samples(a.signal, a, config.tokens)
+
+    def _take_in_others(self, a: Arrival) -> None:
+        """Take in positions before and after the policy's, where another term has a gradient there: all count."""
+        assert a.signal is not None
+        where = None if a.source is None else a.call.rows[a.source]
+        if a.source is None or where is None:
+            return
+        shape = where.first(a.call.outputs[a.source]).shape
+        first, last = a.offset, a.offset + a.signal.valid.shape[1]
+        if len(shape) < 2 or a.signal.valid.shape[1] == 1 or last > shape[1] or (first, last) == (0, shape[1]):
+            return
+        if a.texts is None and not self._has_others(a, shape[1]):
+            return
+        full = [t.new_zeros(len(t), shape[1]) for t in (a.signal.advantages, a.signal.surprisal, a.signal.valid)]
+        for whole, part in zip(full, (a.signal.advantages, a.signal.surprisal, a.signal.valid), strict=True):
+            whole[:, first:last] = part
+        a.signal, a.offset = Signal(full[0], full[1], full[2]), 0
+
+    def _has_others(self, a: Arrival, length: int) -> bool:
+        assert a.signal is not None
+        first, last = a.offset, a.offset + a.signal.valid.shape[1]
+        for i, (grad, where) in enumerate(zip(a.grads, a.call.rows, strict=True)):
+            if grad is None or where is None or not (i == a.source or a.positions.get(i)):
+                continue
+            rows = where.first(grad)
+            if bool(rows[:, :first].any()) or bool(rows[:, last:length].any()):
+                if not self.shared.selector.config.weighs:
+                    self.shared.warn(
+                        "other positions",
+                        f"gated: unit={self.shared.selector.config.unit!r}: {name_of(a.call, i)} gets a gradient at "
+                        "positions where no action is (a value of the prompt, an entropy?). They have no delight, so "
+                        "this rule drops them; noise=, rate='lossless' and other rules that weigh keep their share.",
+                    )
+                return True
+        return False
 
     def _tell_without_positions(self, arrival: Arrival, i: int) -> None:
         config = self.shared.selector.config

@@ -232,15 +232,29 @@ class Screened:
         result, paths, _ = found[0]
         back = order.argsort()
         leaves = []
-        for each in zip(*(pieces for _, _, pieces in found), strict=True):
+        for i, each in enumerate(zip(*(pieces for _, _, pieces in found), strict=True)):
             if any(leaf.dim() < 1 or leaf.shape[0] != n for leaf, (n, _) in zip(each, sizes, strict=True)):
+                if each[0].requires_grad:
+                    raise PrefixError(
+                        f"gated: unit='prefix': {paths[i] or 'the output'} {tuple(each[0].shape)} has no rows on axis "
+                        "0, or positions flattened into them: rows that are cut cannot be put together again. Use "
+                        "unit='token'"
+                    )
                 leaves.append(each[0])
                 continue
-            full = [
-                _stretched(leaf, positions.length) if leaf.shape[1:2] == (longest,) else leaf
-                for leaf, (_, longest) in zip(each, sizes, strict=True)
-            ]
-            leaves.append(join_rows(full, 0).index_select(0, back.to(full[0].device)))
+            if self.one_pass:
+                has_positions = all(
+                    leaf.shape[1:2] == (longest,) for leaf, (_, longest) in zip(each, sizes, strict=True)
+                )
+            else:
+                has_positions = i in positions.outputs
+            if has_positions:
+                more = each[0].shape[1] - sizes[0][1]
+                each = tuple(_stretched(leaf, positions.length + more) for leaf in each)
+            joined = join_rows(each, 0).index_select(0, back.to(each[0].device))
+            if not has_positions and joined.requires_grad:
+                joined.register_hook(_refuse_cut(paths[i]))
+            leaves.append(joined)
         return result, paths, leaves
 
     def _inputs(self, call: Call, rows: Tensor, batch_dim: int, learned: Learned) -> Layout:
@@ -372,6 +386,17 @@ def _doubtful(inputs: list[Tensor], candidates: list[Layout], batch_dim: int) ->
         return False
     first = next(leaf for leaf, options in batched if options[0] == Rows(batch_dim))
     return any(is_doubtful(options, batch_dim) or leaf.shape[1:2] != first.shape[1:2] for leaf, options in batched)
+
+
+def _refuse_cut(path: str) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        if grad.any():
+            raise PrefixError(
+                f"gated: unit='prefix': {path or 'the output'} gets a gradient and has no positions: it may need all "
+                "of them (a pooled value?), and rows were cut. Use unit='token'"
+            )
+
+    return hook
 
 
 def _refuse(path: str, batch: int) -> Callable[[Tensor], None]:

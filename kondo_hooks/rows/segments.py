@@ -102,6 +102,14 @@ class Segments:
         ]
         return found
 
+    def by_token_any(self, values: Tensor) -> Tensor:
+        """(S,) bool: whether anything of a text is not zero in (B, P, ...) of its tokens, of T or the first P."""
+        flags = torch.zeros(self.rows, self.length, dtype=torch.bool, device="cpu")
+        flags[:, : values.shape[1]] = values.ne(0).flatten(2).any(2).cpu() if values.dim() > 2 else values.ne(0).cpu()
+        found = torch.zeros(len(self), dtype=torch.bool, device="cpu")
+        found[self.ids[(self.ids >= 0) & flags.flatten()]] = True
+        return found
+
     def by_token(self, values: Tensor) -> Tensor:
         """(B * T,) for each token what its text has, (S,), or what stands at its place, (S, L); zero for padding."""
         ids, places = self.ids.to(values.device), self.places.to(values.device)

@@ -171,26 +171,22 @@ def falling(sizes: Tensor, begins: Tensor) -> Tensor:
         sizes: (N,) ``n``, at least zero, the positions of one row after another, float64.
         begins: (N,) bool, the first position of each row.
     """
-    row, place, shape = _places(begins)
-    squares = sizes.new_zeros(shape)
     scale = sizes.max().clamp_min(torch.finfo(sizes.dtype).tiny) if len(sizes) else 1.0
-    squares[row, place] = (sizes / scale).square()
-    above = torch.cat([squares.new_zeros(len(squares), 1), squares.cumsum(1)], 1)
-    found, at = torch.zeros_like(squares), torch.zeros(len(squares), 1, dtype=torch.long, device="cpu")
-    position = torch.arange(shape[1] + 1, device="cpu").expand_as(above)
-    while bool((at < shape[1]).any()):
-        slope = (above - above.gather(1, at)) / (position - at)
-        slope = torch.where(position > at, slope, -math.inf)
-        steepest = slope.amax(1, keepdim=True)
-        end = torch.where(slope == steepest, position, 0).amax(1, keepdim=True)
-        inside = (position >= at) & (position < end)
-        found = torch.where(inside[:, :-1], steepest, found)
-        at = torch.where(at < shape[1], end, at)
-    found = found.cummin(1).values  # but for rounding it is
-    # What is lost in the sum beside large squares is not nothing.
-    later = squares.flip(1).cummax(1).values.flip(1) > 0
-    found = torch.where(later, found.sqrt().clamp_min(torch.finfo(sizes.dtype).tiny), 0)
-    return found[row, place] * scale
+    row = begins.long().cumsum(0) - 1
+    sums, counts, rows = (sizes / scale).square(), torch.ones_like(sizes), row
+    block = torch.arange(len(sizes), device="cpu")
+    while len(sums) > 1:
+        # Neighbours that rise are in one block in the end, so whole runs of them may be put together at once.
+        means = sums / counts
+        apart = (rows.diff() != 0) | (means[1:] <= means[:-1])
+        if bool(apart.all()):
+            break
+        into = torch.cat([apart.new_zeros(1), apart]).long().cumsum(0)
+        n = int(into[-1]) + 1
+        sums, counts = (sums.new_zeros(n).index_add(0, into, t) for t in (sums, counts))
+        rows = rows.new_zeros(n).index_put((into,), rows)
+        block = into[block]
+    return (sums / counts).sqrt()[block] * scale
 
 
 def drawn_prefixes(probability: Tensor, begins: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:

@@ -172,20 +172,26 @@ def _draw_rows(
     whole = list(args)
     where: Rows | None = None
     sizes: torch.Size | None = None
+    block: int | None = None
     source = fill_index(rows, batch)
     for i, (value, shape) in enumerate(zip(args, full, strict=True)):
         if shape is None or _shape(value)[0] == shape[0]:
             continue
         wanted = _shape(value)[0]
         if (rows_at := rows_between(shape[0], wanted, batch, len(rows), pairs)) is None:
-            rows_at = _rows_cut(shape[0], wanted, batch, len(rows), pairs)
-        if rows_at is None:
-            return func(*args, **kwargs)
+            cut = _rows_cut(shape[0], wanted, batch, len(rows), pairs)
+            if cut is None:
+                return func(*args, **kwargs)
+            rows_at, block = cut
         where, sizes = rows_at, wanted
         if isinstance(value, Tensor):
             # Rows that are not replayed hold a copy of one that is: zeros would be no probabilities to draw from.
+            if block is not None:  # and so do positions
+                index = torch.arange(where.repeat, device=value.device).clamp(max=block - 1)
+                value = value.unflatten(where.axis, (-1, block)).index_select(where.axis + 1, index)
+                value = value.flatten(where.axis, where.axis + 1)
             for axis, (long, short) in enumerate(zip(shape[0], wanted, strict=True)):
-                if axis != where.axis and short < long:  # and so do positions
+                if axis != where.axis and short < long:
                     value = value.index_select(axis, torch.arange(long, device=value.device).clamp(max=short - 1))
             whole[i] = _laid_out(where.take(value, source.to(value.device)), *shape)
         else:
@@ -198,6 +204,9 @@ def _draw_rows(
         if not isinstance(tensor, Tensor) or not tensor.dim():
             return tensor
         taken = Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows)
+        if block is not None:
+            taken = taken.unflatten(where.axis, (len(rows), -1)).narrow(where.axis + 1, 0, block)
+            taken = taken.flatten(where.axis, where.axis + 1)
         for axis, (long, short) in enumerate(zip(taken.shape, sizes or (), strict=False)):
             if axis != where.axis and short < long:
                 taken = taken.narrow(axis, 0, short)
@@ -211,11 +220,23 @@ def _draw_rows(
     return tuple(map(take, result)) if isinstance(result, (tuple, list)) else take(result)
 
 
-def _rows_cut(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool) -> Rows | None:
-    """Where a tensor keeps its rows if the rows of ``part`` are cut as well: on the first axis that can hold them."""
+def _rows_cut(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool) -> tuple[Rows, int | None] | None:
+    """Where a tensor keeps its rows if the rows of ``part`` are cut as well, and how long their blocks are there.
+
+    The rows' own axis is likelier than one on which both happen to be as many times fewer; then tokens of all rows may
+    stand on one axis, and each row's block is cut.
+    """
     if len(full) != len(part) or any(short > long for long, short in zip(full, part, strict=True)):
         return None
-    for axis, (long, short) in enumerate(zip(full, part, strict=True)):
+    each = 2 if pairs else 1
+    sizes = list(enumerate(zip(full, part, strict=True)))
+    for axis, (long, short) in sizes:
+        if long == batch * each and short == rows * each:
+            return Rows(axis, each, pairs), None
+    for axis, (long, short) in sizes:
         if long % batch == 0 and short * batch == long * rows:
-            return Rows(axis, long // batch, pairs)
+            return Rows(axis, long // batch, pairs), None
+    for axis, (long, short) in sizes:
+        if long % batch == 0 and short % rows == 0 and long != short and not pairs:
+            return Rows(axis, long // batch), short // rows
     return None
