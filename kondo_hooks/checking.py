@@ -1,7 +1,9 @@
 """``check``: what a gate would do with a model, before anything is trained."""
 
 import contextlib
+import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -112,7 +114,7 @@ class Checked:
             yield f"  all rows are replayed whenever one is kept: {self.whole}"
         for name, apart in self.kernel_noise.items():
             told = "exactly the same" if apart == 0 else f"within {apart:.1e} of its largest value"
-            yield f"  {name} of some rows alone comes out {told}"
+            yield f"  {name}: some rows alone come out {told}"
         yield from (f"  would be told: {message}" for message in self.told)
         if self.problem is not None or not self.ways:
             return
@@ -143,14 +145,16 @@ def check(
 
         print(kondo.check(model, obs, loss=lambda out: policy_loss(out, batch)))
 
-    The model runs about twenty times; its gradients, buffers and random numbers are as before.
+    The model runs about twenty times. Gradients, buffers and random numbers are as before, and what the forward puts
+    into attributes; what it writes into a tensor of its own in place, or a hook that steps an optimizer, is not undone.
 
     Args:
         model: as the loop calls it, before an engine wraps it.
         *inputs, **named: a batch, as the model is called with it.
         loss: from what the model returns to the loss; by default a loss that the model returns, else one to which all
             rows matter alike: it tells everything but which rows could be left out.
-        options: arguments of :func:`gated`, such as ``method`` or ``batch_dim``; those of the rule do not matter.
+        options: arguments of :func:`gated`, such as ``method``, ``batch_dim`` or ``unit``; those that say how many rows
+            are kept do not matter.
 
     Raises:
         ValueError: for a model that DDP, FSDP or DeepSpeed wraps.
@@ -161,32 +165,78 @@ def check(
     found = Checked(type(model).__name__ + (f".{method}" if method else ""))
     gates = {kept: gated(model, rule=_first(kept), **told).discard() for kept in (1.0, 0.125, 0.5)}
     if wrappers := gates[1.0]._step.shared.engine.wrappers:
-        raise ValueError(
-            f"check: give the model before {type(wrappers[0]).__name__} wraps it: what is gated is the same"
-        )
-    state, before = ModuleState(model), [(p, p.grad) for p in model.parameters()]
+        raise ValueError(f"check: give the model before {type(wrappers[0]).__name__} wraps it; the same is gated")
+    unit = (options or {}).get("unit", "sample")
+    by_unit = None if unit == "sample" else gated(model, noise=0.5, unit=unit, **told).discard()
+    state, before = ModuleState(model), _Before(model)
 
     def run() -> Any:
         return (getattr(model, method) if method else model)(*inputs, **named)
 
     def step(gate: Gated | None = None) -> None:
-        for p, _ in before:
-            p.grad = None
+        before.clear()
         with contextlib.nullcontext() if gate is None else gate:
             result = run()
-            (_usual_loss(result, found) if loss is None else loss(result)).backward()
+            value = _usual_loss(result, found) if loss is None else loss(result)
+            before.note(value)
+            value.backward()
 
-    try:
-        with torch.random.fork_rng(), state.untouched():
+    with gates[1.0]:
+        pass  # fails where the model is gated already
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(), before:
+        with state.untouched():
             step()  # what fails here is no matter of a gate
+        with state.untouched():
             norm = _look(found, gates[1.0], step)
+            if norm is not None and by_unit is not None:
+                norm = norm if _runs(found, lambda: step(by_unit)) else None
             if norm is not None:
                 _time_steps(found, gates, step, run)
                 found.ways = list(_ways(found, norm))
-    finally:
-        for p, grad in before:
-            p.grad = grad
     return found
+
+
+class _Before:
+    """Gradients and random numbers as they were: of the model, and of what else the loss reaches."""
+
+    def __init__(self, model: nn.Module):
+        self._grads: dict[int, tuple[Tensor, Tensor | None]] = {id(p): (p, p.grad) for p in model.parameters()}
+        self._generators = [(g, g.get_state()) for g in ModuleState(model).generators()]
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else (numpy.random, numpy.random.get_state())
+
+    def clear(self) -> None:
+        """No gradients, for a step."""
+        for leaf, _ in self._grads.values():
+            leaf.grad = None
+
+    def note(self, loss: Tensor) -> None:
+        """Take what else the loss reaches into account: another model's parameters, an input."""
+        stack, seen = [loss.grad_fn], set[Any]()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) not in self._grads:
+                self._grads[id(leaf)] = (leaf, leaf.grad)
+                leaf.grad = None
+            stack.extend(parent for parent, _ in node.next_functions)
+
+    def __enter__(self) -> None:
+        """Nothing is to be done."""
+
+    def __exit__(self, *error: Any) -> None:
+        """Put all of it back."""
+        for leaf, grad in self._grads.values():
+            leaf.grad = grad
+        for generator, state in self._generators:
+            generator.set_state(state)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            self._numpy[0].set_state(self._numpy[1])
 
 
 def _first(share: float) -> Callable[[Rows], Tensor]:
@@ -207,8 +257,22 @@ def _usual_loss(result: Any, found: Checked) -> Tensor:
         return own
     found.stands_in = True
     if not leaves:
-        raise ValueError("check: the model returns nothing that has a graph; give loss=, or its method in options")
+        raise ValueError(
+            "check: the model returns nothing that has a graph (is everything frozen?): give loss=, or its method in "
+            "options"
+        )
     return torch.stack([(leaf * torch.randn_like(leaf)).mean().real for leaf in leaves]).sum()
+
+
+def _runs(found: Checked, work: Callable[[], None]) -> bool:
+    """Whether something runs; what the gate has against it is noted, and what the user's code raises is raised."""
+    try:
+        work()
+    except Exception as error:
+        if not (type(error).__module__.startswith("kondo_hooks") or str(error).startswith("gated: ")):
+            raise
+        found.problem = f"{type(error).__name__}: {error}".replace("gated: ", "", 1)
+    return found.problem is None
 
 
 def _look(found: Checked, gate: Gated, step: Callable[[Gated], None]) -> Tensor | None:
@@ -224,11 +288,7 @@ def _look(found: Checked, gate: Gated, step: Callable[[Gated], None]) -> Tensor 
     gate._step.observer = observe
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            step(gate)
-            step(gate)
-        except Exception as error:
-            found.problem = f"{type(error).__name__}: {error}".replace("gated: ", "", 1)
+        _ = _runs(found, lambda: step(gate)) and _runs(found, lambda: step(gate))
     found.told = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, KondoWarning)))
     if found.problem is None and not norms:
         found.problem = "no backward reached a call of it: the loss does not use what the gated model returns"

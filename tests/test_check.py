@@ -1,8 +1,10 @@
 """``kondo.check``: what it finds is what a gate does, and nothing of the model changes."""
 
 import copy
+import random
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -187,3 +189,80 @@ def test_a_wrapped_model_is_refused():
             kondo.check(nn.parallel.DistributedDataParallel(nn.Linear(4, 2)), torch.randn(8, 4))
     finally:
         dist.destroy_process_group()
+
+
+def test_gradients_and_generators_beside_the_model_are_as_before():
+    torch.manual_seed(0)
+    model, critic = nn.Linear(4, 2), nn.Linear(4, 1)
+    x = torch.randn(16, 4, requires_grad=True)
+    critic(x).sum().backward()
+    grads = [p.grad.clone() for p in (*critic.parameters(), x)]
+    python, numbers = random.getstate(), np.random.get_state()[1].copy()
+
+    def loss(out):
+        random.random(), np.random.rand()
+        return (out - critic(x)).square().mean()
+
+    assert kondo.check(model, x.detach(), loss=loss).problem is None
+    assert all(torch.equal(p.grad, grad) for p, grad in zip((*critic.parameters(), x), grads, strict=True))
+    assert random.getstate() == python and np.array_equal(np.random.get_state()[1], numbers)
+
+
+def test_a_model_that_is_gated_is_left_to_its_gate():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), torch.randn(16, 4)
+    with kondo.gated(model, noise=0.0, window=2) as gate:
+        model(x).square().mean().backward()
+        with pytest.raises(RuntimeError, match="gated"):
+            kondo.check(model, x)
+        model(x).square().mean().backward()
+    assert gate.stats.steps == 1
+    mine, model.weight.grad = model.weight.grad, None
+    (2 * model(x).square().mean()).backward()
+    assert torch.allclose(mine, model.weight.grad)
+
+
+def test_a_fresh_model_of_transformers_stays_whole():
+    model, ids = hf.llama(), torch.randint(4, 12, (6, 8))
+    kondo.check(model, input_ids=ids, labels=ids, output_hidden_states=True)
+    assert len(model(input_ids=ids, output_hidden_states=True).hidden_states) == model.config.num_hidden_layers + 1
+
+
+def test_the_unit_is_checked_too():
+    class BothWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.gru, self.head = nn.Embedding(9, 8), nn.GRU(8, 8, bidirectional=True), nn.Linear(16, 9)
+
+        def forward(self, ids):
+            return self.head(self.gru(self.token(ids).transpose(0, 1))[0].transpose(0, 1))
+
+    ids = torch.randint(9, (6, 10))
+
+    def loss(out):
+        return -(torch.linspace(-1, 1, 6)[:, None] * out.log_softmax(-1).gather(-1, ids[..., None])[..., 0]).mean()
+
+    assert kondo.check(BothWays(), ids, loss=loss).problem is None
+    found = kondo.check(BothWays(), ids, loss=loss, options={"unit": "prefix"})
+    assert "later positions matter" in found.problem
+
+
+def test_under_no_grad_it_looks_all_the_same():
+    with torch.no_grad():
+        assert kondo.check(nn.Linear(4, 2), torch.randn(16, 4)).problem is None
+
+
+def test_what_a_loss_raises_later_is_raised():
+    calls = []
+
+    def loss(out):
+        calls.append(out)
+        return out.sum() if len(calls) < 3 else 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        kondo.check(nn.Linear(4, 2), torch.randn(16, 4), loss=loss)
+
+
+def test_a_frozen_model_is_named():
+    with pytest.raises(ValueError, match=r"is everything frozen\?"):
+        kondo.check(nn.Linear(4, 2).requires_grad_(False), torch.randn(16, 4))

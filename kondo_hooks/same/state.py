@@ -237,12 +237,13 @@ class ModuleState:
         """Run with copies of all buffers; the module's own stay as they are."""
         record = BufferRecord()
         record.entries = [(m, n, buffer, True) for m in self._modules if m._buffers for n, buffer in m._buffers.items()]
-        now = self.attributes.take()
+        now, hooks = self.attributes.take(), self._count_hooks()
         try:
             with record.restored():
                 yield
         finally:
-            self.attributes.put_back(now)
+            if self._count_hooks() == hooks:  # what notes that hooks were put on has to stay with them
+                self.attributes.put_back(now)
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self._modules)
