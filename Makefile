@@ -44,7 +44,7 @@ figures: .venv/installed
 
 # About five hours of two cores, into out/. What is there already is not run again.
 evidence: .venv/installed
-	for script in reversal bandit robustness gradients ppo llm; do \
+	for script in reversal bandit robustness gradients ppo pretrained llm; do \
 		$(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

@@ -241,7 +241,7 @@ def costs(method: str, kept: float, times: float) -> dict[str, str]:
     for generation in GENERATION:
         learners = [kept] if METHODS[method].gate is None else [FORWARD + kept, kept]
         values = [times * (share * generation + learner) / (generation + 1) for learner in learners]
-        cells[f"cost, generation {generation}"] = " / ".join(f"{value:.2f}" for value in values)
+        cells[f"cost at {generation}"] = " / ".join(f"{value:.2f}" for value in values)
     return cells
 
 
@@ -298,7 +298,7 @@ def main() -> None:
     runs = record.read(path) if args.draw else record.collect(tasks, train, path, args.workers)
     if args.quick:
         return record.print_table(runs[runs.step == SHORT], "sorting, one seed")
-    record.print_table(table(runs), f"GRPO on a pre-trained policy, {runs.seed.nunique()} seeds")
+    record.print_table(table(runs), f"GRPO on a pre-trained policy, {runs.seed.nunique()} seeds: % right, cost")
     draw(runs).savefig(args.out / "pretrained.png", dpi=100)
 
 

@@ -21,6 +21,7 @@ SCRIPTS = {
     "gradients": ["gradients"],
     "llm": ["llm"],
     "ppo": ["ppo", "ppo_pixels"],
+    "pretrained": ["pretrained"],
 }
 
 
@@ -249,7 +250,7 @@ def test_files_say_how_they_were_made(name):
     assert "torch 2." in versions and "kondo-hooks" in versions and device
     frame = pd.read_csv(RESULTS / f"{name}.csv", comment="#")
     if "seed" in frame:
-        names = ("method", "signal", "gate", "setting", "init", "tokens", "noise", "noisy")
+        names = ("method", "signal", "gate", "setting", "task", "init", "tokens", "noise", "noisy")
         names = ("method",) if "solved" in frame else names  # seeds climb to different H and M
         assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == 5).all()
 
@@ -264,6 +265,15 @@ def test_ppo_is_stopped_by_delight_and_not_by_rules_that_draw():
                 assert (end[method] < bar).all(), method
             if method.startswith(("noise", "auto", "all rows")):
                 assert (end[method] > bar).all(), method
+
+
+def test_on_a_pre_trained_policy_fair_rules_follow_all_rows_and_few_rows_do_not():
+    frame = pd.read_csv(RESULTS / "pretrained.csv", comment="#")
+    right = frame[frame.step == 1000].groupby(["task", "method"]).right.mean().unstack()
+    for method in ("lossless", "auto", "noise 0.25", "noise 0.5", "delight 30%"):
+        assert (right[method] > right["all rows"] - 0.05).all(), method
+    for method in ("random 30%", "quarter of the batch", "delight 3%", "delight 10%"):
+        assert (right[method] < right["all rows"] - 0.05).all(), method
 
 
 def test_every_seed_tells_delight_from_random_rows_at_300_steps():
