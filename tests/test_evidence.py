@@ -367,3 +367,29 @@ def test_returns_in_the_readme_are_those_of_the_committed_files(scripts):
         expected = ["" if of_cart is None else f"{ppo.final(cart[cart.method == of_cart]).mean():.0f}"]
         expected += [f"{ppo.final(pixels[pixels.method == of_pixels]).mean():.1f}"]
         assert rows[name] == [*expected, f"{share.rows:.0%}", f"{share.learner_seconds:.2f}"], name
+
+
+PRETRAINED = {
+    "all rows": "all rows",
+    "`noise=0.5`": "noise 0.5",
+    "delight 30%": "delight 30%",
+    "delight 10%": "delight 10%",
+    "random rows 30%": "random 30%",
+    "a small batch, 25%": "quarter of the batch",
+}
+
+
+def test_what_the_readme_says_of_pre_trained_policies_is_in_the_committed_file(scripts):
+    pretrained, record = scripts("pretrained"), scripts("record")
+    runs = record.read(RESULTS / "pretrained.csv")
+    table = pretrained.table(runs).set_index("method")
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    told = [[cell.strip().strip("*") for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {row[0]: row[1:] for row in told if row[0] in PRETRAINED and len(row) == 6}
+    assert rows.keys() == PRETRAINED.keys()
+    for name, method in PRETRAINED.items():
+        of_method = table.loc[method]
+        expected = [of_method[f"{task} 1000"].partition(" ")[0] for task in ("addition", "sorting")]
+        costs = of_method["cost at 0"].split(" / ")
+        misses = of_method["steps to half"].startswith("misses")
+        assert rows[name] == [*expected, of_method.kept, *(["misses"] * 2 if misses else [costs[0], costs[-1]])], name
