@@ -292,7 +292,7 @@ class Gated:
         row, without a graph, so their share of the loss's *value* means nothing.
 
         Args:
-            logp: (B,) or (B, T) log-probs of the actions, from the sampler, say.
+            logp: (B,) or (B, T) log-probs of the actions, from the sampler, say; of packed rows, of each text.
             advantages: (B,) or (B, T).
             mask: (B,) or (B, T), nonzero where a token counts.
             delight: (B,), or (B, T) with ``unit="token"``, instead of the three above.
@@ -377,7 +377,8 @@ class Gated:
         passes = 0
         if self._selector.config.unit == "prefix":
             passes = 1 if engine.wrappers else MOST_PASSES
-        return Screened(len(valid), kept, valid, engine.communicates, self._forward.shared_loss, passes)
+        segments = self._step.shared.segments
+        return Screened(len(valid), kept, valid, engine.communicates, self._forward.shared_loss, passes, segments)
 
     def _signal(
         self,

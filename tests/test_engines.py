@@ -70,6 +70,16 @@ def test_rows_that_are_cut_give_the_weighted_gradient(host: str):
         assert all(found["alike"]) and any(0 < kept < tokens for kept, tokens in found["tokens"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("host", KINDS)
+def test_texts_of_packed_rows_give_the_weighted_gradient(host: str, accumulation: int):
+    for found in behaviour("packs", host, accumulation, timeout=230):
+        for case, difference in found["differences"]:
+            assert difference < 1e-5, (host, case)
+        assert any(found["tokens"])
+
+
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])
 def test_a_replay_under_deepspeed_is_scaled_and_reduced_once(host: str):
     """Accumulation 2 without the driver is the known trap; the test would see it."""

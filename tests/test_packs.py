@@ -472,3 +472,50 @@ def test_texts_that_are_tied_behind_a_zero_are_told():
     ):
         loss_of(model, "seq_lens", pack).backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+# Before the forward.
+
+
+@pytest.mark.parametrize("unit", ["sample", "token", "prefix"])
+@pytest.mark.parametrize("rule", [{"rate": 0.34}, {"noise": 0.7}], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "llama, 4D mask", "cu_seqlens", "seq_idx"])
+def test_before_the_forward_kept_texts_run_as_a_shorter_pack(kind, rule, unit):
+    ours, theirs = copies(made(kind))
+    pack = Pack(*ONE)
+    length = int(pack.lengths.max())
+    with torch.no_grad():
+        logits = logits_of(theirs, kind, pack)
+    logp = torch.zeros(6, length, dtype=torch.float64)
+    mask = torch.zeros(6, length, dtype=torch.bool)
+    at = (pack.text[0, :-1], pack.place[0, :-1])
+    logp[at] = logits[0, :-1].log_softmax(-1).gather(-1, pack.ids[0, 1:, None]).squeeze(-1)
+    mask[at] = pack.labelled[0]
+    runs = Runs(ours)
+    with kondo.gated(ours, unit=unit, **rule) as gate:
+        gate.preselect(logp=logp, advantages=pack.u, mask=mask)
+        loss_of(ours, kind, pack).backward()
+    factors = gate.last.factors()
+    factors = factors if unit == "sample" else factors.view(6, -1)
+    loss_of(theirs, kind, pack, factors=factors).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert max(runs.tokens) < pack.total and gate.stats.forwarded < 6
+
+
+def test_before_the_forward_nothing_kept_is_a_gradient_of_zero():
+    model, pack = made("llama"), Pack(*ONE)
+    with kondo.gated(model, price=0.0) as gate:
+        gate.preselect(delight=-torch.ones(6))
+        loss_of(model, "llama", pack).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters()) and gate.stats.kept == 0
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_before_the_forward_several_rows_of_texts():
+    ours, theirs = copies(made("llama"))
+    pack = Pack((5, 7, 4), (8, 8), (3, 3, 10))
+    with kondo.gated(ours, rate=0.4, priority="norm") as gate:
+        gate.preselect(norm=torch.tensor([1.0, 5, 2, 7, 3, 8, 4, 6]))
+        loss_of(ours, "llama", pack).backward()
+    loss_of(theirs, "llama", pack, factors=gate.last.factors().double()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10

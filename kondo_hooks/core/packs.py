@@ -98,12 +98,12 @@ def _told(named: Any) -> str:
 def _rows_of_tokens(call: Call) -> tuple[int, int] | None:
     """(B, T) of the ids, or of embeddings: the first input of that shape."""
     if call.batch_dim or call.pairs:
-        return None
+        return None  # a mask that comes first is no tokens, but tells no texts either
     names = {_name(path): leaf for path, leaf in zip(call.input_paths, call.inputs, strict=True)}
     for name in ("input_ids", "inputs_embeds", "input"):
         if name in names and names[name].dim() >= 2:
             return names[name].shape[0], names[name].shape[1]
-    leaf = next((leaf for leaf in call.arguments if leaf.dim() in (2, 3) and leaf.shape[0] == call.batch), None)
+    leaf = next((leaf for leaf in call.arguments if leaf.dim() in (2, 3)), None)
     return None if leaf is None else (leaf.shape[0], leaf.shape[1])
 
 

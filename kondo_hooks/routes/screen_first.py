@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from kondo_hooks.core.call import LEFT, Call
 from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.core.packs import Packed, Texts, find_texts
 from kondo_hooks.core.positions import Positions, locate_before
 from kondo_hooks.core.prefix import cut_points
 from kondo_hooks.core.readings import Learned, settle_outputs
 from kondo_hooks.core.replay import AmbiguousRowsError, replay
 from kondo_hooks.delight.graph import silence
 from kondo_hooks.errors import PrefixError, no_batch_axis, unknown_positions
+from kondo_hooks.routes.screen_texts import run_texts
 from kondo_hooks.rows.axes import (
     Layout,
     Rows,
@@ -80,6 +82,7 @@ class Screened:
         shared_loss: an output without rows may be used, as it is for the kept rows alone.
         one_pass: every rank makes this pass and no other, so doubtful shapes are read in the likeliest way.
         passes: how many may be made of rows that are cut after their last kept position; 0 where they are not.
+        segments: what tells the texts that a row holds, where the user named it.
         hooks: that make the gradient of a row which stands in exactly zero, to be removed after the backward.
     """
 
@@ -89,6 +92,7 @@ class Screened:
     one_pass: bool = False
     shared_loss: bool = False
     passes: int = 0
+    segments: str | Callable[..., Any] | None = None
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
@@ -103,6 +107,8 @@ class Screened:
         """
         batch = self.batch
         call.expect(batch, batch_dim)
+        if (texts := find_texts(call, self.segments)) is not None and len(texts) == batch:
+            return self._run_texts(call, texts)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
             shapes = [tuple(leaf.shape) for leaf in call.inputs]
             raise ValueError(
@@ -168,6 +174,21 @@ class Screened:
         if change.after is not None:
             change.after.substitute({id(leaf): spread[id(leaf)] for leaf in change.new.values() if id(leaf) in spread})
         return unflatten(result, [spread.get(id(leaf), leaf) for leaf in leaves[:returned]])
+
+    def _run_texts(self, call: Call, texts: Texts) -> Tree:
+        """The same for texts of packed rows."""
+        kept, nothing = self.kept, not len(self.kept.rows)
+        packed = Packed(texts, kept.rows, kept.factors, bool(self.passes))
+        if nothing:
+            packed = Packed(texts, texts.segments.lengths.argmin().view(1), torch.zeros(1))
+        self.forwarded = len(packed)
+        if len(packed) == len(texts) and packed.factors is None:
+            return call.run_given()
+        result = run_texts(call, texts, packed, lambda inputs: self._run(call, inputs, len(packed)))
+        if nothing:
+            outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
+            self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))
+        return result
 
     def _run(self, call: Call, inputs: list[Tensor], rows: int) -> Tree:
         try:

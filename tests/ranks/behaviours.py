@@ -475,6 +475,80 @@ def prefixes(name: str) -> dict[str, Any]:
     return found
 
 
+class Wordwise(Net):
+    """Sees each position by itself, so that texts may follow each other in a row."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view(*x.shape[:2], K)
+
+
+def make_wordwise() -> Net:
+    net = make_net()
+    net.__class__ = Wordwise
+    return net
+
+
+def packs(name: str, micro: int) -> dict[str, Any]:
+    """Packs of other texts on every rank, of which each replays a shorter one."""
+    cases: list[dict[str, Any]] = [
+        {"rate": 0.3},
+        {"rate": 0.3, "scope": "global"},
+        {"noise": 0.7, "scope": "global"},
+        {"price": 1e6},
+        {"rate": 0.5, "micro_batch_size": 1},
+        {"rate": 0.3, "unit": "prefix"},
+        {"rate": 0.3, "window": micro},
+        {"noise": 0.7, "window": micro, "scope": "global"},
+    ]
+    host, net = build(HOSTS[name], make_wordwise(), micro), make_wordwise()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
+    found: dict[str, Any] = {"differences": [], "tokens": []}
+    for number, case in enumerate(case for case in cases if case.get("window", 1) == micro):
+        at(f"{name}, rank {rank}, {case}")
+        told = [[[4 + r, 3, 5, 2 + i, 6][: 5 - (r + i) % 2] for r in range(ranks)] for i in range(micro)]
+        batches = []
+        for i, each in enumerate(told):
+            batches.append([])
+            for r, lengths in enumerate(each):
+                b = sequences(100 * number + 10 * i + r, sum(lengths))
+                u = torch.repeat_interleave(b.advantages[0, : len(lengths)], torch.tensor(lengths))
+                batches[-1].append(Batch(b.x[:1], b.actions[:1], u[None]))
+        lengths_of: dict[int, list[int]] = {}
+        with kondo.gated(host.model, segments=lambda _x, of=lengths_of: of[0], **case) as gate:
+            for i in range(micro):
+                lengths_of[0] = told[i][rank]
+                with host.micro(i, micro):
+                    loss = sequence_loss(host.model(batches[i][rank].x), batches[i][rank])
+                    host.backward(loss if host.divides else loss / micro)
+                    if host.divides:
+                        host.step()
+            if not host.divides:
+                host.step()
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, gate.last.factors().tolist())
+        for r in range(ranks):
+            start = 0
+            for i in range(micro):
+                lengths, b = told[i][r], batches[i][r]
+                each = max(lengths) if case.get("unit") == "prefix" else 1
+                mine = torch.tensor(gathered[r][start : start + len(lengths) * each]).view(len(lengths), each)
+                start += len(lengths) * each
+                place = torch.cat([torch.arange(n) for n in lengths])
+                text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+                factors = mine[text, place if each > 1 else 0]
+                logp = net(b.x).log_softmax(-1).gather(-1, b.actions.unsqueeze(-1)).squeeze(-1)
+                ((-b.advantages * logp * factors).mean() / ranks / micro).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = {n: p.detach() for n, p in net.named_parameters()}
+        found["differences"].append((str(case), difference(host.full(), expected)))
+        found["tokens"].append(gate.stats.kept)
+    return found
+
+
 def plain_world() -> dict[str, Any]:
     """No wrapper: the user reduces gradients; all ranks choose as one."""
     dist.init_process_group("gloo")

@@ -1,0 +1,75 @@
+"""The screen-first route where rows hold many texts: the kept texts run as a shorter pack, with a graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kondo_hooks.core.call import Call
+from kondo_hooks.core.packs import Packed, Texts
+from kondo_hooks.errors import PackError
+from kondo_hooks.rows.segments import take_tokens
+from kondo_hooks.rows.tree import Tree, flatten, unflatten
+
+
+class _Scatter(torch.autograd.Function):
+    """Tokens of a shorter pack where they stand in the whole one; others copy the first, and send nothing back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Tensor, shape: tuple[int, ...], tokens: Tensor, source: Tensor, weights: Tensor
+    ) -> Tensor:
+        ctx.tokens, ctx.weights = tokens, weights
+        ctx.kondo_rows = True
+        return kept[0].index_select(0, source).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = grad.flatten(0, 1).index_select(0, ctx.tokens)
+        return (kept * ctx.weights.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1)))[None], None, None, None, None
+
+
+def run_texts(call: Call, texts: Texts, packed: Packed, run: Callable[[list[Tensor]], Tree]) -> Tree:
+    """Run the kept texts; returns what the model returned, in the size of the whole pack.
+
+    Args:
+        call: the call, not yet run.
+        texts: all of them.
+        packed: those that are kept, at least one.
+        run: runs the model on inputs.
+
+    Raises:
+        PackError: once the loss uses an output that has no tokens.
+    """
+    segments, tokens = texts.segments, packed.tokens()
+    inputs = [take_tokens(leaf, role, segments, tokens) for leaf, role in zip(call.inputs, texts.roles, strict=True)]
+    result = run(inputs)
+    paths, leaves = flatten(result)
+    spread = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        less = len(tokens) - leaf.shape[1] if leaf.dim() > 1 and leaf.shape[0] == 1 else -1
+        if less not in ((0, 1) if segments.rows == 1 else (0,)):
+            if leaf.requires_grad:
+                leaf = leaf.view_as(leaf)
+                leaf.register_hook(_refuse(path or "the output", tuple(leaf.shape)))
+            spread.append(leaf)
+            continue
+        length = segments.length - less
+        mine = (tokens if not less else tokens[:-1]).to(leaf.device)
+        source = torch.zeros(segments.rows * length, dtype=torch.long, device=leaf.device)
+        source[mine] = torch.arange(len(mine), device=leaf.device)
+        weights = packed.weights(leaf.device)[mine]
+        spread.append(_Scatter.apply(leaf, (segments.rows, length, *leaf.shape[2:]), mine, source, weights))
+    return unflatten(result, spread)
+
+
+def _refuse(path: str, shape: tuple[int, ...]) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        if grad.any():
+            raise PackError(
+                f"gated: {path} {shape} gets a gradient and has no tokens, and the kept texts ran alone: return it as "
+                "(B, T, ...), or leave preselect() away"
+            )
+
+    return hook
