@@ -152,7 +152,7 @@ def _last_text(arrival: Arrival) -> tuple[list[Part], list[Part]] | None:
         for grad, where in zip(arrival.grads, arrival.call.rows, strict=True)
         if grad is not None and where == Rows(0) and grad.dim() > 1
     ]
-    texts = torch.stack(live).any(0).nonzero().flatten() if live else torch.empty(0)
+    texts = torch.stack(live).any(0).nonzero().flatten() if live else torch.empty(0, device="cpu")
     if not len(texts) or len(arrival.texts) < 2 or arrival.call.scene.random:
         return None
     packed = Packed(arrival.texts, texts[-1:], None)
