@@ -4,7 +4,7 @@
 
 32 texts of 16 to 128 tokens, in 4 packs of 8 or in 32 padded rows, one update for all of them; 1 in 32 and 1 in 8 are
 kept, by delight. "floor" is what no gate can go below: a forward of all packs without a graph, and one short pack of
-the kept texts forward and backward, with the loss code's own work. Variants take turns within a round; medians over rounds.
+the kept texts forward and backward, with the loss code's own work. Variants take turns; medians over rounds.
 """
 
 import argparse

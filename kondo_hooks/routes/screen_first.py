@@ -180,7 +180,7 @@ class Screened:
         kept, nothing = self.kept, not len(self.kept.rows)
         packed = Packed(texts, kept.rows, kept.factors, bool(self.passes))
         if nothing:
-            packed = Packed(texts, texts.segments.lengths.argmin().view(1), torch.zeros(1))
+            packed = Packed(texts, texts.segments.lengths.argmin().view(1), torch.zeros(1, device="cpu"))
         self.forwarded = len(packed)
         if len(packed) == len(texts) and packed.factors is None:
             return call.run_given()
