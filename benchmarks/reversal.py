@@ -209,6 +209,7 @@ RULES: dict[str, Method] = {
     "lossless": Method({"rate": "lossless"}),
     "auto": Method({"rate": "auto"}),
 }
+RULES_TITLE = "token reversal by rules that weigh"
 RULE_STEPS = dict.fromkeys(RULES, 600) | dict.fromkeys(("PG", "random 10%", "noise 0.5", "auto"), 2000)
 INIT = ("PG", "DG", "DG-K 10%", "random 10%")
 HORIZONS, VOCABULARIES = (5, 10, 15, 20, 25), (2, 4, 8)
@@ -392,7 +393,7 @@ def timed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(seconds=frame[[*PHASES]].sum(axis=1))
 
 
-def report(frame: pd.DataFrame) -> None:
+def report(frame: pd.DataFrame, title: str = "token reversal, H 10, M 2") -> None:
     early = frame.steps.min()
     table, phases = [], []
     for method, own in frame.groupby("method", sort=False):
@@ -408,7 +409,9 @@ def report(frame: pd.DataFrame) -> None:
         )
         ms = 1000 * last[[*PHASES, "seconds"]].div(last.step, axis=0).median()
         phases.append({"method": method, **{name: f"{value:.1f}" for name, value in ms.items()}})
-    record.print_table(table, f"token reversal, H 10, M 2, {frame.seed.nunique()} seeds")
+    record.print_table(table, f"{title}, {frame.seed.nunique()} seeds")
+    if title == RULES_TITLE:
+        return
     record.print_table(phases, "milliseconds a step; without a gate, screen and replay are its forward and backward")
 
 
@@ -446,7 +449,7 @@ def report_init(frame: pd.DataFrame) -> None:
 
 REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficulty": report_difficulty}
 DRAWN = tuple(REPORTS)
-REPORTS |= {"reversal_rules": report}
+REPORTS |= {"reversal_rules": lambda frame: report(frame, RULES_TITLE)}
 COLORS = {"PG": "black", "PPO": "tab:brown", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
 COLORS |= {"DG-K 10%, screen-first": "tab:green", "random positive 10%, screen-first": "tab:pink"}
 COLORS |= {"DG, small batch 10%": "tab:purple", "random 10%": "tab:gray"}

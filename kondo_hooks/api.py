@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from kondo_hooks.core.attach import Method
 from kondo_hooks.core.screen import Name, Reading
 from kondo_hooks.handle import Gated
 from kondo_hooks.ranks.engines import find_engine
@@ -47,7 +48,7 @@ def gated(
     warmup_steps: int = 0,
     enabled: bool = True,
     seed: int = 0,
-    method: str | None = None,
+    method: Method | None = None,
     logp: Name | None = None,
     logits: Name | None = None,
     probs: Name | None = None,
@@ -88,7 +89,9 @@ def gated(
             see :class:`SelectionConfig`; which rule is for what stands in docs/rules.md.
         warmup_steps: backwards that pass straight through at first.
         enabled: False, or ``KONDO_DISABLE=1`` in the environment, makes the context do nothing.
-        method: gate this method instead of the call, e.g. "get_action_and_value".
+        method: gate this method instead of the call, e.g. "get_action_and_value"; or an attribute of another object
+            that calls the model, ``(actor, "compute_log_probs")``: what goes from rows to rows there is gated as one,
+            and what it takes on the way (logits, a head in chunks) is never held.
         logp, logits, probs: the output that holds the policy, where the gate cannot tell: a field name, an
             index, or a function of the model's output. At most one.
         batch_dim: axis of the inputs and outputs that holds the samples.
@@ -147,8 +150,7 @@ def gated(
         raise ValueError("give at most one of logp, logits and probs")
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ValueError(f"warmup_steps must be a number of backwards >= 0, got {warmup_steps!r}")
-    if method is not None and not (isinstance(method, str) and callable(getattr(model, method, None))):
-        raise ValueError(f"method={method!r} is no method of {type(model).__name__}")
+    _check_method(model, method)
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
     if pairs is not None and not isinstance(pairs, bool):
@@ -184,3 +186,19 @@ def gated(
         ),
         unsaid={name for name, value in (("pairs", pairs), ("window", window)) if value is None},
     )
+
+
+def _check_method(model: nn.Module, method: Any) -> None:
+    if method is None:
+        return
+    if isinstance(method, tuple):
+        owner, name = method if len(method) == 2 else (None, None)
+        if not isinstance(name, str) or not callable(getattr(owner, name, None)):
+            raise ValueError(f"method={method!r}: give an object and the name of something on it that is called")
+        if not isinstance(getattr(owner, "__dict__", None), dict):
+            raise ValueError(
+                f"method=: {name} of {owner!r} cannot be replaced (a class, or an object with slots): give the object "
+                "whose attribute the loop calls"
+            )
+    elif not (isinstance(method, str) and callable(getattr(model, method, None))):
+        raise ValueError(f"method={method!r} is no method of {type(model).__name__}")

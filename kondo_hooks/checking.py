@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kondo_hooks.api import gated
 from kondo_hooks.core.arrival import Arrival
+from kondo_hooks.core.attach import owner_of
 from kondo_hooks.core.kept_rows import Part, reading
 from kondo_hooks.core.readings import Learned, run_rows
 from kondo_hooks.errors import KondoWarning
@@ -162,7 +163,8 @@ def check(
     """
     told = {name: value for name, value in (options or {}).items() if name not in _OF_THE_RULE}
     method = told.get("method")
-    found = Checked(type(model).__name__ + (f".{method}" if method else ""))
+    name = owner_of(model, method)[1]
+    found = Checked(type(model).__name__ + (f".{name}" if name else ""))
     gates = {kept: gated(model, rule=_first(kept), **told).discard() for kept in (1.0, 0.125, 0.5)}
     if wrappers := gates[1.0]._step.shared.engine.wrappers:
         raise ValueError(f"check: give the model before {type(wrappers[0]).__name__} wraps it; the same is gated")
@@ -171,7 +173,8 @@ def check(
     state, before = ModuleState(model), _Before(model)
 
     def run() -> Any:
-        return (getattr(model, method) if method else model)(*inputs, **named)
+        owner, name = owner_of(model, method)
+        return (owner if name is None else getattr(owner, name))(*inputs, **named)
 
     def step(gate: Gated | None = None) -> None:
         before.clear()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from kondo_hooks.core.attach import attach
+from kondo_hooks.core.attach import Method, attach, owner_of
 from kondo_hooks.core.audit import Audit
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.idle import Idle, moves
@@ -56,7 +56,7 @@ class Gated:
         config: SelectionConfig,
         *,
         enabled: bool,
-        method: str | None,
+        method: Method | None,
         reading: Reading,
         unsaid: set[str],
         find_engine: Callable[[nn.Module], Engine],
@@ -178,7 +178,8 @@ class Gated:
         return ModuleState(self.model, self._step.shared.engine.swaps_parameters)
 
     def _target(self) -> str:
-        return f"{type(self.model).__name__}.{self._method or '__call__'}"
+        owner, name = owner_of(self.model, self._method)
+        return f"{getattr(owner, '__name__', type(owner).__name__)}.{name or '__call__'}"
 
     def _stream(self) -> int:
         engine = self._step.shared.engine

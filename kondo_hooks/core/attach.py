@@ -15,54 +15,65 @@ _SLOT = private.CALLED_FIRST
 _MARK: Any = "kondo_hooks"
 
 
-class _Interceptor:
-    """What stands in the module's attribute: calls ``intercept(original, args, kwargs)``."""
+Method = str | tuple[Any, str]
+"""A method of the gated module, or of an object that calls it."""
 
-    def __init__(self, intercept: Callable[..., Any], original: Callable[..., Any], name: str, module: nn.Module):
+
+class _Interceptor:
+    """What stands in an attribute: calls ``intercept(original, args, kwargs)``."""
+
+    def __init__(self, intercept: Callable[..., Any], original: Callable[..., Any], name: str, owner: Any):
         self._intercept = intercept
         self._original = original
         self._name = name
-        self._module = module
+        self._owner = owner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._intercept(self._original, args, kwargs)
 
-    # A copy of the module is not gated: it gets what the interceptor stands in front of.
+    # A copy of the owner is not gated: it gets what the interceptor stands in front of.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return None if self._name == _SLOT else getattr(memo.get(id(self._module), self._module), self._name)
+        return None if self._name == _SLOT else getattr(memo.get(id(self._owner), self._owner), self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(None), ()) if self._name == _SLOT else (getattr, (self._module, self._name))
+        return (type(None), ()) if self._name == _SLOT else (getattr, (self._owner, self._name))
 
 
-def attach(module: nn.Module, method: str | None, intercept: Callable[..., Any]) -> Callable[[], bool]:
-    """Send ``module(...)``, or ``module.<method>(...)``, through ``intercept(original, args, kwargs)``.
+def owner_of(module: nn.Module, method: Method | None) -> tuple[Any, str | None]:
+    """The object that is called, and by what name; None for the module's own call."""
+    return method if isinstance(method, tuple) else (module, method)
+
+
+def attach(module: nn.Module, method: Method | None, intercept: Callable[..., Any]) -> Callable[[], bool]:
+    """Send ``module(...)``, or what ``method`` names, through ``intercept(original, args, kwargs)``.
 
     Returns:
         A function that takes it off again; it returns False if somebody else had replaced it meanwhile.
     """
-    name = _SLOT if method is None else method
+    owner, called = owner_of(module, method)
+    name = _SLOT if called is None else called
     missing = object()
-    before = module.__dict__.get(name, missing)
-    if method is None:
+    held: dict[str, Any] = owner.__dict__
+    before = held.get(name, missing)
+    if called is None:
         original = private.call_of(module) if before in (missing, None) else before
     else:
-        original = getattr(module, method)
-    ours = _Interceptor(intercept, original, name, module)
-    module.__dict__[name] = ours
-    if method is None:
+        original = getattr(owner, called)
+    ours = _Interceptor(intercept, original, name, owner)
+    held[name] = ours
+    if called is None:
         # Dynamo goes straight to `forward` where a module has no hooks; this entry, which belongs to no hook and
         # does nothing, sends it through `__call__`, so that a compiled training step meets the gate.
         private.hooks_with_kwargs(module)[_MARK] = True
 
     def detach() -> bool:
         private.hooks_with_kwargs(module).pop(_MARK, None)
-        if module.__dict__.get(name) is not ours:
+        if held.get(name) is not ours:
             return False
         if before is missing:
-            del module.__dict__[name]
+            del held[name]
         else:
-            module.__dict__[name] = before
+            held[name] = before
         return True
 
     return detach
