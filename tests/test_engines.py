@@ -80,6 +80,16 @@ def test_texts_of_packed_rows_give_the_weighted_gradient(host: str, accumulation
         assert any(found["tokens"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("host", KINDS)
+def test_functions_around_the_model_give_the_weighted_gradient(host: str, accumulation: int):
+    for found in behaviour("functions", host, accumulation, timeout=230):
+        for case, difference in found["differences"]:
+            assert difference < 1e-5, (host, case)
+        assert all(0 < kept < rows for kept, rows in found["kept"])
+
+
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])
 def test_a_replay_under_deepspeed_is_scaled_and_reduced_once(host: str):
     """Accumulation 2 without the driver is the known trap; the test would see it."""

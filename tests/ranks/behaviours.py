@@ -475,6 +475,60 @@ def prefixes(name: str) -> dict[str, Any]:
     return found
 
 
+class Runner:
+    """Calls the model deep inside, as a trainer's worker does."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Of the actions."""
+        return self.model(batch.x).float().log_softmax(-1).gather(1, batch.actions[:, None]).squeeze(1)
+
+
+def functions(name: str, micro: int) -> dict[str, Any]:
+    """A function around the wrapped model is gated in the place of the model."""
+    cases: list[dict[str, Any]] = [
+        {"rate": 0.4},
+        {"noise": 0.7, "scope": "global"},
+        {"rate": 0.4, "scope": "global", "balance": True},
+        {"rate": 0.4, "window": micro},
+    ]
+    host, net = build(HOSTS[name], make_net(), micro), make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
+    runner = Runner(host.model)
+    found: dict[str, Any] = {"differences": [], "kept": []}
+    for number, case in enumerate(case for case in cases if case.get("window", 1) == micro):
+        at(f"{name}, rank {rank}, {case}")
+        batches = [[random_batch(100 * number + 10 * i + r, 7 - r) for r in range(ranks)] for i in range(micro)]
+        with kondo.gated(host.model, method=(runner, "log_probs"), logp=lambda out: out, **case) as gate:
+            for i in range(micro):
+                mine = batches[i][rank]
+                with host.micro(i, micro):
+                    loss = -(mine.advantages * runner.log_probs(mine)).mean()
+                    host.backward(loss if host.divides else loss / micro)
+                    if host.divides:
+                        host.step()
+            if not host.divides:
+                host.step()
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, gate.last.factors().tolist())
+        for r in range(ranks):
+            sizes = [len(batches[i][r].x) for i in range(micro)]
+            for i, factors in enumerate(torch.tensor(gathered[r]).split(sizes)):
+                b = batches[i][r]
+                (-(b.advantages * Runner(net).log_probs(b) * factors).mean() / ranks / micro).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = {n: p.detach() for n, p in net.named_parameters()}
+        found["differences"].append((str(case), difference(host.full(), expected)))
+        found["kept"].append((gate.stats.kept, gate.stats.rows))
+    return found
+
+
 class Wordwise(Net):
     """Sees each position by itself, so that texts may follow each other in a row."""
 
