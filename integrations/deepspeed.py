@@ -57,6 +57,15 @@ class DeepSpeed(OnRanks):
         self._loss: Tensor | None = None
         self._direct = False
 
+    def check_window(self, window: int | str) -> None:
+        """Refuse a window that ends where DeepSpeed has partitioned the gradients already."""
+        if window == "step":
+            raise ValueError(
+                "window='step' ends when a gradient is read, and DeepSpeed reads none: window='auto' takes the end of "
+                "its gradient accumulation, or give the number of backwards."
+            )
+        super().check_window(window)
+
     def syncs(self) -> bool:
         """Whether this micro-batch is the engine's accumulation boundary."""
         return bool(self._engine.is_gradient_accumulation_boundary())

@@ -105,7 +105,9 @@ def gated(
         window: how many backwards form one population, whose kept rows are replayed together at the end of the last:
             3% of 8 rows is no row, 3% of 8 backwards of 32 is 8. "auto" takes the host's gradient accumulation
             (accelerate, DeepSpeed, ``no_sync``), and is the default inside of a transformers Trainer; elsewhere it is
-            1. What has not been decided when the optimizer steps is an error.
+            1. "step" is for micro-batches whose number nobody knows: they wait until the gradient of a parameter is
+            first read (clipping, unscaling), the optimizer steps, or the context ends. What has not been decided when
+            the optimizer steps is an error elsewhere.
         scope: "local", each rank chooses among its own rows, or "global", among the rows of all ranks as one batch.
         balance: with ``scope="global"``, move kept rows between ranks so that each replays as many, within one.
         micro_batch_size: most rows in one pass of the replay; by default all kept rows are one pass.

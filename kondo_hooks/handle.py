@@ -199,12 +199,17 @@ class Gated:
         """Refuse to leave backwards waiting, or calls that none reached, if the optimizer is this model's."""
         parameters = [*self._step.shared.state.parameters(), *self.model.parameters()]
         if self._step.window.backwards and moves(optimizer, parameters):
-            self._step.check_step()
+            if self._step.window.size == "step":
+                self._step.flush()
+            else:
+                self._step.check_step()
         self._step.shared.idle.check(optimizer, parameters)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._detach is None:
             return
+        if kind is None and self._step.window.size == "step":
+            self._step.flush()
         self._step.shared.watcher.close()
         ours = self._take_off()
         self._unadopt()

@@ -90,6 +90,15 @@ def test_functions_around_the_model_give_the_weighted_gradient(host: str, accumu
         assert all(0 < kept < rows for kept, rows in found["kept"])
 
 
+@pytest.mark.parametrize("host", KINDS)
+def test_what_waits_for_the_step_is_there_when_it_comes(host: str):
+    for found in behaviour("step_window", host):
+        if "zero" in host:
+            assert "DeepSpeed reads none: window='auto'" in found["refused"]
+        else:
+            assert max(found["differences"]) < 1e-5 and found["steps"] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])
 def test_a_replay_under_deepspeed_is_scaled_and_reduced_once(host: str):
     """Accumulation 2 without the driver is the known trap; the test would see it."""

@@ -101,6 +101,9 @@ class Engine:
         told = accelerate_syncs()
         return self.reduces(call) and told is not False
 
+    def rest(self) -> None:
+        """Leave parameters as they are after a backward, where one has ended and its replay is still to come."""
+
     def check_window(self, window: int | str) -> None:
         """Refuse a window that nobody would ever end."""
         if window == "auto" and not self.wrappers and accelerate_syncs() is None:

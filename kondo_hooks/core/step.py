@@ -48,7 +48,8 @@ class AtOnce:
     """Which backwards form a population: each one alone, so that nothing waits.
 
     Attributes:
-        size: how many backwards make one; "auto" leaves it to the host's gradient accumulation.
+        size: how many backwards make one; "auto" leaves it to the host's gradient accumulation, "step" to whoever
+            first wants a gradient.
         arrivals: calls that backwards have reached, in order.
         backwards: how many backwards those are.
         back: what is to be read of them when they are decided on.
@@ -56,7 +57,7 @@ class AtOnce:
     """
 
     def __init__(self) -> None:
-        self.size: int | Literal["auto"] = 1
+        self.size: int | Literal["auto", "step"] = 1
         self.arrivals: list[Arrival] = []
         self.backwards = 0
         self.back = Readback()
@@ -153,6 +154,13 @@ class Step:
                 self._finish()
         return waiting
 
+    def _wanted(self, tensor: Tensor) -> None:
+        """The gradient of a tensor is about to be read: of a parameter, what waits for it comes now."""
+        waits = self.window.backwards and not self.shared.running
+        if waits and any(tensor is p for p in self.shared.state.parameters()):
+            with torch.enable_grad():  # who clips reads it without
+                self.flush()
+
     def drop(self) -> None:
         """Forget what waits, as if it had not been."""
         self.window.take()
@@ -169,7 +177,8 @@ class Step:
         """Form populations otherwise, from now on."""
         self.window = window
         self.shared.waits = window.size != 1
-        self.shared.pace.begin(1 if window.size == "auto" else window.size)
+        self.shared.pace.begin(window.size if isinstance(window.size, int) else 1)
+        self.shared.watcher.on_grad = self._wanted if window.size == "step" else None
 
     def waits(self) -> bool:
         """Whether a backward may leave its calls waiting for others."""
@@ -319,6 +328,8 @@ class Step:
                 deciding = engine.ranks.size if engine.together else 1
                 self.window.compact(arrivals, self.shared.selector, deciding, self.shared.learned, engine.communicates)
             self.shared.stats.waiting_bytes = max(self.shared.stats.waiting_bytes, self.window.nbytes())
+            if self.window.size == "step":
+                engine.rest()
             return []
 
     def _finish(self) -> list[Tensor | None]:

@@ -199,12 +199,16 @@ def _observe(logp: Tensor, sources: list[Source], told: bool) -> Observation:
     return observation
 
 
+_GRAD: Any = getattr(Tensor.grad, "__get__")  # noqa: B009 - a property, and no tensor
+
+
 class LossWatcher(TorchFunctionMode):
     """Watches the loss code for log-probs of gated calls, and tells the gate of each backward.
 
     Attributes:
         paused: nothing is gated now, so there is nothing to see but backwards.
         asleep: nor are these told.
+        on_grad: is told of each tensor whose ``.grad`` is about to be read.
     """
 
     def __init__(self, on_backward: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
@@ -212,6 +216,7 @@ class LossWatcher(TorchFunctionMode):
         self._on_backward = on_backward
         self._on = False
         self.paused = self.asleep = False
+        self.on_grad: Callable[[Tensor], None] | None = None
         self._put_off: list[Callable[[], None]] = []
         self._end: Callable[[], None] = lambda: None
 
@@ -242,6 +247,8 @@ class LossWatcher(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as it is; look at what it returned if it can pick a log-prob."""
         kwargs = kwargs or {}
+        if self.on_grad is not None and func == _GRAD and args and not torch.compiler.is_compiling():
+            self.on_grad(args[0])
         if torch.compiler.is_compiling() or (self.paused and func not in _BACKWARD):
             return func(*args, **kwargs)
         if func in _BACKWARD:

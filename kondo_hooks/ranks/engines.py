@@ -152,6 +152,11 @@ class FSDP2(OnRanks):
         """What ``set_requires_gradient_sync`` last set."""
         return all(_fsdp2_syncs(wrapper) for wrapper in self.wrappers)
 
+    def rest(self) -> None:
+        """A screen leaves the outermost parameters gathered, which then are no parameters of an optimizer's."""
+        for wrapper in self.wrappers:
+            wrapper.reshard()
+
     @contextlib.contextmanager
     def one_pass(self, reduces: bool) -> Iterator[None]:
         """With gradients kept unsharded unless it reduces."""

@@ -17,7 +17,7 @@ from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Kept, Signal, by_batch
 from kondo_hooks.rules.selection import Selector
 
-Size = int | Literal["auto"]
+Size = int | Literal["auto", "step"]
 _FEW = 64
 
 
@@ -26,7 +26,7 @@ class Spread:
     """Which rows form a population, and how its kept rows are run again.
 
     Attributes:
-        window: how many backwards form one, or "auto".
+        window: how many backwards form one, "auto", or "step".
         scope: "local", each rank on its own, or "global", all ranks as one batch.
         balance: move kept rows, so that ranks replay as many.
         micro_batch_size: most rows in one pass of the replay; None for all in one.
@@ -38,8 +38,8 @@ class Spread:
     micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window != "auto" and not _is_count(self.window):
-            raise ValueError(f"window must be a number of backwards >= 1, or 'auto', got {self.window!r}")
+        if self.window not in ("auto", "step") and not _is_count(self.window):
+            raise ValueError(f"window must be a number of backwards >= 1, 'auto' or 'step', got {self.window!r}")
         if self.scope not in ("local", "global"):
             raise ValueError(f"scope must be 'local' or 'global', got {self.scope!r}")
         if self.micro_batch_size is not None and not _is_count(self.micro_batch_size):
@@ -101,6 +101,8 @@ class Window(AtOnce):
 
     def is_full(self, host_syncs: bool) -> bool:
         """Whether this was the last backward of the population."""
+        if self.size == "step":
+            return False  # when a gradient is wanted, or the optimizer steps
         return host_syncs if self.size == "auto" else self.backwards >= self.size
 
     def take(self) -> list[Arrival]:
@@ -237,7 +239,7 @@ class Window(AtOnce):
 
     def _most(self, selector: Selector, samples: int, ranks: int) -> int | None:
         """How many samples the whole window can keep; None if that cannot be told."""
-        length = self._longest if self.size == "auto" else self.size
+        length = self.size if isinstance(self.size, int) else self._longest
         self._samples += samples
         if not length:
             return None

@@ -529,6 +529,41 @@ def functions(name: str, micro: int) -> dict[str, Any]:
     return found
 
 
+def step_window(name: str) -> dict[str, Any]:
+    """Micro-batches that wait until the optimizer steps, of other sizes on every rank."""
+    micro = 3
+    host, net = build(HOSTS[name], make_net(), micro), make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
+    found: dict[str, Any] = {"differences": [], "steps": []}
+    try:
+        gate = kondo.gated(host.model, window="step", rate=0.4, scope="global")
+    except ValueError as error:
+        return {"refused": str(error)}
+    with gate:
+        for step in range(3):
+            at(f"{name}, rank {rank}, step {step}")
+            batches = [[random_batch(100 * step + 10 * i + r, 7 - r - i) for r in range(ranks)] for i in range(micro)]
+            for i in range(micro):
+                with host.micro(i, micro):
+                    host.backward(loss_of(host.model(batches[i][rank].x), batches[i][rank]) / micro)
+            host.step()
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, gate.last.factors().tolist())
+            for r in range(ranks):
+                factors = torch.tensor(gathered[r]).split([len(batches[i][r].x) for i in range(micro)])
+                for i, mine in enumerate(factors):
+                    (loss_of(net(batches[i][r].x), batches[i][r], mine) / ranks / micro).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            expected = {n: p.detach() for n, p in net.named_parameters()}
+            found["differences"].append(difference(host.full(), expected))
+            found["steps"].append(gate.stats.steps)
+    return found
+
+
 class Wordwise(Net):
     """Sees each position by itself, so that texts may follow each other in a row."""
 
