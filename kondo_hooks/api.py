@@ -1,13 +1,13 @@
 """``gated``: the one line. All of its arguments are looked at here."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
 
 from kondo_hooks.core.attach import Method
 from kondo_hooks.core.screen import Name, Reading
+from kondo_hooks.core.texts import Named
 from kondo_hooks.handle import Gated
 from kondo_hooks.ranks.engines import find_engine
 from kondo_hooks.routes.window import Size, Spread
@@ -53,7 +53,7 @@ def gated(
     logits: Name | None = None,
     probs: Name | None = None,
     batch_dim: int = 0,
-    segments: str | Callable[..., Any] | None = None,
+    segments: Named = None,
     pairs: bool | None = None,
     shared_loss: Literal["refuse", "kept"] = "refuse",
     window: Size | None = None,
@@ -97,7 +97,7 @@ def gated(
         batch_dim: axis of the inputs and outputs that holds the samples.
         segments: where rows hold many texts, which then are the samples: the input that tells where they begin, or a
             function of the call's arguments that gives their lengths. By default known by its name (``position_ids``
-            that start again, ``cu_seqlens``, ``seq_lens``, ``seq_idx``, a block mask).
+            that start again, ``cu_seqlens``, ``seq_lens``, ``seq_idx``, a block mask); False: rows are the samples.
         pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
             answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, and nowhere else.
         shared_loss: what to do with a term of a loss computed inside the model that is no sum over rows (a router's
@@ -157,9 +157,9 @@ def gated(
         raise ValueError(f"batch_dim must be an axis >= 0, got {batch_dim!r}")
     if pairs is not None and not isinstance(pairs, bool):
         raise ValueError(f"pairs must be True or False, got {pairs!r}")
-    if segments is not None and not (isinstance(segments, str) or callable(segments)):
-        raise ValueError(f"segments must be the name of an input, or a function of the call, got {segments!r}")
-    if segments is not None and (pairs or batch_dim):
+    if not (segments is None or segments is False or isinstance(segments, str) or callable(segments)):
+        raise ValueError(f"segments must be the name of an input, a function of the call, or False, got {segments!r}")
+    if segments and (pairs or batch_dim):
         raise ValueError("segments are of rows on axis 0, one a sample: leave pairs and batch_dim away")
     if pairs and config.tokens:
         raise ValueError("pairs are kept or dropped as one: they need unit='sample'")

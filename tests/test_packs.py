@@ -314,11 +314,11 @@ def read(**named):
             return super().forward(ids)
 
     model = Each(V, V).double()
-    options = named.pop("options", {})
-    ids = named.pop("ids", torch.arange(12)[None])
+    options, ids = named.pop("options", {}), named.pop("ids", torch.arange(12)[None])
+    real = named.pop("real", torch.ones(ids.shape))
     with kondo.gated(model, rate="lossless", **options) as gate:
         logp = model(ids, **named).log_softmax(-1)[..., 0]
-        (-torch.randn(ids.shape, dtype=torch.float64) * logp).sum().backward()
+        (-torch.randn(ids.shape, dtype=torch.float64) * logp * real).sum().backward()
     return gate.stats.rows
 
 
@@ -369,10 +369,21 @@ def test_left_padding_is_no_text():
     mask[1, :5] = mask[3, :2] = 0
     places = (mask.cumsum(1) - 1).clamp_min(0)
     assert read(ids=ids, attention_mask=mask, position_ids=places) == 4
+    assert read(ids=ids, position_ids=places) == 4
+    right = torch.arange(12).expand(4, 12) * mask.flip(1)
+    assert read(ids=ids, position_ids=right) == 4
+    sees = (mask[1][:, None] * mask[1]).tril().bool() | torch.eye(12, dtype=torch.bool)
+    assert read(ids=ids[:1], attention_mask=sees[None, None]) == 1
 
 
 def test_padding_after_the_last_text_is_no_text():
-    assert read(cu_seqlens=torch.tensor([0, 5, 8])) == 2
+    real = (torch.arange(12) < 8).double()[None]
+    assert read(cu_seqlens=torch.tensor([0, 5, 8]), real=real) == 2
+    assert read(position_ids=F.pad(PLACES[:, :8], (0, 4)), real=real) == 2
+    assert read(segment_ids=torch.tensor([[1] * 5 + [2] * 3 + [0] * 4]), real=real) == 2
+    assert read(sequence_ids=torch.tensor([[0] * 5 + [1] * 3 + [-1] * 4]), real=real) == 2
+    with pytest.raises(kondo.PackError, match="at tokens that belong to no text"):
+        read(cu_seqlens=torch.tensor([0, 5, 8]))
 
 
 def test_texts_by_brute_force():
@@ -519,3 +530,274 @@ def test_before_the_forward_several_rows_of_texts():
         loss_of(ours, "llama", pack).backward()
     loss_of(theirs, "llama", pack, factors=gate.last.factors().double()).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+# What another reader found.
+
+
+def test_a_pack_after_rows_of_one_text_is_held_against_its_screen():
+    model, rows, pack = made("llama"), Pack((12,), (12,), (12,), (12,)), Pack(*ONE)
+
+    def loss(pack, **options):
+        logits = model(input_ids=pack.ids, position_ids=pack.place, **options).logits
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        return -(pack.u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+    with kondo.gated(model, rule=the_last):
+        for each in (rows, rows, pack):
+            loss(each, use_cache=False).backward()
+        with pytest.raises(kondo.ReplayMismatchError, match="texts of one row see each other"):
+            loss(pack, use_cache=True).backward()
+
+
+class ById(Attention):
+    """Tokens of one id see each other, in each row."""
+
+    def __init__(self, told="segment_ids"):
+        super().__init__(told)
+
+    def forward(self, ids, **told):
+        text, t = told[self.told], ids.shape[1]
+        q, k, v = self.qkv(self.token(ids)).chunk(3, -1)
+        sees = (text[:, :, None] == text[:, None]) & torch.ones(t, t, dtype=torch.bool).tril()
+        return self.head(F.scaled_dot_product_attention(q, k, v, attn_mask=sees))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("named", ["segment_ids", "doc"])
+def test_ids_that_rows_count_for_themselves(named, first):
+    torch.manual_seed(0)
+    ours, theirs = copies(ById(named).double())
+    pack = Pack((5, 7, 4), (6, 6, 4))
+    told = {named: torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 6 + [1] * 6 + [2] * 4])}
+
+    def loss(model, factors=None):
+        logp = model(pack.ids, **told)[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        u = pack.u if factors is None else pack.u * factors
+        return -(u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+    keep = torch.tensor([1, 0, 0, 1, 0, 1])
+    options = {"segments": "doc"} if named == "doc" else {}
+    with kondo.gated(ours, rule=lambda rows: keep.float(), **options) as gate:
+        if first:
+            gate.preselect(kept=keep.bool())
+        loss(ours).backward()
+    loss(theirs, keep.double()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+class Told(Attention):
+    """What tells the texts has a name of its own, and each text has something, too."""
+
+    def __init__(self, told):
+        super().__init__("seq_lens")
+        self.by, self.more = told, nn.Linear(3, V)
+
+    def forward(self, ids, **told):
+        lengths = told["offsets"].diff() if self.by == "offsets" else told["sizes"]
+        logits = super().forward(ids, seq_lens=lengths)
+        if "cond" not in told:
+            return logits
+        return logits + torch.repeat_interleave(self.more(told["cond"]), lengths, 0)[None]
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("told", ["offsets", "sizes"])
+@pytest.mark.parametrize("segments", ["by name", "by a function"])
+def test_what_tells_has_any_name_and_texts_have_something_of_their_own(told, segments, first):
+    torch.manual_seed(0)
+    ours, theirs = copies(Told(told).double())
+    pack = Pack(*ONE)
+    given = {told: pack.bounds if told == "offsets" else pack.lengths, "cond": torch.randn(6, 3).double()}
+
+    def loss(model, factors=None):
+        logp = model(pack.ids, **given)[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        u = pack.u if factors is None else pack.u * factors
+        return -(u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+    keep = torch.tensor([0, 0, 1, 0, 0, 1])
+    by = told if segments == "by name" else lambda ids, **given: pack.lengths
+    with kondo.gated(ours, rule=lambda rows: keep.float(), segments=by) as gate:
+        if first:
+            gate.preselect(kept=keep.bool())
+        loss(ours).backward()
+    loss(theirs, keep.double()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_a_call_that_is_no_pack_follows_none():
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*ONE)
+
+    def loss(model, factors=None):
+        packed = logits_of(model, "llama", pack)[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        plain = model(input_ids=pack.ids, use_cache=False).logits.square().mean()
+        f = torch.ones(7) if factors is None else factors
+        return (-packed * (pack.u * f[:6])[pack.text[:, :-1]] * pack.labelled).sum() + plain * f[6]
+
+    for options in ({"rate": 0.3}, {"noise": 1.0}, {"rate": 0.3, "priority": "uniform"}):
+        ours.zero_grad(), theirs.zero_grad()
+        with kondo.gated(ours, **options) as gate:
+            loss(ours).backward()
+        assert len(gate.last.factors()) == 7
+        loss(theirs, gate.last.factors()).backward()
+        assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+@pytest.mark.parametrize("rule", [{"rate": "lossless"}, {"noise": 0.3}], ids=str)
+def test_terms_of_all_texts_count_beside_a_policy_at_one_position(rule):
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*ONE)
+
+    def loss(model, factors=None):
+        logits = logits_of(model, "llama", pack)
+        logp = logits[:, 7:8].log_softmax(-1).gather(-1, pack.ids[:, 8:9, None])
+        square = 0.1 * logits.square().mean(-1)
+        f = torch.ones(6) if factors is None else factors
+        return -1.5 * logp.sum() * f[1] + (square * f[pack.text]).mean()
+
+    with kondo.gated(ours, **rule) as gate:
+        loss(ours).backward()
+    assert gate.last.rate == 1 if rule == {"rate": "lossless"} else gate.last.norm.all()
+    loss(theirs, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_a_regression_on_two_outputs_reaches_every_text():
+    class Two(Attention):
+        def forward(self, ids, **told):
+            logits = super().forward(ids, **told)
+            return logits[..., 0], logits[..., 1]
+
+    torch.manual_seed(0)
+    model, pack = Two("seq_lens").double(), Pack(*ONE)
+    with kondo.gated(model, noise=0.5) as gate:
+        a, b = model(pack.ids, seq_lens=pack.lengths)
+        (a.square() * (pack.text < 3) + b.square() * (pack.text >= 3)).mean().backward()
+    assert (gate.last.norm > 0).all()
+
+
+@pytest.mark.parametrize("features", [16, 15, 1])
+def test_before_the_forward_features_that_are_as_many_as_tokens_are_none(features):
+    class Pooled(Attention):
+        def __init__(self):
+            super().__init__("seq_lens")
+            self.pooled = nn.Linear(V, features)
+
+        def forward(self, ids, **told):
+            logits = super().forward(ids, **told)
+            return logits, self.pooled(logits.mean(1))
+
+    torch.manual_seed(0)
+    model, pack = Pooled().double(), Pack((16, 7, 4, 7)) if features > 1 else Pack((2, 7, 4, 7))
+    with kondo.gated(model, rate=0.25) as gate:
+        gate.preselect(kept=torch.tensor([1, 0, 0, 0]).bool())
+        logits, pooled = model(pack.ids, seq_lens=pack.lengths)
+        assert pooled.shape == (1, features) and logits.shape == (1, pack.total, V)
+        with pytest.raises(kondo.PackError, match="gets a gradient and has no tokens"):
+            (logits.square().mean() + pooled.square().mean()).backward()
+
+
+@pytest.mark.parametrize("rows", [ONE, [(5, 7, 4), (8, 8)]], ids=str)
+def test_inputs_that_want_a_gradient_get_theirs(rows):
+    torch.manual_seed(0)
+    outer = nn.Embedding(V, 16).double()
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*rows)
+
+    def loss(model, factors=None):
+        embedded = outer(pack.ids)
+        logits = model(inputs_embeds=embedded, position_ids=pack.place, use_cache=False).logits
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        u = pack.u if factors is None else pack.u * factors
+        return -(u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+    with kondo.gated(ours, rate=0.4) as gate:
+        loss(ours).backward()
+    mine, outer.weight.grad = outer.weight.grad, None
+    loss(theirs, gate.last.factors()).backward()
+    assert torch.allclose(mine, outer.weight.grad, rtol=1e-10)
+    ours.model.embed_tokens.weight.grad = theirs.model.embed_tokens.weight.grad = None
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_continuous_actions_in_packs():
+    class Mean(Attention):
+        def forward(self, ids, **told):
+            return super().forward(ids, **told)[..., :3]
+
+    torch.manual_seed(0)
+    ours, theirs = copies(Mean("seq_lens").double())
+    pack = Pack(*ONE)
+    actions = torch.randn(1, pack.total, 3).double()
+
+    def loss(model, factors=None):
+        logp = torch.distributions.Normal(model(pack.ids, seq_lens=pack.lengths), 1.0).log_prob(actions).sum(-1)
+        u = pack.u if factors is None else pack.u * factors
+        return -(u[pack.text] * logp).mean()
+
+    with kondo.gated(ours, rate=0.34) as gate:
+        loss(ours).backward()
+    loss(theirs, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_before_the_forward_a_wrong_number_of_texts_is_named():
+    model, pack = made("cu_seqlens"), Pack(*ONE)
+    for n in (5, 7, 1):
+        with kondo.gated(model, rate=0.5) as gate:
+            gate.preselect(delight=torch.rand(n))
+            with pytest.raises(ValueError, match=f"given {n} samples, and the rows of the call hold 6 texts"):
+                logits_of(model, "cu_seqlens", pack)
+
+
+def test_masks_of_several_rows_and_heads():
+    class Seen(Attention):
+        def forward(self, ids, mask, position_ids):
+            q, k, v = self.qkv(self.token(ids) + self.place(position_ids)).chunk(3, -1)
+            return self.head(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)[:, 0])
+
+    torch.manual_seed(0)
+    for rows in ([(5, 7, 4)], [(5, 7, 4), (8, 8)]):
+        ours, theirs = copies(Seen("").double())
+        pack = Pack(*rows)
+        mask = (pack.text[:, None, :, None] == pack.text[:, None, None]).tril()
+
+        def loss(model, factors=None, pack=pack, mask=mask):
+            logits = model(pack.ids, mask=mask, position_ids=pack.place)
+            logp = logits[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+            u = pack.u if factors is None else pack.u * factors
+            return -(u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+        with kondo.gated(ours, rate=0.5) as gate:
+            loss(ours).backward()
+        assert len(gate.last.factors()) == len(pack.lengths)
+        loss(theirs, gate.last.factors()).backward()
+        assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_rows_are_the_samples_where_that_is_said():
+    types_of_tokens = torch.tensor([[0] * 5 + [1] * 7] * 4)
+    ids = torch.randint(V, (4, 12))
+    assert read(ids=ids, segment_ids=types_of_tokens, options={"segments": False}) == 4
+    assert read(ids=ids, seq_lens=torch.tensor([12, 7, 9, 5])) == 4  # of a padded batch
+
+
+def test_a_pack_that_is_replayed_whole_counts_its_texts():
+    class Dropped(Attention):
+        def forward(self, ids, **told):
+            return F.dropout(super().forward(ids, **told), 0.2, self.training)
+
+    model, pack = Dropped("seq_lens").double(), Pack(*ONE)
+    with kondo.gated(model, rate=0.34) as gate:
+        loss_of(model, "seq_lens", pack).backward()
+    assert gate.stats.forwarded == gate.stats.rows_screened == 6 and gate.stats.skipped == 0
+
+
+def test_packs_are_told_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kondo.KondoWarning)
+        for kind in ("cu_seqlens", "seq_lens", "llama"):
+            model = made(kind)
+            with kondo.gated(model, rate=0.34):
+                loss_of(model, kind, Pack(*ONE)).backward()

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.kept_rows import Part, same_values
-from kondo_hooks.core.packs import Packed, Texts, cut, whole_pack
+from kondo_hooks.core.packs import Packed, cut, whole_pack
 from kondo_hooks.core.positions import Positions
+from kondo_hooks.core.texts import Texts
 from kondo_hooks.delight.boundary import (
     Boundary,
     Kind,
@@ -94,7 +95,8 @@ class Arrival:
     def follow(self, others: Iterable["Arrival"]) -> None:
         """Be decided on with the first of these that was called on the same rows."""
         for other in others:
-            if same_rows(self.call, other.call):
+            same_texts = other.texts is None if self.texts is None else self.texts.is_same(other.texts)
+            if same_texts and same_rows(self.call, other.call):
                 self.follows, self.offset, self.scale = other, other.offset, other.scale
                 if self.forced is not None:
                     other.forced = self.forced if other.forced is None else other.forced | self.forced
@@ -245,7 +247,7 @@ def same_rows(a: Call, b: Call) -> bool:
     if not mine:
         return False
     return any(
-        _is_same_memory(x, y) and len(x.flatten(1).unique(dim=0)) == len(x) for x in mine for y in theirs
+        _is_same_memory(x, y) and len(x.reshape(len(x), -1).unique(dim=0)) == len(x) for x in mine for y in theirs
     ) or all(any(same_values(x, y) for y in theirs if x.dtype == y.dtype and x.device == y.device) for x in mine)
 
 

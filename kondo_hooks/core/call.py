@@ -126,6 +126,7 @@ class Call:
         self._arguments = len(self.inputs)
         self.left_paths: Sequence[str] = ()
         self._left_live: dict[int, Tensor] = {}
+        self.texts: Any = None
         self._returned = 0
         self._expected = 0
 

@@ -56,7 +56,8 @@ class Part:
         positions: where the call keeps them.
         until: how many positions are left of each row, where the rows were cut.
         packed: the texts of a packed row that it stands for, still to be cut out of it.
-        texts: how many texts it has, where they were.
+        texts: how many texts it has, where they were cut out.
+        counted: how many texts it has, where they were not.
         origin: the parts that these texts were cut out of, each with its own.
     """
 
@@ -71,6 +72,7 @@ class Part:
     until: int | None = None
     packed: "Packed | None" = None
     texts: int | None = None
+    counted: int | None = None
     origin: "Sequence[tuple[Part, Packed]]" = ()
 
     @classmethod
@@ -104,7 +106,7 @@ class Part:
     @property
     def samples(self) -> int:
         """How many rows, or texts of packed rows, it has."""
-        return len(self) if self.texts is None else self.texts
+        return next((n for n in (self.texts, self.counted) if n is not None), len(self))
 
     @property
     def is_cut(self) -> bool:

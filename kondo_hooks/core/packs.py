@@ -1,13 +1,7 @@
-"""Rows that hold many texts: recognised from what a call is given, cut to the kept texts, and put together.
+"""Rows that hold many texts, cut to the kept ones and put together: a replay is a shorter pack."""
 
-Large trainers pack: ids of (1, total), and beside them what says where texts begin. Then texts are the samples, and a
-replay is a shorter pack.
-"""
-
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,188 +9,10 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Held, Part, same_constants, same_structure, same_values
+from kondo_hooks.core.texts import Texts, is_place
 from kondo_hooks.errors import PackError
 from kondo_hooks.rows.axes import Rows
-from kondo_hooks.rows.segments import Role, Segments, put_together, stand_in, take_tokens, token_axis
-
-_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
-_LENGTHS = ("seq_lens", "seqlens", "doc_lens")
-_IDS = ("seq_idx", "sequence_ids", "document_ids", "segment_ids")
-_POSITIONS = ("position_ids", "positions")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts in a call's rows, and what each input is to them."""
-
-    segments: Segments
-    roles: tuple[Role, ...]
-
-    def __len__(self) -> int:
-        return len(self.segments)
-
-
-def find_texts(call: Call, named: str | Callable[..., Any] | None = None) -> Texts | None:
-    """The texts that a call's rows hold; None where a row is one text.
-
-    Args:
-        call: screened.
-        named: the input that tells, or a function of the call's arguments that gives the lengths; by default what
-            tells is known by its name.
-
-    Raises:
-        PackError: if what the user named does not tell.
-    """
-    inputs = {_name(path): i for i, path in enumerate(call.input_paths)}
-    shape = _rows_of_tokens(call)
-    if shape is None:
-        if named is not None:
-            raise PackError(f"gated: segments={_told(named)}: no input of the call has rows of tokens, (B, T)")
-        return None
-    if callable(named):
-        lengths = torch.as_tensor(named(*call.args[0], **call.args[1]), device="cpu")
-        found = Segments.of_lengths(*shape, lengths)
-        if found is None:
-            raise PackError(f"gated: segments={_told(named)}: {lengths.tolist()} are no lengths of texts in {shape}")
-        return Texts(found, _roles(call, found))
-    if named is not None:
-        if named not in inputs:
-            raise PackError(f"gated: segments={named!r} is no input of the call; it has {sorted(inputs)}")
-        found = _from(call.inputs[inputs[named]], shape)
-        if found is None:
-            raise PackError(f"gated: segments={named!r} does not tell texts in rows of {shape}")
-        return Texts(found, _roles(call, found))
-    for names, read in ((_BOUNDS, _from_bounds), (_LENGTHS, _from_lengths), (_IDS, _from_ids)):
-        for name in names:
-            if name in inputs and (found := read(call.inputs[inputs[name]], shape)) is not None:
-                return _several(call, found)
-    for name in _POSITIONS:
-        if name in inputs and not _pads(call, inputs, shape):
-            found = _from_positions(call.inputs[inputs[name]], shape)
-            if found is not None:
-                return _several(call, found)
-    for i, leaf in enumerate(call.inputs):
-        if leaf.dim() == 4 and shape[0] == 1 and (found := _from_mask(leaf, shape)) is not None and i >= 0:
-            return _several(call, found)
-    return None
-
-
-def _several(call: Call, found: Segments) -> Texts | None:
-    """None where each row is one text, as ever."""
-    return Texts(found, _roles(call, found)) if len(found) > found.rows else None
-
-
-def _name(path: str) -> str:
-    found = re.findall(r"\[?'(\w+)'\]?|\.(\w+)", path)
-    return next((a or b for a, b in reversed(found)), path)
-
-
-def _told(named: Any) -> str:
-    return repr(named) if isinstance(named, str) else getattr(named, "__name__", "a function")
-
-
-def _rows_of_tokens(call: Call) -> tuple[int, int] | None:
-    """(B, T) of the ids, or of embeddings: the first input of that shape."""
-    if call.batch_dim or call.pairs:
-        return None  # a mask that comes first is no tokens, but tells no texts either
-    names = {_name(path): leaf for path, leaf in zip(call.input_paths, call.inputs, strict=True)}
-    for name in ("input_ids", "inputs_embeds", "input"):
-        if name in names and names[name].dim() >= 2:
-            return names[name].shape[0], names[name].shape[1]
-    leaf = next((leaf for leaf in call.arguments if leaf.dim() in (2, 3)), None)
-    return None if leaf is None else (leaf.shape[0], leaf.shape[1])
-
-
-def _from(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
-    """By its values: where texts begin, how long they are, their positions, or which text a token is of."""
-    for read in (_from_bounds, _from_lengths, _from_positions, _from_ids):
-        if (found := read(leaf, shape)) is not None:
-            return found
-    return None
-
-
-def _from_bounds(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
-    if leaf.dim() != 1 or len(leaf) < 2 or leaf.is_floating_point():
-        return None
-    bounds = leaf.cpu().long()
-    if int(bounds[0]) or bool((bounds.diff() < 0).any()) or int(bounds[-1]) > shape[0] * shape[1]:
-        return None
-    return Segments.of_lengths(*shape, bounds.diff())
-
-
-def _from_lengths(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
-    lengths = leaf.cpu().long().flatten()
-    if leaf.dim() > 2 or leaf.is_floating_point() or int(lengths.sum()) != shape[0] * shape[1]:
-        return None
-    return Segments.of_lengths(*shape, lengths)
-
-
-def _from_ids(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
-    if tuple(leaf.shape) != shape or leaf.is_floating_point():
-        return None
-    ids = leaf.cpu()
-    return Segments.of_marks(*shape, ids != ids.roll(1, 1))
-
-
-def _from_positions(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
-    """Texts begin where positions start again at zero; each goes on by one."""
-    leaf = leaf[0] if leaf.dim() == 3 else leaf
-    if leaf.dim() != 2 or leaf.shape[1] != shape[1] or leaf.shape[0] not in (1, shape[0]) or leaf.is_floating_point():
-        return None
-    positions = leaf.cpu().long().expand(shape)
-    begins = positions == 0
-    steps = positions[:, 1:] == positions[:, :-1] + 1
-    if not bool((begins[:, 1:] | steps).all()) or not bool(begins[:, 0].all()):
-        return None
-    return Segments.of_marks(*shape, begins)
-
-
-def _from_mask(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
-    """A mask (1, 1, T, T) whose blocks on the diagonal are texts: no token sees one of another block."""
-    if tuple(leaf.shape[-2:]) != (shape[1], shape[1]) or leaf.shape[0] != 1:
-        return None
-    mask = leaf[0, 0]
-    sees = (
-        mask
-        if mask.dtype == torch.bool
-        else mask > torch.finfo(mask.dtype).min / 2
-        if mask.is_floating_point()
-        else mask != 0
-    )
-    place = torch.arange(shape[1], device=mask.device)
-    first = torch.where(sees, place, shape[1]).amin(1)  # the first that each token sees
-    last = torch.where(sees, place, -1).amax(1)
-    first = torch.minimum(first, place).flip(0).cummin(0).values.flip(0)
-    reached = torch.maximum(last, place).cummax(0).values
-    begins = (first == place) & torch.cat([reached.new_full((1,), -1), reached[:-1]]).lt(place)
-    return Segments.of_marks(*shape, begins[None])
-
-
-def _pads(call: Call, inputs: dict[str, int], shape: tuple[int, int]) -> bool:
-    """Whether a mask of (B, T) says that tokens are padding: then positions that start again do so before a text."""
-    if "attention_mask" not in inputs:
-        return False
-    mask = call.inputs[inputs["attention_mask"]]
-    return tuple(mask.shape) == shape and bool((mask == 0).any())
-
-
-def _roles(call: Call, segments: Segments) -> tuple[Role, ...]:
-    roles: list[Role] = []
-    for path, leaf in zip(call.input_paths, call.inputs, strict=True):
-        name, t = _name(path), segments.length
-        if name in _BOUNDS and leaf.dim() == 1:
-            roles.append("bounds")
-        elif name in _LENGTHS:
-            roles.append("lengths")
-        elif name in _IDS and token_axis(leaf.shape, segments) is not None:
-            roles.append("ids")
-        elif (
-            leaf.dim() >= 2 and tuple(leaf.shape[-2:]) == (t, t) and leaf.shape[:-2].numel() == 1 and segments.rows == 1
-        ):
-            roles.append("mask")
-        else:
-            roles.append("shared" if token_axis(leaf.shape, segments) is None else "tokens")
-    return tuple(roles)
+from kondo_hooks.rows.segments import Segments, put_together, stand_in, take_tokens, token_axis
 
 
 @dataclass(frozen=True)
@@ -249,7 +65,7 @@ def whole_pack(call: Call, packed: Packed, grads: Sequence[Tensor | None]) -> Pa
             continue
         weights = packed.weights(grad.device).view(segments.rows, segments.length)[:, : grad.shape[1]]
         found.append(grad * weights.to(grad.dtype).view(*weights.shape, *[1] * (grad.dim() - 2)))
-    return Part(call, torch.arange(call.batch, device=call.outputs[0].device), found)
+    return Part(call, torch.arange(call.batch, device=call.outputs[0].device), found, counted=len(segments))
 
 
 def _tokens_of(call: Call, i: int, grad: Tensor, segments: Segments) -> int:
@@ -311,7 +127,7 @@ def among_others(part: Part) -> dict[int, Tensor]:
         call, segments = source.call, packed.texts.segments
         index, tokens = segments.filled(packed.kept), packed.tokens()
         inputs = [
-            stand_in(leaf.detach(), segments, index) if role == "tokens" and _name(path) not in _POSITIONS else leaf
+            stand_in(leaf.detach(), segments, index) if role == "tokens" and not is_place(path) else leaf
             for path, leaf, role in zip(call.input_paths, call.inputs, packed.texts.roles, strict=True)
         ]
         for i, output in enumerate(call.run_without_graph(inputs)):
@@ -424,3 +240,16 @@ def _largest(measures: Sequence[Tensor | None], output: Tensor | None) -> Tensor
     if output.dim() == 2:
         return torch.stack([measure.amax() for measure in every]).amax().expand(output.shape[1])
     return torch.stack(every).amax(0)
+
+
+def put_tokens(full: Tensor, part: Part, grad: Tensor) -> Tensor:
+    """The gradient of an input of the tokens, in full size; of one that texts share, as it is."""
+    _, packed = part.origin[0]
+    segments, tokens = packed.texts.segments, packed.tokens().to(full.device)
+    axis = token_axis(full.shape, segments)
+    if axis is None:
+        return grad
+    if segments.rows == 1 or full.shape[axis] == segments.rows * segments.length:
+        return full.index_copy_(axis, tokens, grad)
+    flat = full.flatten(axis - 1, axis).index_copy_(axis - 1, tokens, grad.squeeze(axis - 1))
+    return flat.view(full.shape)

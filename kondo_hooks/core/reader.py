@@ -8,11 +8,11 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival, find_scales, find_signal
 from kondo_hooks.core.looks import Looks
 from kondo_hooks.core.norms import find_norms
-from kondo_hooks.core.packs import find_texts
 from kondo_hooks.core.shared import Shared
 from kondo_hooks.core.verify import name_of
 from kondo_hooks.delight.graph import Path
-from kondo_hooks.errors import DelightError
+from kondo_hooks.errors import DelightError, PackError
+from kondo_hooks.rows.axes import Rows
 from kondo_hooks.rules.readback import Readback
 from kondo_hooks.rules.samples import Signal
 
@@ -44,7 +44,9 @@ class Reader:
                     a.call.screen_again()
         config = self.shared.selector.config
         for a in arrivals:
-            a.texts = find_texts(a.call, self.shared.segments)
+            a.texts = a.call.texts
+            if a.texts is not None:
+                self._check_padding(a)
         tokens = config.tokens or any(a.texts is not None for a in arrivals)
         read: list[Arrival] = []
         unread: list[tuple[Arrival, DelightError]] = []
@@ -79,7 +81,9 @@ class Reader:
                 rows = torch.zeros(shape, device=a.call.outputs[0].device)
                 a.signal, a.offset = Signal(rows, rows, rows == 0, is_known=False), 0
                 if a.texts is not None:
-                    a.source = next((i for i, grad in enumerate(a.grads) if grad is not None and a.call.rows[i]), None)
+                    used = [i for i, grad in enumerate(a.grads) if grad is not None and a.call.rows[i] is not None]
+                    a.source = next(iter(used), None)
+                    a.positions = {i: a.call.outputs[i].shape[1:2] == shape[1:] for i in used}
         if config.weighs or config.asks or config.needs_norm or len(arrivals) <= _FEW:
             find_norms(arrivals, tokens, config.weighs, config.is_lossless, self._tell_without_positions)
         for a in arrivals:
@@ -94,7 +98,8 @@ class Reader:
             return
         shape = where.first(a.call.outputs[a.source]).shape
         first, last = a.offset, a.offset + a.signal.valid.shape[1]
-        if len(shape) < 2 or a.signal.valid.shape[1] == 1 or last > shape[1] or (first, last) == (0, shape[1]):
+        one = a.signal.valid.shape[1] == 1 and a.texts is None
+        if len(shape) < 2 or one or last > shape[1] or (first, last) == (0, shape[1]):
             return
         if a.texts is None and not self._has_others(a, shape[1]):
             return
@@ -102,6 +107,22 @@ class Reader:
         for whole, part in zip(full, (a.signal.advantages, a.signal.surprisal, a.signal.valid), strict=True):
             whole[:, first:last] = part
         a.signal, a.offset = Signal(full[0], full[1], full[2]), 0
+
+    def _check_padding(self, a: Arrival) -> None:
+        """Refuse a gradient at tokens that are no text's: nothing would say if they are kept."""
+        assert a.texts is not None
+        segments = a.texts.segments
+        padding = (segments.ids < 0).view(segments.rows, segments.length)
+        if not bool(padding.any()):
+            return
+        for i, (grad, where) in enumerate(zip(a.grads, a.call.rows, strict=True)):
+            if grad is None or where != Rows(0) or grad.dim() < 2 or grad.shape[1] > segments.length:
+                continue
+            if bool(grad[padding[:, : grad.shape[1]].to(grad.device)].any()):
+                raise PackError(
+                    f"gated: {name_of(a.call, i)} gets a gradient at tokens that belong to no text (padding): mask "
+                    "them in the loss, or say segments=False if rows are the samples"
+                )
 
     def _has_others(self, a: Arrival, length: int) -> bool:
         assert a.signal is not None
@@ -165,8 +186,9 @@ class Reader:
         self.shared.warn(
             "single",
             f"gated: a backward here is one row, {arrivals[0].call.described()}, and of one row the gate always keeps "
-            "it: nothing is saved. Samples that are packed into one row, (1, total), are one to the gate: give each a "
-            "row of its own, (B, T), padded; where a step is several backwards, window=N chooses among their rows.",
+            "it: nothing is saved. Texts that are packed into one row, (1, total), are one to the gate where it does "
+            "not know what tells them apart: say it (segments=), or give each a row of its own, (B, T), padded; where a "
+            "step is several backwards, window=N chooses among their rows.",
         )
 
 

@@ -12,6 +12,7 @@ from kondo_hooks import private
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.readings import Learned, find_anchor, settle_outputs, sizes_of_inputs
 from kondo_hooks.core.step import Step
+from kondo_hooks.core.texts import Named, find_texts
 from kondo_hooks.delight.graph import find_sources
 from kondo_hooks.delight.inner_loss import Tape
 from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unknown_batch
@@ -41,7 +42,7 @@ class Reading:
     pairs: bool
     shared_loss: bool
     warmup_steps: int
-    segments: str | Callable[..., Any] | None = None
+    segments: Named = None
 
 
 class DecidedFirst(Protocol):
@@ -193,6 +194,9 @@ class Forward:
 
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._step.shared.engine.syncs()
+        texts = None if self._batch_dim else find_texts(call, self._step.shared.segments)
+        if texts is not None:
+            call.expect(texts.segments.rows, 0)
         self._step.shared.engine.before_call()
         key = tuple(call.input_paths)
         if (anchor := self._anchors.get(key)) is not None:
@@ -212,7 +216,8 @@ class Forward:
             result = self._screen_instead(call, self._record, True)
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
-        if key not in self._anchors and call.outputs and len(sizes_of_inputs(call)) > 1:
+        call.texts = texts
+        if texts is None and key not in self._anchors and call.outputs and len(sizes_of_inputs(call)) > 1:
             anchor = self._anchors[key] = self._find_anchor(call)
             if anchor is not None and (rows := call.inputs[anchor].shape[self._batch_dim]) != call.size:
                 call.expect(rows, self._batch_dim)
@@ -250,7 +255,8 @@ class Forward:
         self._step.shared.streams.note([*call.inputs, *call.outputs])
         shared = self._step.shared
         known = shared.learned.known(call) is not None
-        call.lets_go = known and not (shared.waits or shared.engine.balance or self._named)
+        holds = shared.waits or shared.engine.balance or self._named or call.texts is not None
+        call.lets_go = known and not holds
         live, outputs = call.attach_node(result, self._step.entry.anchor)
         if shared.pace.auto:
             shared.living.add(call)

@@ -2,9 +2,8 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.idle import Idle
 from kondo_hooks.core.pace import Pace
 from kondo_hooks.core.readings import Learned
+from kondo_hooks.core.texts import Named
 from kondo_hooks.delight.loss_code import LossWatcher
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.rules.selection import Selector
@@ -51,7 +51,7 @@ class Shared:
     learned: Learned
     watcher: LossWatcher
     micro_batch_size: int | None = None
-    segments: str | Callable[..., Any] | None = None
+    segments: Named = None
     stats: Stats = field(default_factory=Stats)
     streams: Streams = field(default_factory=Streams)
     living: weakref.WeakSet[Call] = field(default_factory=weakref.WeakSet)

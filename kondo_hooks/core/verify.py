@@ -210,8 +210,8 @@ def _message(group: list[Part], compared: _Compared) -> str:
             f"gated: replaying {sum(part.samples for part in group)} texts of packed rows changed "
             f"{name_of(group[0].call, compared.i)} by up to {float(compared.apart[worst]):.3g}: texts of one row see "
             "each other, or the model is not deterministic. Mask attention across texts (transformers does so by "
-            "position_ids alone: without an attention_mask, and with use_cache=False), or keep one text a row. No "
-            "gradient was changed."
+            "position_ids alone: without an attention_mask, and with use_cache=False), keep one text a row, or say "
+            "segments=False if these are no texts and rows are the samples. No gradient was changed."
         )
     return (
         f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows changed "

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from kondo_hooks.core.call import LEFT, Call
 from kondo_hooks.core.kept_rows import Part
-from kondo_hooks.core.packs import Packed, Texts, find_texts
+from kondo_hooks.core.packs import Packed
 from kondo_hooks.core.positions import Positions, locate_before
 from kondo_hooks.core.prefix import cut_points
 from kondo_hooks.core.readings import Learned, settle_outputs
 from kondo_hooks.core.replay import AmbiguousRowsError, replay
+from kondo_hooks.core.texts import Named, Texts, find_texts
 from kondo_hooks.delight.graph import silence
 from kondo_hooks.errors import PrefixError, no_batch_axis, unknown_positions
-from kondo_hooks.routes.screen_texts import run_texts
+from kondo_hooks.routes.screen_texts import find_outputs, run_texts
 from kondo_hooks.rows.axes import (
     Layout,
     Rows,
@@ -92,7 +93,7 @@ class Screened:
     one_pass: bool = False
     shared_loss: bool = False
     passes: int = 0
-    segments: str | Callable[..., Any] | None = None
+    segments: Named = None
     forwarded: int = 0
     hooks: list[Any] = field(default_factory=list)
 
@@ -107,8 +108,13 @@ class Screened:
         """
         batch = self.batch
         call.expect(batch, batch_dim)
-        if (texts := find_texts(call, self.segments)) is not None and len(texts) == batch:
-            return self._run_texts(call, texts)
+        if not batch_dim and (texts := find_texts(call, self.segments)) is not None:
+            if len(texts) != batch:
+                raise ValueError(
+                    f"gated: preselect() was given {batch} samples, and the rows of the call hold {len(texts)} texts: "
+                    "give it one value, or one row of values, for each text (segments=False if rows are the samples)"
+                )
+            return self._run_texts(call, texts, learned)
         if not any(leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch for leaf in call.inputs):
             shapes = [tuple(leaf.shape) for leaf in call.inputs]
             raise ValueError(
@@ -175,7 +181,7 @@ class Screened:
             change.after.substitute({id(leaf): spread[id(leaf)] for leaf in change.new.values() if id(leaf) in spread})
         return unflatten(result, [spread.get(id(leaf), leaf) for leaf in leaves[:returned]])
 
-    def _run_texts(self, call: Call, texts: Texts) -> Tree:
+    def _run_texts(self, call: Call, texts: Texts, learned: Learned) -> Tree:
         """The same for texts of packed rows."""
         kept, nothing = self.kept, not len(self.kept.rows)
         packed = Packed(texts, kept.rows, kept.factors, bool(self.passes))
@@ -184,7 +190,11 @@ class Screened:
         self.forwarded = len(packed)
         if len(packed) == len(texts) and packed.factors is None:
             return call.run_given()
-        result = run_texts(call, texts, packed, lambda inputs: self._run(call, inputs, len(packed)))
+        key = ("texts", *call.input_paths)
+        if key not in learned.positions and not self.one_pass:
+            learned.positions[key] = find_outputs(call, texts, packed, lambda inputs: self._outputs_of(call, inputs))
+        known = learned.positions.get(key)
+        result = run_texts(call, texts, packed, lambda inputs: self._run(call, inputs, len(packed)), known)
         if nothing:
             outputs = [leaf for leaf in flatten(result)[1] if leaf.grad_fn is not None]
             self.hooks = silence(outputs, (leaf for leaf in call.inputs if leaf.grad_fn is not None))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.call import Call
-from kondo_hooks.core.packs import Packed, Texts
+from kondo_hooks.core.packs import Packed
+from kondo_hooks.core.texts import Texts
 from kondo_hooks.errors import PackError
 from kondo_hooks.rows.segments import take_tokens
 from kondo_hooks.rows.tree import Tree, flatten, unflatten
@@ -30,7 +31,35 @@ class _Scatter(torch.autograd.Function):
         return (kept * ctx.weights.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1)))[None], None, None, None, None
 
 
-def run_texts(call: Call, texts: Texts, packed: Packed, run: Callable[[list[Tensor]], Tree]) -> Tree:
+def find_outputs(
+    call: Call, texts: Texts, packed: Packed, run: Callable[[list[Tensor]], dict[str, Tensor]]
+) -> frozenset[str]:
+    """Which outputs have tokens: those that are as long as the texts, whichever run. One run without a graph tells."""
+    segments = texts.segments
+    sizes = segments.lengths
+    other = int(sizes.argmin())
+    if len(packed) == 1 and int(sizes[packed.kept[0]]) == int(sizes[other]):
+        several = torch.arange(len(texts), device="cpu")  # another number of tokens than are kept
+    else:
+        several = torch.tensor([other], device="cpu")
+    tokens = segments.tokens(several)
+    found = run(
+        [take_tokens(leaf, role, segments, tokens) for leaf, role in zip(call.inputs, texts.roles, strict=True)]
+    )
+    return frozenset(
+        path
+        for path, leaf in found.items()
+        if leaf.dim() > 1 and 0 <= len(tokens) - leaf.shape[1] <= (segments.rows == 1)
+    )
+
+
+def run_texts(
+    call: Call,
+    texts: Texts,
+    packed: Packed,
+    run: Callable[[list[Tensor]], Tree],
+    known: frozenset[str] | None,
+) -> Tree:
     """Run the kept texts; returns what the model returned, in the size of the whole pack.
 
     Args:
@@ -38,6 +67,7 @@ def run_texts(call: Call, texts: Texts, packed: Packed, run: Callable[[list[Tens
         texts: all of them.
         packed: those that are kept, at least one.
         run: runs the model on inputs.
+        known: the outputs that have tokens; None where that was not looked for, and shapes tell.
 
     Raises:
         PackError: once the loss uses an output that has no tokens.
@@ -49,7 +79,8 @@ def run_texts(call: Call, texts: Texts, packed: Packed, run: Callable[[list[Tens
     spread = []
     for path, leaf in zip(paths, leaves, strict=True):
         less = len(tokens) - leaf.shape[1] if leaf.dim() > 1 and leaf.shape[0] == 1 else -1
-        if less not in ((0, 1) if segments.rows == 1 else (0,)):
+        has_tokens = known is None or path in known
+        if not has_tokens or less not in ((0, 1) if segments.rows == 1 else (0,)):
             if leaf.requires_grad:
                 leaf = leaf.view_as(leaf)
                 leaf.register_hook(_refuse(path or "the output", tuple(leaf.shape)))

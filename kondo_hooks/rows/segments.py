@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Role = Literal["tokens", "bounds", "lengths", "ids", "mask", "shared"]
+Role = Literal["tokens", "bounds", "lengths", "ids", "mask", "places", "texts", "shared"]
 """What an input is to the texts: something of each token, where texts begin (``cu_seqlens``), how long they are, which
-text each token belongs to, which tokens see each other, or none of these."""
+text each token belongs to, which tokens see each other, something of each place in a row, something of each text, or
+none of these."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ class Segments:
         return cls(rows, length, ids)
 
     @classmethod
-    def of_marks(cls, rows: int, length: int, begins: Tensor) -> "Segments":
-        """From which tokens begin a text, (B, T) bool; the first of a row always does."""
+    def of_marks(cls, rows: int, length: int, begins: Tensor, padding: Tensor | None = None) -> "Segments":
+        """From which tokens begin a text, (B, T) bool, the first of a row always does; and which are padding."""
         begins = begins.cpu().clone()
         begins[:, 0] = True
-        return cls(rows, length, begins.flatten().long().cumsum(0) - 1)
+        ids = begins.flatten().long().cumsum(0) - 1
+        if padding is not None and bool(padding.any()):
+            ids = torch.where(padding.flatten(), -1, ids)
+            real = ids >= 0
+            ids[real] = ids[real].unique_consecutive(return_inverse=True)[1]
+        return cls(rows, length, ids)
 
     @cached_property
     def lengths(self) -> Tensor:
         """(S,) tokens of each text."""
-        return torch.bincount(self.ids[self.ids >= 0])
+        return torch.bincount(self.ids[self.ids >= 0])  # none of them is empty
 
     @cached_property
     def places(self) -> Tensor:
@@ -93,6 +99,8 @@ class Segments:
 
     def by_text(self, values: Tensor, offset: int = 0) -> Tensor:
         """(S, L) values of each text's tokens from (B, P) of the positions from ``offset`` on; zero elsewhere."""
+        if offset == 0 and values.shape[1] > self.length:  # several parts of an action at each position
+            values = values.unflatten(1, (self.length, -1)).sum(2).to(values.dtype)
         full = values.new_zeros(self.rows, self.length)
         full[:, offset : offset + values.shape[1]] = values
         index = (self.ids >= 0).nonzero().flatten()
@@ -112,6 +120,8 @@ class Segments:
 
     def by_token(self, values: Tensor) -> Tensor:
         """(B * T,) for each token what its text has, (S,), or what stands at its place, (S, L); zero for padding."""
+        if values.dim() > 1 and values.shape[1] < (longest := int(self.lengths.max())):
+            values = torch.nn.functional.pad(values, (0, longest - values.shape[1]))  # the last have none
         ids, places = self.ids.to(values.device), self.places.to(values.device)
         real = ids >= 0
         found = values[ids.clamp_min(0)] if values.dim() == 1 else values[ids.clamp_min(0), places]
@@ -138,22 +148,51 @@ def take_tokens(leaf: Tensor, role: Role, segments: Segments, tokens: Tensor) ->
         tokens: (n,) ascending.
     """
     index = tokens.to(leaf.device)
+    texts = segments.ids[tokens].unique_consecutive()
     if role == "shared":
         return leaf
+    if role == "texts":
+        return leaf.index_select(0, texts.to(leaf.device))
     if role in ("bounds", "lengths"):
         lengths = torch.bincount(segments.ids[tokens], minlength=len(segments))
         lengths = lengths[lengths > 0].to(leaf.device, leaf.dtype)
+        shape = (*[1] * (leaf.dim() - 1), -1)
         if role == "lengths":
-            return lengths.view(*[1] * (leaf.dim() - 1), -1)
-        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=leaf.dtype)])
-    shape = leaf.shape
+            return lengths.view(shape)
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=leaf.dtype)]).view(shape)
+    if role == "places":
+        return leaf.index_select(list(leaf.shape).index(segments.length), index % segments.length)
     if role == "mask":
-        return leaf.index_select(-1, index).index_select(-2, index)
-    axis = token_axis(shape, segments)
+        return _blocks(leaf, segments, tokens)
+    axis = token_axis(leaf.shape, segments)
     assert axis is not None
-    if segments.rows == 1 or shape[axis] == segments.rows * segments.length:
-        return leaf.index_select(axis, index)
-    return leaf.flatten(axis - 1, axis).index_select(axis - 1, index).unsqueeze(axis - 1)
+    if segments.rows == 1 or leaf.shape[axis] == segments.rows * segments.length:
+        taken = leaf.index_select(axis, index)
+    else:
+        taken = leaf.flatten(axis - 1, axis).index_select(axis - 1, index).unsqueeze(axis - 1)
+    if role == "ids":  # neighbours must differ, also where texts of other rows had the same
+        number = segments.ids[tokens].unique_consecutive(return_inverse=True)[1].to(leaf.device, leaf.dtype)
+        return (number + int(taken.min() > 0)).view_as(taken)
+    return taken
+
+
+def _blocks(mask: Tensor, segments: Segments, tokens: Tensor) -> Tensor:
+    """A mask of some tokens, in which those of one row see each other as they did, and no others."""
+    index = tokens.to(mask.device)
+    if segments.rows == 1:
+        return mask.index_select(-1, index).index_select(-2, index)
+    found = mask.new_full((1, *mask.shape[1:-2], len(tokens), len(tokens)), _nothing([mask]))
+    row = index // segments.length
+    for i in range(segments.rows):
+        here, at = (row == i).nonzero().flatten(), index[row == i] % segments.length
+        block = mask[i].index_select(-1, at).index_select(-2, at)
+        found[0][..., here[:, None], here] = block
+    return found
+
+
+def _nothing(masks: Sequence[Tensor]) -> bool | float:
+    """What a mask has where a token does not see another."""
+    return False if masks[0].dtype == torch.bool else min(float(mask.min()) for mask in masks)
 
 
 def token_axis(shape: Sequence[int], segments: Segments) -> int | None:
@@ -179,13 +218,17 @@ def put_together(leaves: Sequence[Tensor], role: Role, segments: Sequence[Segmen
         return first
     if role == "lengths":
         return torch.cat(list(leaves), -1)
+    if role == "texts":
+        return torch.cat(list(leaves), 0)
+    if role == "places":
+        return torch.cat(list(leaves), list(like[0].shape).index(segments[0].length))
     if role == "bounds":
-        lengths = torch.cat([leaf.diff() for leaf in leaves])
-        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=first.dtype)])
+        lengths = torch.cat([leaf.flatten().diff() for leaf in leaves])
+        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=first.dtype)])
+        return bounds.view(*[1] * (first.dim() - 1), -1)
     if role == "mask":
         total = sum(leaf.shape[-1] for leaf in leaves)
-        nothing = False if first.dtype == torch.bool else min(float(leaf.min()) for leaf in leaves)
-        joined = first.new_full((*first.shape[:-2], total, total), nothing)
+        joined = first.new_full((*first.shape[:-2], total, total), _nothing(leaves))
         start = 0
         for leaf in leaves:
             end = start + leaf.shape[-1]
