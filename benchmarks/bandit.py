@@ -165,7 +165,7 @@ def train(task: Task) -> record.Rows:
     return rows
 
 
-def report(frame: pd.DataFrame) -> None:
+def report(frame: pd.DataFrame, name: str = "bandit") -> None:
     for setting in SETTINGS:
         runs = frame[frame.setting == setting]
         if runs.empty:
@@ -190,7 +190,7 @@ def report(frame: pd.DataFrame) -> None:
                     "of PG": f"{ms['seconds'][method] / ms['seconds']['PG']:.2f}" if "PG" in ms["seconds"] else "-",
                 }
             )
-        title = setting
+        title = setting if name == "bandit" else f"rules that weigh, {setting}"
         if "PG" in ms["seconds"]:
             title += f" (measured: a backward costs {ms['backward']['PG'] / ms['forward']['PG']:.2f} forwards)"
         record.print_table(table, title)
@@ -244,7 +244,7 @@ def main() -> None:
             continue
         made = tasks(args, FILES[name])
         frame = record.read(path) if args.draw else record.collect(made, train, path, args.workers, ["mlxtend"])
-        report(frame)
+        report(frame, name)
         if name == "bandit":
             draw(frame, args.out)
 
