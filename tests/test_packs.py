@@ -801,3 +801,48 @@ def test_packs_are_told_of_nothing():
             model = made(kind)
             with kondo.gated(model, rate=0.34):
                 loss_of(model, kind, Pack(*ONE)).backward()
+
+
+class Shifted(Attention):
+    """Log-probs of the next token, (1, T - 1)."""
+
+    def __init__(self):
+        super().__init__("seq_lens")
+
+    def forward(self, ids, **told):
+        logp = super().forward(ids, **told)[:, :-1].log_softmax(-1)
+        return {"log_probs": logp.gather(-1, ids[:, 1:, None]).squeeze(-1)}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("unit", ["token", "prefix"])
+def test_labels_that_the_model_shifts_are_run_to_the_end(unit, first):
+    torch.manual_seed(0)
+    ours, theirs = copies(Shifted().double())
+    pack = Pack(*ONE)
+
+    def loss(model, factors=None):
+        logp = model(pack.ids, seq_lens=pack.lengths)["log_probs"]
+        terms = -pack.u[pack.text[:, :-1]] * logp * pack.labelled
+        return (terms if factors is None else terms * factors[pack.text[:, :-1], pack.place[:, :-1]]).sum()
+
+    factors = torch.zeros(6, 9)
+    factors[1, :3] = factors[3, 2] = factors[4, 0] = 1  # no text to its end
+    with kondo.gated(ours, unit=unit, rate=0.2, audit=0, seed=1) as gate:
+        if first:
+            gate.preselect(delight=factors + 1e-3 * torch.rand(6, 9))
+        loss(ours).backward()
+    kept = gate.last.factors().double()
+    loss(theirs, F.pad(kept.view(6, -1), (0, 9 - kept.view(6, -1).shape[1]))).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_what_a_text_predicts_of_the_next_is_named():
+    torch.manual_seed(0)
+    model, pack = Shifted().double(), Pack(*ONE)
+    with (
+        kondo.gated(model, rule=lambda rows: (torch.arange(len(rows)) == 2).float()),
+        pytest.raises(kondo.PackError, match="what a text's last token predicts"),
+    ):
+        (-pack.u[pack.text[:, :-1]] * model(pack.ids, seq_lens=pack.lengths)["log_probs"]).sum().backward()
+    assert all(p.grad is None for p in model.parameters())

@@ -179,7 +179,9 @@ class Arrival:
         if not len(kept.rows):
             return None
         if self.texts is not None:
-            return self._of_texts(Packed(self.texts, kept.rows, kept.factors, self.cuts))
+            length = self.texts.segments.length
+            shifted = any(g is not None and g.dim() > 1 and g.shape[1] == length - 1 for g in self.grads)
+            return self._of_texts(Packed(self.texts, kept.rows, kept.factors, self.cuts, int(shifted)))
         part = self._take(to_device(kept.rows, self._device))
         if kept.factors is None:
             return part

@@ -24,12 +24,14 @@ class Packed:
         kept: (n,) which, ascending.
         factors: (n,) on their gradients, or (n, L) on their tokens'; None where all are one.
         cuts: whether each goes no further than to its last token with a factor.
+        more: tokens that are run beyond that one: labels that the model shifts.
     """
 
     texts: Texts
     kept: Tensor
     factors: Tensor | None
     cuts: bool = False
+    more: int = 0
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -45,7 +47,7 @@ class Packed:
             return self.texts.segments.tokens(self.kept)
         place = torch.arange(1, self.factors.shape[1] + 1, device=self.factors.device)
         ends = torch.zeros(len(self.texts), dtype=torch.long, device="cpu")
-        ends[self.kept.cpu()] = torch.where(self.factors != 0, place, 1).amax(1).cpu()
+        ends[self.kept.cpu()] = torch.where(self.factors != 0, place, 1).amax(1).cpu() + self.more
         return self.texts.segments.tokens(self.kept, ends)
 
     def weights(self, device: torch.device) -> Tensor:
@@ -105,7 +107,13 @@ def cut(part: Part, packed: Packed) -> Part:
             grads.append(None)
             continue
         mine = tokens.to(grad.device)
-        mine = mine if length == segments.length else mine[:-1]
+        if length < segments.length:
+            last, mine = int(mine[-1]), mine[:-1]
+            if last < length and bool((grad[0, last] * weights[last].to(grad)).any()):
+                raise PackError(
+                    f"gated: {call.output_name(i)} is one short of the tokens, and the loss uses what a text's last "
+                    "token predicts: the next text's first, which is not there when that is dropped. Mask it."
+                )
         factors = weights.to(grad.device)[mine].to(grad.dtype)
         taken = grad.flatten(0, 1)[mine] * factors.view(-1, *[1] * (grad.dim() - 2))
         grads.append(taken.unsqueeze(0))

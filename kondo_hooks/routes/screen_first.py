@@ -184,7 +184,7 @@ class Screened:
     def _run_texts(self, call: Call, texts: Texts, learned: Learned) -> Tree:
         """The same for texts of packed rows."""
         kept, nothing = self.kept, not len(self.kept.rows)
-        packed = Packed(texts, kept.rows, kept.factors, bool(self.passes))
+        packed = Packed(texts, kept.rows, kept.factors, bool(self.passes), more=1)  # labels may be shifted
         if nothing:
             packed = Packed(texts, texts.segments.lengths.argmin().view(1), torch.zeros(1, device="cpu"))
         self.forwarded = len(packed)
