@@ -16,7 +16,7 @@ from tests.test_examples import ROOT, run
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = {
     "reversal": ["reversal", "reversal_init", "reversal_rules", "reversal_difficulty"],
-    "bandit": ["bandit"],
+    "bandit": ["bandit", "bandit_rules"],
     "robustness": ["robustness_noise", "robustness_screens", "robustness_gambling", "robustness_vocabulary"],
     "gradients": ["gradients"],
     "llm": ["llm"],
