@@ -20,8 +20,9 @@ from kondo_hooks.core.kept_rows import Part, reading
 from kondo_hooks.core.readings import Learned, run_rows
 from kondo_hooks.errors import KondoWarning
 from kondo_hooks.handle import Gated
+from kondo_hooks.report import duration
 from kondo_hooks.rows.tree import flatten
-from kondo_hooks.rules.draw import bounded_noise, cheapest, fixed_share, inclusion
+from kondo_hooks.rules.draw import bounded_noise, cheapest, fixed_share, inclusion, second_moment
 from kondo_hooks.rules.samples import Rows
 from kondo_hooks.same.state import ModuleState
 
@@ -122,8 +123,8 @@ class Checked:
         if not self.policy:
             yield "  no policy was seen in this loss: rules by delight, advantage and surprisal need one"
         yield (
-            f"  a step takes {_time(self.seconds)} without a gate, a screen {_time(self.seconds_screen)}; a gated step "
-            f"{_time(self.seconds_fixed)} and {_time(self.seconds_row)} for each kept row"
+            f"  a step takes {duration(self.seconds)} without a gate, a screen {duration(self.seconds_screen)}; a "
+            f"gated step {duration(self.seconds_fixed)} and {duration(self.seconds_row)} for each kept row"
         )
         if self.stands_in:
             yield "  no loss= was given: all rows are taken to matter alike, and what drawing them saves is least"
@@ -380,16 +381,12 @@ def _ways(found: Checked, norm: Tensor) -> Iterator[Way]:
     }
     for name, c in slopes.items() if total > 0 else ():
         p = inclusion(norm, c)
-        rows, live = float(p.sum()), p > 0
+        rows = float(p.sum())
         seconds = fixed + row * rows
         decided_later = name.startswith('rate="')
-        noise = float((norm[live].square() / p[live]).sum()) / total - 1
+        noise = second_moment(norm, p) / total - 1
         yield Way(name, rows / n, seconds, nan if decided_later else seconds - screen, max(0.0, noise))
     for name, share in (("rate=0.03, by delight", 0.03), ('rate=0.25, priority="abs_advantage"', 0.25)):
         kept = max(1, round(share * n))
         if found.policy:
             yield Way(name, kept / n, fixed + row * kept, fixed + row * kept - screen, nan)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kondo_hooks.rules.draw import bounded_noise, cheapest, inclusion
+from kondo_hooks.rules.draw import bounded_noise, cheapest, inclusion, second_moment
 from kondo_hooks.rules.samples import Decision
 from kondo_hooks.stats import Stats
 
@@ -44,15 +44,15 @@ def _seconds(stats: Stats) -> Iterator[str]:
         return
     gated = stats.seconds_screen + stats.seconds_replay
     yield (
-        f"  a gated step takes {_time(stats.seconds_screen)} for its screen and all that the gate does, and "
-        f"{_time(stats.seconds_replay)} for the kept rows"
+        f"  a gated step takes {duration(stats.seconds_screen)} for its screen and all that the gate does, and "
+        f"{duration(stats.seconds_replay)} for the kept rows"
     )
     if not math.isfinite(stats.seconds_ungated):
         yield "  what a step of all rows takes was not seen (warmup_steps=3 shows it)"
         return
     saved = 1 - gated / stats.seconds_ungated
     told = f"{_share(saved)} saved" if saved >= 0 else f"{_share(-saved)} more"
-    yield f"  a step of all rows took {_time(stats.seconds_ungated)}: {told}, sampling and the loss code not counted"
+    yield f"  a step of all rows took {duration(stats.seconds_ungated)}: {told}, sampling and the loss code not counted"
 
 
 def _cheaper(stats: Stats, last: Decision) -> Iterator[str]:
@@ -67,8 +67,7 @@ def _cheaper(stats: Stats, last: Decision) -> Iterator[str]:
     row = stats.seconds_replay / len(last.kept)
 
     def cost(p: Tensor) -> float:
-        live = p > 0
-        return (fixed + row * float(p.sum())) * float((norm[live].square() / p[live]).sum()) / total
+        return (fixed + row * float(p.sum())) * second_moment(norm, p) / total
 
     ways = {
         "no gate at all": full,
@@ -77,7 +76,7 @@ def _cheaper(stats: Stats, last: Decision) -> Iterator[str]:
         'rate="auto" while it gates': cheapest(norm, fixed, row)[1],
     }
     best = min(ways, key=ways.__getitem__)
-    each = ", ".join(f"{way} {_time(seconds)}" for way, seconds in ways.items())
+    each = ", ".join(f"{way} {duration(seconds)}" for way, seconds in ways.items())
     yield f"  seconds times noise of rules that are right on average, on the last samples: {each}; least: {best}"
 
 
@@ -85,5 +84,6 @@ def _share(value: float) -> str:
     return f"{value:.1%}" if math.isfinite(value) else "none"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In seconds or milliseconds, to three digits."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -1,6 +1,8 @@
 """The slow, obvious reference: full forward, dropped rows' terms times zero, full backward."""
 
 import copy
+import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -36,3 +38,31 @@ def kept_mask(kept: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(n, dtype=dtype)
     mask[kept] = 1
     return mask
+
+
+class Runs:
+    """How large each run with a graph was, as the embedding of a vocabulary sees it.
+
+    Attributes:
+        shapes: of the ids of each run.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary: int):
+        self.shapes: list[tuple[int, ...]] = []
+        embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
+        warnings.filterwarnings("ignore", message=".*forward hooks.*")
+        next(m for m in embeddings if m.num_embeddings == vocabulary).register_forward_hook(self._note)
+
+    def _note(self, _module: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.shapes.append(tuple(given[0].shape))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of each run, rows times positions."""
+        return [math.prod(shape) for shape in self.shapes]
+
+
+def told(options: dict) -> str:
+    """Options as a test's name."""
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())

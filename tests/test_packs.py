@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import kondo_hooks as kondo
 from kondo_hooks.rows.segments import Segments
-from tests.reference import copies, grads, largest_relative_difference
+from tests.reference import Runs, copies, grads, largest_relative_difference
 
 V = 29
 
@@ -134,20 +134,6 @@ def loss_of(model, kind, pack, loss="gather", factors=None):
     return terms.sum() / pack.ids.numel()
 
 
-class Runs:
-    """How many tokens each run with a graph had."""
-
-    def __init__(self, model):
-        self.tokens = []
-        first = next(m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == V)
-        warnings.filterwarnings("ignore", message=".*forward hooks.*")
-        first.register_forward_hook(self._note)
-
-    def _note(self, _module, given, _output):
-        if torch.is_grad_enabled():
-            self.tokens.append(given[0].numel())
-
-
 # Eager attention in transformers takes its softmax in float32, whatever the model's type.
 EXACT = dict.fromkeys(KINDS, 1e-10) | {"llama, eager": 1e-5}
 ONE = [(5, 7, 4, 9, 6, 3)]
@@ -160,10 +146,10 @@ THREE = [(5, 7, 4, 9, 6), (3, 3, 8), (12, 2, 6, 5)]
 def test_the_gradient_is_that_of_the_masked_loss(kind, loss, rule):
     ours, theirs = copies(made(kind))
     pack = Pack(*ONE)
-    runs = Runs(ours)
+    runs = Runs(ours, V)
     with kondo.gated(ours, **rule) as gate:
         loss_of(ours, kind, pack, loss).backward()
-        runs.tokens.clear()
+        runs.shapes.clear()
         ours.zero_grad()
         loss_of(ours, kind, pack, loss).backward()
     factors = gate.last.factors()
@@ -180,7 +166,7 @@ def test_the_gradient_is_that_of_the_masked_loss(kind, loss, rule):
 def test_kept_texts_of_a_window_are_one_pack(kind, options):
     ours, theirs = copies(made(kind))
     packs = [Pack(lengths, seed=i) for i, lengths in enumerate(THREE)]
-    runs = Runs(ours)
+    runs = Runs(ours, V)
     with kondo.gated(ours, window=3, audit=0, **{"rate": 0.4, **options}) as gate:
         for pack in packs:
             loss_of(ours, kind, pack).backward()
@@ -199,7 +185,7 @@ def test_kept_texts_of_a_window_are_one_pack(kind, options):
 def test_several_rows_of_texts_become_one_shorter_row(kind):
     ours, theirs = copies(made(kind))
     pack = Pack((5, 7, 4), (8, 8), (3, 3, 10), (16,))
-    runs = Runs(ours)
+    runs = Runs(ours, V)
     with kondo.gated(ours, rate=0.4) as gate:
         loss_of(ours, kind, pack).backward()
     factors = gate.last.factors()
@@ -216,7 +202,7 @@ def test_tokens_and_prefixes_of_texts(kind, rule, unit):
     ours, theirs = copies(made(kind))
     pack = Pack(*ONE)
     pack.u[:2] = 0
-    runs = Runs(ours)
+    runs = Runs(ours, V)
     with kondo.gated(ours, unit=unit, **rule) as gate:
         loss_of(ours, kind, pack).backward()
     factors = gate.last.factors().view(len(pack.lengths), -1)
@@ -502,7 +488,7 @@ def test_before_the_forward_kept_texts_run_as_a_shorter_pack(kind, rule, unit):
     at = (pack.text[0, :-1], pack.place[0, :-1])
     logp[at] = logits[0, :-1].log_softmax(-1).gather(-1, pack.ids[0, 1:, None]).squeeze(-1)
     mask[at] = pack.labelled[0]
-    runs = Runs(ours)
+    runs = Runs(ours, V)
     with kondo.gated(ours, unit=unit, **rule) as gate:
         gate.preselect(logp=logp, advantages=pack.u, mask=mask)
         loss_of(ours, kind, pack).backward()

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from transformers import (
 
 import kondo_hooks as kondo
 from kondo_hooks.rules import draw
-from tests.reference import copies, grads, largest_relative_difference
+from tests.reference import Runs, copies, grads, largest_relative_difference, told
 
 V, T, B = 23, 16, 6
 
@@ -192,24 +191,6 @@ def loss_of(model, given, loss="gather", factors=None):
     return (terms if factors is None else terms * factors).mean()
 
 
-class Seen:
-    """How many positions each run with a graph had."""
-
-    def __init__(self, model):
-        self.runs = []
-        first = next(m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == V)
-        warnings.filterwarnings("ignore", message=".*forward hooks.*")
-        first.register_forward_hook(self._note)
-
-    def _note(self, _module, given, _output):
-        if torch.is_grad_enabled():
-            self.runs.append(given[0].shape)
-
-    @property
-    def positions(self):
-        return sum(shape.numel() for shape in self.runs)
-
-
 def largest_advantages(rows):
     return (rows.advantage > 0.3).float() * 2
 
@@ -224,10 +205,6 @@ RULES = [
 ]
 
 
-def told(options):
-    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
-
-
 def factors_of(gate, given, rows=B):
     """(B, T - 1) of each token after the first; the signal may have begun at the first."""
     factors = gate.last.factors().view(rows, -1)
@@ -240,12 +217,12 @@ def factors_of(gate, given, rows=B):
 def test_the_gradient_is_that_of_the_masked_loss_and_fewer_positions_run(kind, rule, loss):
     ours, theirs = copies(made(kind))
     given = batch(1)
-    seen = Seen(ours)
+    seen = Runs(ours, V)
     torch.manual_seed(7)
     with kondo.gated(ours, unit="prefix", audit=0, **rule) as gate:
         loss_of(ours, given, loss).backward()  # the first step looks at where positions are
         ours.zero_grad()
-        seen.runs.clear()
+        seen.shapes.clear()
         torch.manual_seed(8)
         loss_of(ours, given, loss).backward()
     factors = factors_of(gate, given)
@@ -254,8 +231,8 @@ def test_the_gradient_is_that_of_the_masked_loss_and_fewer_positions_run(kind, r
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
     # To its last kept token; a token more has no gradient of its own where rows of a pass are not as long.
     ends = [int(row.nonzero().max()) + 1 for row in factors if row.any()]
-    assert sum(ends) <= seen.positions <= 1.5 * sum(ends) * (2 if kind == "llama checkpointed" else 1) + T
-    assert seen.positions < B * T * (2 if kind == "llama checkpointed" else 1)
+    assert sum(ends) <= sum(seen.tokens) <= 1.5 * sum(ends) * (2 if kind == "llama checkpointed" else 1) + T
+    assert sum(seen.tokens) < B * T * (2 if kind == "llama checkpointed" else 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "recurrent"])
@@ -308,15 +285,15 @@ def test_padding_costs_nothing_without_loss():
     given = batch(4)
     given[1][:4] = (torch.arange(T) < 5).long()  # most rows are short, in a batch that is padded
     given[1][4:] = 1
-    seen = Seen(ours)
+    seen = Runs(ours, V)
     with kondo.gated(ours, unit="prefix", rate="lossless", audit=0):
         loss_of(ours, given).backward()
         ours.zero_grad()
-        seen.runs.clear()
+        seen.shapes.clear()
         loss_of(ours, given).backward()
     loss_of(theirs, given).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
-    assert sorted(seen.runs) == [(2, T - 1), (4, 4)]
+    assert sorted(seen.shapes) == [(2, T - 1), (4, 4)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "recurrent"])
@@ -325,7 +302,7 @@ def test_before_the_forward_rows_run_no_further_than_that(kind, rule):
     ours, theirs = copies(made(kind))
     given = batch(5)
     ids, mask, u = given
-    seen = Seen(ours)
+    seen = Runs(ours, V)
     with kondo.gated(ours, unit="prefix", **rule) as gate:
         for step in range(2):
             ours.zero_grad()
@@ -334,7 +311,7 @@ def test_before_the_forward_rows_run_no_further_than_that(kind, rule):
                 logp = logp[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
             padded = [torch.cat([t, torch.zeros(B, 1, dtype=t.dtype)], 1) for t in (logp, u, mask[:, 1:])]
             gate.preselect(logp=padded[0], advantages=padded[1], mask=padded[2])
-            seen.runs.clear()
+            seen.shapes.clear()
             loss_of(ours, given).backward()
             if step == 0:
                 continue
@@ -342,7 +319,7 @@ def test_before_the_forward_rows_run_no_further_than_that(kind, rule):
             loss_of(theirs, given, factors=factors).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
     ends = [int(row.nonzero().max()) + 1 for row in factors if row.any()]
-    assert sum(ends) <= seen.positions <= 1.3 * sum(ends) + T
+    assert sum(ends) <= sum(seen.tokens) <= 1.3 * sum(ends) + T
 
 
 # What cannot be cut.

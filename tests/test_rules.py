@@ -21,15 +21,11 @@ from kondo_hooks.rules.config import SelectionConfig
 from kondo_hooks.rules.samples import Signal
 from kondo_hooks.rules.selection import Selector
 from kondo_hooks.rules.weigh import Costs
-from tests.reference import copies, grads, largest_relative_difference
+from tests.reference import copies, grads, largest_relative_difference, told
 
 magnitudes = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=1, max_size=30).map(
     lambda values: torch.tensor(values, dtype=torch.float64)
 )
-
-
-def told(options):
-    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
 
 
 # The mathematics.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.kept_rows import Part, same_values
-from kondo_hooks.core.packs import Packed, cut, whole_pack
+from kondo_hooks.core.packs import Packed, cut, is_shifted, whole_pack
 from kondo_hooks.core.positions import Positions
 from kondo_hooks.core.texts import Texts
 from kondo_hooks.delight.boundary import (
@@ -179,8 +179,8 @@ class Arrival:
         if not len(kept.rows):
             return None
         if self.texts is not None:
-            length = self.texts.segments.length
-            shifted = any(g is not None and g.dim() > 1 and g.shape[1] == length - 1 for g in self.grads)
+            used = (i for i, grad in enumerate(self.grads) if grad is not None)
+            shifted = any(is_shifted(self.call, i, self.texts.segments) for i in used)
             return self._of_texts(Packed(self.texts, kept.rows, kept.factors, self.cuts, int(shifted)))
         part = self._take(to_device(kept.rows, self._device))
         if kept.factors is None:

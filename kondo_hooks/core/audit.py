@@ -124,11 +124,7 @@ def _compare_gradients(
     arrivals: list[Arrival], rate: float, state: ModuleState | None, learned: Learned
 ) -> bool | None:
     """Run some rows alone and in company; False if there was nothing to look at, None if they do not run alone."""
-    picked = _alone_and_in_company(arrivals, rate)
-    if picked is None:
-        return False
-    with _no_reentrant_checkpoints():
-        return _compare_groups(*picked, state, learned)
+    return _compare_picked(_alone_and_in_company(arrivals, rate), state, learned)
 
 
 def _compare_cut(arrival: Arrival, state: ModuleState, learned: Learned) -> bool | None:
@@ -138,6 +134,13 @@ def _compare_cut(arrival: Arrival, state: ModuleState, learned: Learned) -> bool
         False if there was nothing to look at.
     """
     picked = _last_text(arrival) if arrival.texts is not None else _first_positions(arrival)
+    return _compare_picked(picked, state, learned)
+
+
+def _compare_picked(
+    picked: tuple[list[Part], list[Part]] | None, state: ModuleState | None, learned: Learned
+) -> bool | None:
+    """What runs alone, and what in company; False if that is nothing, None if it does not run alone."""
     if picked is None:
         return False
     with _no_reentrant_checkpoints():

@@ -1,6 +1,6 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -381,15 +381,23 @@ def cut(group: list[Part], pieces: int) -> list[list[Part]]:
     total, result = sum(map(len, group)), []
     for piece in range(pieces):
         first, last = total * piece // pieces, total * (piece + 1) // pieces
-        taken, start = [], 0
-        for part in group:
-            low, high = max(first - start, 0), min(last - start, len(part))
-            start += len(part)
-            if low < high:
-                everything = high - low == len(part)
-                taken.append(part if everything else part.select(torch.arange(low, high, device=part.rows.device)))
+        taken = []
+        for n, low, high in overlaps(map(len, group), first, last):
+            part = group[n]
+            everything = high - low == len(part)
+            taken.append(part if everything else part.select(torch.arange(low, high, device=part.rows.device)))
         result.append(taken)
     return result
+
+
+def overlaps(sizes: Iterable[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Of things of these sizes, one after another: which reach into a span, and from where to where of each."""
+    start = 0
+    for n, size in enumerate(sizes):
+        low, high = max(first - start, 0), min(last - start, size)
+        start += size
+        if low < high:
+            yield n, low, high
 
 
 def same_structure(a: Call, b: Call) -> bool:

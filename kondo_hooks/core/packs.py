@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
-from kondo_hooks.core.kept_rows import Held, Part, same_constants, same_structure, same_values
+from kondo_hooks.core.kept_rows import Held, Part, overlaps, same_constants, same_structure, same_values
 from kondo_hooks.core.texts import Texts, is_place
 from kondo_hooks.errors import PackError
 from kondo_hooks.rows.axes import Rows
-from kondo_hooks.rows.segments import Segments, put_together, stand_in, take_tokens, token_axis
+from kondo_hooks.rows.segments import Segments, put_together, put_tokens, stand_in, take_tokens, token_axis
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ def _tokens_of(call: Call, i: int, grad: Tensor, segments: Segments) -> int:
     return 0
 
 
+def is_shifted(call: Call, i: int, segments: Segments) -> bool:
+    """Whether an output is one short of the tokens: the model shifts labels."""
+    return call.outputs[i].dim() > 1 and call.outputs[i].shape[1] == segments.length - 1
+
+
 def cut(part: Part, packed: Packed) -> Part:
     """The tokens of some texts of a call, as a pack of their own."""
     call, texts = part.call, packed.texts
@@ -101,13 +106,12 @@ def cut(part: Part, packed: Packed) -> Part:
     grads: list[Tensor | RankOne | None] = []
     for i, grad in enumerate(part.grads):
         assert not isinstance(grad, RankOne)
-        length = 0 if grad is None else _tokens_of(call, i, grad, segments)
-        if grad is None or not length:
+        if grad is None or not _tokens_of(call, i, grad, segments):
             outputs.append(None)
             grads.append(None)
             continue
-        mine = tokens.to(grad.device)
-        if length < segments.length:
+        mine, length = tokens.to(grad.device), call.outputs[i].shape[1]
+        if is_shifted(call, i, segments):
             last, mine = int(mine[-1]), mine[:-1]
             if last < length and bool((grad[0, last] * weights[last].to(grad)).any()):
                 raise PackError(
@@ -117,8 +121,7 @@ def cut(part: Part, packed: Packed) -> Part:
         factors = weights.to(grad.device)[mine].to(grad.dtype)
         taken = grad.flatten(0, 1)[mine] * factors.view(-1, *[1] * (grad.dim() - 2))
         grads.append(taken.unsqueeze(0))
-        picked = i in call.picked
-        outputs.append(None if picked else call.outputs[i].flatten(0, 1)[mine].unsqueeze(0))
+        outputs.append(call.outputs[i].flatten(0, 1)[mine].unsqueeze(0))
     layout = list(next(call.readings()))
     held = Held(layout, inputs, outputs, None)
     one = torch.zeros(1, dtype=torch.long, device=call.outputs[0].device)
@@ -140,12 +143,11 @@ def among_others(part: Part) -> dict[int, Tensor]:
         ]
         for i, output in enumerate(call.run_without_graph(inputs)):
             if part.grads[i] is not None:
-                length = _tokens_of(call, i, output, segments)
-                mine = tokens if length == segments.length else tokens[:-1]
+                mine = tokens[:-1] if is_shifted(call, i, segments) else tokens
                 found.setdefault(i, []).append(output.flatten(0, 1)[mine.to(output.device)].unsqueeze(0))
-    shifted = {i: part.call.outputs[i].shape[1] < part.origin[0][1].texts.segments.length for i in found}
-    joined = {i: _one_after_another(each, shifted[i]) for i, each in found.items()}
-    return {i: output for i, output in joined.items() if output is not None}
+    segments = part.origin[0][1].texts.segments
+    whole = {i: _one_after_another(each, is_shifted(part.call, i, segments)) for i, each in found.items()}
+    return {i: output for i, output in whole.items() if output is not None}
 
 
 def into_passes(parts: list[Part], limit: int | None = None, pieces: int | None = None) -> list[list[Part]]:
@@ -174,14 +176,8 @@ def into_passes(parts: list[Part], limit: int | None = None, pieces: int | None 
 
 
 def _between(group: list[Part], first: int, last: int) -> list[tuple[Part, Packed]]:
-    found, start = [], 0
-    for part in group:
-        assert part.packed is not None
-        low, high = max(first - start, 0), min(last - start, len(part.packed))
-        start += len(part.packed)
-        if low < high:
-            found.append((part, part.packed.between(low, high)))
-    return found
+    packs = [part.packed for part in group if part.packed is not None]
+    return [(group[n], packs[n].between(low, high)) for n, low, high in overlaps(map(len, packs), first, last)]
 
 
 def _go_together(a: Part, b: Part) -> bool:
@@ -222,7 +218,7 @@ def joined(parts: list[tuple[Part, Packed]]) -> Part:
     grads: list[Tensor | RankOne | None] = []
     outputs: list[Tensor | None] = []
     for i in range(len(cuts[0].grads)):
-        shifted = cuts[0].call.outputs[i].dim() > 1 and cuts[0].call.outputs[i].shape[1] < texts[0].segments.length
+        shifted = is_shifted(cuts[0].call, i, texts[0].segments)
         grads.append(_one_after_another([part.grads[i] for part in cuts], shifted))  # type: ignore[misc]
         outputs.append(_one_after_another([h.outputs[i] for h in held], shifted))
     measures = [_largest([part.measure(i) for part in cuts], output) for i, output in enumerate(outputs)]
@@ -250,14 +246,10 @@ def _largest(measures: Sequence[Tensor | None], output: Tensor | None) -> Tensor
     return torch.stack(every).amax(0)
 
 
-def put_tokens(full: Tensor, part: Part, grad: Tensor) -> Tensor:
-    """The gradient of an input of the tokens, in full size; of one that texts share, as it is."""
+def input_grad(like: Tensor, part: Part, grad: Tensor) -> Tensor:
+    """The gradient of an input in full size, zero at tokens that were not run; of one that texts share, as it is."""
     _, packed = part.origin[0]
-    segments, tokens = packed.texts.segments, packed.tokens().to(full.device)
-    axis = token_axis(full.shape, segments)
-    if axis is None:
+    segments = packed.texts.segments
+    if token_axis(like.shape, segments) is None:
         return grad
-    if segments.rows == 1 or full.shape[axis] == segments.rows * segments.length:
-        return full.index_copy_(axis, tokens, grad)
-    flat = full.flatten(axis - 1, axis).index_copy_(axis - 1, tokens, grad.squeeze(axis - 1))
-    return flat.view(full.shape)
+    return put_tokens(torch.zeros_like(like), segments, packed.tokens(), grad)

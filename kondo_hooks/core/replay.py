@@ -10,7 +10,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Part, reading
-from kondo_hooks.core.packs import among_others, put_tokens
+from kondo_hooks.core.packs import among_others, input_grad
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.core.verify import rows_of, verify, verify_later
 from kondo_hooks.delight.inner_loss import Tape
@@ -447,7 +447,7 @@ def input_grads(replayed: Replayed) -> list[Tensor | None]:
         if leaf.grad is None or part.all_rows or (where is None and part.texts is None):
             full.append(leaf.grad)
         elif part.texts is not None:
-            full.append(put_tokens(torch.zeros_like(like), part, leaf.grad))
+            full.append(input_grad(like, part, leaf.grad))
         else:
             assert where is not None
             full.append(where.put(torch.zeros_like(like), part.rows, leaf.grad))

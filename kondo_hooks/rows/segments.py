@@ -130,12 +130,24 @@ class Segments:
 
 def stand_in(leaf: Tensor, segments: Segments, source: Tensor) -> Tensor:
     """An input of the tokens, in which each has what another one had, ``source`` (B * T,)."""
+    flat, axis = _on_one_axis(leaf, segments)
+    return flat.index_select(axis, source.to(leaf.device)).view(leaf.shape)
+
+
+def put_tokens(full: Tensor, segments: Segments, tokens: Tensor, values: Tensor) -> Tensor:
+    """What ``take_tokens`` gave of an input of the tokens, in its places in ``full``, which is written to."""
+    flat, axis = _on_one_axis(full, segments)
+    values = values if flat.dim() == full.dim() else values.squeeze(axis)
+    return flat.index_copy_(axis, tokens.to(full.device), values).view(full.shape)
+
+
+def _on_one_axis(leaf: Tensor, segments: Segments) -> tuple[Tensor, int]:
+    """An input of the tokens with those of all rows on one axis, and that axis; a view where it can be."""
     axis = token_axis(leaf.shape, segments)
     assert axis is not None
-    index = source.to(leaf.device)
     if segments.rows == 1 or leaf.shape[axis] == segments.rows * segments.length:
-        return leaf.index_select(axis, index)
-    return leaf.flatten(axis - 1, axis).index_select(axis - 1, index).view(leaf.shape)
+        return leaf, axis
+    return leaf.flatten(axis - 1, axis), axis - 1
 
 
 def take_tokens(leaf: Tensor, role: Role, segments: Segments, tokens: Tensor) -> Tensor:
@@ -164,12 +176,9 @@ def take_tokens(leaf: Tensor, role: Role, segments: Segments, tokens: Tensor) ->
         return leaf.index_select(list(leaf.shape).index(segments.length), index % segments.length)
     if role == "mask":
         return _blocks(leaf, segments, tokens)
-    axis = token_axis(leaf.shape, segments)
-    assert axis is not None
-    if segments.rows == 1 or leaf.shape[axis] == segments.rows * segments.length:
-        taken = leaf.index_select(axis, index)
-    else:
-        taken = leaf.flatten(axis - 1, axis).index_select(axis - 1, index).unsqueeze(axis - 1)
+    flat, axis = _on_one_axis(leaf, segments)
+    taken = flat.index_select(axis, index)
+    taken = taken if flat.dim() == leaf.dim() else taken.unsqueeze(axis)
     if role == "ids":  # neighbours must differ, also where texts of other rows had the same
         number = segments.ids[tokens].unique_consecutive(return_inverse=True)[1].to(leaf.device, leaf.dtype)
         return (number + int(taken.min() > 0)).view_as(taken)

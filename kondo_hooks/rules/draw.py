@@ -130,6 +130,11 @@ def inclusion(magnitudes: Tensor, c: float) -> Tensor:
     return torch.where(p > 1 - _NEARLY, 1.0, p)
 
 
+def second_moment(magnitudes: Tensor, probability: Tensor) -> float:
+    """``sum n^2 / p`` of a draw, over what may be kept."""
+    return float((magnitudes.square() / probability)[probability > 0].sum())
+
+
 def drawn_factors(probability: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:
     """(N,) ``1 / p`` of the rows of a systematic draw, 0 of the others; arguments as of ``systematic``."""
     start = float(torch.rand((), dtype=torch.float64, generator=generator, device="cpu"))

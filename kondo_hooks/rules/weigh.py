@@ -18,6 +18,7 @@ from kondo_hooks.rules.draw import (
     falling,
     fixed_share,
     inclusion,
+    second_moment,
 )
 from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Rows, Samples, Signal, check_finite
@@ -160,9 +161,7 @@ def draw(
         factors = drawn_factors(p, table.advantages, generator)
     else:
         factors = torch.where(table.valid, drawn_prefixes(p, table.begins, table.advantages, generator), 0)
-    squares = table.norm.square()
-    moment = float((squares / p)[p > 0].sum())
-    return Drawn(factors, moment, cost)
+    return Drawn(factors, second_moment(table.norm, p), cost)
 
 
 def to_host(values: dict[str, Tensor]) -> dict[str, Tensor]:

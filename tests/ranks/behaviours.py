@@ -4,6 +4,7 @@ import contextlib
 import copy
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,27 @@ def delight(net: nn.Module, batch: Batch) -> Tensor:
     with torch.no_grad():
         logp = net(batch.x).log_softmax(-1).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
     return -batch.advantages * logp
+
+
+def stepped(net: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> dict[str, Tensor]:
+    """The reference's parameters after its step."""
+    if clip:
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {n: p.detach() for n, p in net.named_parameters()}
+
+
+def accumulate(host: Host, micro: int, loss_of_micro: Callable[[int], Tensor]) -> None:
+    """Backwards of so many micro-batches and the step, as the host has them."""
+    for i in range(micro):
+        with host.micro(i, micro):
+            loss = loss_of_micro(i)
+            host.backward(loss if host.divides else loss / micro)
+            if host.divides:
+                host.step()
+    if not host.divides:
+        host.step()
 
 
 def random_loop(name: str) -> dict[str, Any]:
@@ -228,14 +250,7 @@ def ragged_window(name: str) -> dict[str, Any]:
         host = build(HOSTS[name], make_net(), 3)
         at(f"{name}, rank {rank}, {scope}, balance {balance}")
         with kondo.gated(host.model, rate=0.25, window=3, scope=scope, balance=balance) as gate:
-            for i in range(3):
-                with host.micro(i, 3):
-                    loss = sequence_loss(host.model(batches[rank][i].x), batches[rank][i])
-                    host.backward(loss if host.divides else loss / 3)
-                    if host.divides:
-                        host.step()
-            if not host.divides:
-                host.step()
+            accumulate(host, 3, lambda i, host=host: sequence_loss(host.model(batches[rank][i].x), batches[rank][i]))
         net = make_net()
         chi = [[_sequence_delight(net, b) for b in row] for row in batches]
         sizes = [[len(c) for c in row] for row in chi]
@@ -407,14 +422,7 @@ def rules(name: str, micro: int) -> dict[str, Any]:
         with kondo.gated(host.model, **options) as gate:
             if options.get("rate") == "auto":
                 gate._step.shared.pace._ungated = 0
-            for i, each in enumerate(batches):
-                with host.micro(i, micro):
-                    loss = loss_of(host.model(each[rank].x), each[rank])
-                    host.backward(loss if host.divides else loss / micro)
-                    if host.divides:
-                        host.step()
-            if not host.divides:
-                host.step()
+            accumulate(host, micro, lambda i, b=batches: loss_of(host.model(b[i][rank].x), b[i][rank]))
             sizes = [len(each[rank].x) for each in batches]
             mine = [f.tolist() for f in gate.last.factors().split(sizes)]
             gathered: list[Any] = [None] * ranks
@@ -422,11 +430,7 @@ def rules(name: str, micro: int) -> dict[str, Any]:
         for i, each in enumerate(batches):
             for b, (factors, *_) in zip(each, gathered, strict=True):
                 (loss_of(net(b.x), b, torch.tensor(factors[i])) / ranks / micro).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected = {n: p.detach() for n, p in net.named_parameters()}
+        expected = stepped(net, optimizer, clip)
         found["differences"].append((str(case), difference(host.full(), expected)))
         if case.get("scope") == "global":
             found["alike"].append(len({str(noise) for _, noise, _ in gathered}) == 1)
@@ -463,11 +467,7 @@ def prefixes(name: str) -> dict[str, Any]:
         for b, (factors, _) in zip(batches, gathered, strict=True):
             logp = net(b.x).log_softmax(-1).gather(-1, b.actions.unsqueeze(-1)).squeeze(-1)
             ((-b.advantages * logp * torch.tensor(factors).view(logp.shape)).mean() / ranks).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected = {n: p.detach() for n, p in net.named_parameters()}
+        expected = stepped(net, optimizer, clip)
         found["differences"].append((str(case), difference(host.full(), expected)))
         if case.get("scope") == "global":
             found["alike"].append(len({str(noise) for _, noise in gathered}) == 1)
@@ -503,15 +503,8 @@ def functions(name: str, micro: int) -> dict[str, Any]:
         at(f"{name}, rank {rank}, {case}")
         batches = [[random_batch(100 * number + 10 * i + r, 7 - r) for r in range(ranks)] for i in range(micro)]
         with kondo.gated(host.model, method=(runner, "log_probs"), logp=lambda out: out, **case) as gate:
-            for i in range(micro):
-                mine = batches[i][rank]
-                with host.micro(i, micro):
-                    loss = -(mine.advantages * runner.log_probs(mine)).mean()
-                    host.backward(loss if host.divides else loss / micro)
-                    if host.divides:
-                        host.step()
-            if not host.divides:
-                host.step()
+            own = [each[rank] for each in batches]
+            accumulate(host, micro, lambda i, own=own: -(own[i].advantages * runner.log_probs(own[i])).mean())
             gathered: list[Any] = [None] * ranks
             dist.all_gather_object(gathered, gate.last.factors().tolist())
         for r in range(ranks):
@@ -519,11 +512,7 @@ def functions(name: str, micro: int) -> dict[str, Any]:
             for i, factors in enumerate(torch.tensor(gathered[r]).split(sizes)):
                 b = batches[i][r]
                 (-(b.advantages * Runner(net).log_probs(b) * factors).mean() / ranks / micro).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected = {n: p.detach() for n, p in net.named_parameters()}
+        expected = stepped(net, optimizer, clip)
         found["differences"].append((str(case), difference(host.full(), expected)))
         found["kept"].append((gate.stats.kept, gate.stats.rows))
     return found
@@ -554,11 +543,7 @@ def step_window(name: str) -> dict[str, Any]:
                 factors = torch.tensor(gathered[r]).split([len(batches[i][r].x) for i in range(micro)])
                 for i, mine in enumerate(factors):
                     (loss_of(net(batches[i][r].x), batches[i][r], mine) / ranks / micro).backward()
-            if clip:
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            expected = {n: p.detach() for n, p in net.named_parameters()}
+            expected = stepped(net, optimizer, clip)
             found["differences"].append(difference(host.full(), expected))
             found["steps"].append(gate.stats.steps)
     return found
@@ -603,17 +588,10 @@ def packs(name: str, micro: int) -> dict[str, Any]:
                 b = sequences(100 * number + 10 * i + r, sum(lengths))
                 u = torch.repeat_interleave(b.advantages[0, : len(lengths)], torch.tensor(lengths))
                 batches[-1].append(Batch(b.x[:1], b.actions[:1], u[None]))
-        lengths_of: dict[int, list[int]] = {}
-        with kondo.gated(host.model, segments=lambda _x, of=lengths_of: of[0], **case) as gate:
-            for i in range(micro):
-                lengths_of[0] = told[i][rank]
-                with host.micro(i, micro):
-                    loss = sequence_loss(host.model(batches[i][rank].x), batches[i][rank])
-                    host.backward(loss if host.divides else loss / micro)
-                    if host.divides:
-                        host.step()
-            if not host.divides:
-                host.step()
+        lengths_of = {id(batches[i][rank].x): told[i][rank] for i in range(micro)}
+        own = [each[rank] for each in batches]
+        with kondo.gated(host.model, segments=lambda x, of=lengths_of: of[id(x)], **case) as gate:
+            accumulate(host, micro, lambda i, own=own: sequence_loss(host.model(own[i].x), own[i]))
             gathered: list[Any] = [None] * ranks
             dist.all_gather_object(gathered, gate.last.factors().tolist())
         for r in range(ranks):
@@ -628,11 +606,7 @@ def packs(name: str, micro: int) -> dict[str, Any]:
                 factors = mine[text, place if each > 1 else 0]
                 logp = net(b.x).log_softmax(-1).gather(-1, b.actions.unsqueeze(-1)).squeeze(-1)
                 ((-b.advantages * logp * factors).mean() / ranks / micro).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected = {n: p.detach() for n, p in net.named_parameters()}
+        expected = stepped(net, optimizer, clip)
         found["differences"].append((str(case), difference(host.full(), expected)))
         found["tokens"].append(gate.stats.kept)
     return found
