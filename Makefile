@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test fuzz oldest figures evidence clean
+.PHONY: demo test fuzz oldest frameworks figures evidence clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -34,6 +34,22 @@ oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]' requests
 	touch $@
 
+# Other people's trainers, each in an environment of its own: make frameworks ONLY=verl
+ONLY ?= $(patsubst tests/frameworks/%/requirements.txt,%,$(wildcard tests/frameworks/*/requirements.txt))
+frameworks: $(ONLY:%=.venv-frameworks/%/installed)
+	for name in $(ONLY); do \
+		echo "== $$name"; \
+		OMP_NUM_THREADS=1 .venv-frameworks/$$name/bin/python -m pytest tests/frameworks/$$name || exit 1; \
+	done
+
+.venv-frameworks/%/installed: tests/frameworks/%/requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --requirement $< pytest pytest-timeout
+	if [ -f $(<D)/no-deps.txt ]; then $(@D)/bin/python -m pip install --quiet --no-deps --requirement $(<D)/no-deps.txt; fi
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 figures: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py --out docs
 	$(BIN)/python examples/trl_reversal.py --out docs
@@ -49,4 +65,4 @@ evidence: .venv/installed
 	done
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-frameworks build dist *.egg-info
