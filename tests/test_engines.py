@@ -74,10 +74,16 @@ def test_rows_that_are_cut_give_the_weighted_gradient(host: str):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("host", KINDS)
 def test_texts_of_packed_rows_give_the_weighted_gradient(host: str, accumulation: int):
-    for found in behaviour("packs", host, accumulation, timeout=230):
+    each = behaviour("packs", host, accumulation, timeout=230)
+    for found in each:
         for case, difference in found["differences"]:
             assert difference < 1e-5, (host, case)
         assert any(found["tokens"])
+    for ranks in zip(*(found["balanced"] for found in each), strict=True):
+        forwarded = [texts for texts, _, _ in ranks]
+        assert max(forwarded) - min(forwarded) <= accumulation, host  # one a decision
+        assert all(after <= before for _, before, after in ranks)
+    assert any(before > after for found in each for _, before, after in found["balanced"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kondo_hooks.core.positions import Positions
 
 Gradient = Tensor | RankOne
+_LONGEST = re.compile(r"max_(length|seq_?len)s?(_[qk]|_kv)?$")
 
 
 @dataclass
@@ -107,6 +109,11 @@ class Part:
     def samples(self) -> int:
         """How many rows, or texts of packed rows, it has."""
         return next((n for n in (self.texts, self.counted) if n is not None), len(self))
+
+    @property
+    def of_packs(self) -> bool:
+        """Whether it stands for texts of packed rows, cut out or still to be cut."""
+        return self.packed is not None or self.texts is not None
 
     @property
     def is_cut(self) -> bool:
@@ -340,8 +347,10 @@ class Part:
             grads.append(grad)
             outputs.append(output)
         for leaf, where in zip(inputs, template.held.layout, strict=True):
-            n = n if where is None else leaf.shape[where.axis] // where.repeat
+            n = n if where is None or template.texts else leaf.shape[where.axis] // where.repeat
         held = replace(template.held, inputs=inputs, outputs=outputs)
+        if template.texts is not None:
+            return replace(template, grads=grads, held=held, silent=False, origin=())
         return cls(template.call, torch.arange(n, device=template.rows.device), grads, held)
 
 
@@ -458,27 +467,44 @@ def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
     return (*shape[:axis], *shape[axis + 1 :])
 
 
-def same_constants(a: Tree, b: Tree) -> bool:
-    """Whether two trees differ in nothing but their tensors."""
-    return _same_constants(a, b, set())
+def same_constants(a: Tree, b: Tree, longest: list[tuple[int, int]] | None = None) -> bool:
+    """Whether two trees differ in nothing but their tensors.
+
+    Args:
+        a: one.
+        b: the other.
+        longest: takes what the two say of their longest text, by its name, which may then differ.
+    """
+    return _same_constants(a, b, set(), longest)
 
 
-def _same_constants(a: Tree, b: Tree, seen: set[tuple[int, int]]) -> bool:
-    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)) or (id(a), id(b)) in seen:
+def says_longest(name: str) -> bool:
+    """Whether an argument of this name bounds the lengths of texts: what is larger does, too."""
+    return _LONGEST.match(name) is not None
+
+
+def _same_constants(
+    a: Tree, b: Tree, seen: set[tuple[int, int]], longest: list[tuple[int, int]] | None, name: object = ""
+) -> bool:
+    if longest is not None and type(a) is type(b) is int and says_longest(str(name)):
+        longest.append((a, b))
+        return True
+    if (a is b and longest is None) or (isinstance(a, Tensor) and isinstance(b, Tensor)) or (id(a), id(b)) in seen:
         return True
     if type(a) is not type(b):
         return False
-    seen.add((id(a), id(b)))
+    if isinstance(a, (Encoded, tuple, list, dict)) or is_entered(a):
+        seen.add((id(a), id(b)))
     if isinstance(a, Encoded):
-        return _same_constants(a.constant, b.constant, seen)
+        return _same_constants(a.constant, b.constant, seen, longest)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same_constants(x, y, seen) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same_constants(a[key], b[key], seen) for key in a)
-    if is_entered(a):
-        mine, theirs = dict(attributes(a)), dict(attributes(b))
-        return mine.keys() == theirs.keys() and all(_same_constants(mine[name], theirs[name], seen) for name in mine)
+        return len(a) == len(b) and all(_same_constants(x, y, seen, longest) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) or is_entered(a):
+        mine, theirs = (x if isinstance(x, dict) else dict(attributes(x)) for x in (a, b))
+        return mine.keys() == theirs.keys() and all(
+            _same_constants(mine[key], theirs[key], seen, longest, key) for key in mine
+        )
     try:
-        return bool(a == b)
+        return a is b or bool(a == b)
     except Exception:
         return False

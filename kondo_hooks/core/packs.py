@@ -122,10 +122,16 @@ def cut(part: Part, packed: Packed) -> Part:
         taken = grad.flatten(0, 1)[mine] * factors.view(-1, *[1] * (grad.dim() - 2))
         grads.append(taken.unsqueeze(0))
         outputs.append(call.outputs[i].flatten(0, 1)[mine].unsqueeze(0))
-    layout = list(next(call.readings()))
+    layout = [None if role == "shared" else Rows(0) for role in texts.roles]
     held = Held(layout, inputs, outputs, None)
     one = torch.zeros(1, dtype=torch.long, device=call.outputs[0].device)
     return replace(part, rows=one, grads=grads, held=held, packed=None, texts=len(packed), origin=[(part, packed)])
+
+
+def apart(part: Part) -> list[Part]:
+    """Each of a part's texts by itself, as another rank can be given it."""
+    assert part.packed is not None
+    return [cut(part, part.packed.between(i, i + 1)) for i in range(len(part.packed))]
 
 
 def among_others(part: Part) -> dict[int, Tensor]:
@@ -154,62 +160,79 @@ def into_passes(parts: list[Part], limit: int | None = None, pieces: int | None 
     """Packs of kept texts, those of several calls in one where they go together.
 
     Args:
-        parts: that have their texts still to be cut.
+        parts: that have their texts still to be cut, or single texts of another rank.
         limit: most texts in a pass.
         pieces: how many passes, instead; some are empty where there are fewer texts.
     """
     groups: list[list[Part]] = []
     for part in parts:
-        group = next((group for group in groups if pieces is not None or _go_together(group[0], part)), None)
+        group = next((group for group in groups if pieces is not None or _longest(group[0], part) is not None), None)
         if group is None:
             groups.append([part])
         else:
             group.append(part)
     passes = []
     for group in groups:
-        total = sum(len(part.packed) for part in group if part.packed is not None)
+        total = sum(map(texts_in, group))
         n = pieces or (1 if limit is None else -(-total // limit))
         for piece in range(n):
-            mine = _between(group, total * piece // n, total * (piece + 1) // n)
+            mine = _overlapping(group, total * piece // n, total * (piece + 1) // n)
             passes.append([joined(mine)] if mine else [])
     return passes
 
 
-def _between(group: list[Part], first: int, last: int) -> list[tuple[Part, Packed]]:
-    packs = [part.packed for part in group if part.packed is not None]
-    return [(group[n], packs[n].between(low, high)) for n, low, high in overlaps(map(len, packs), first, last)]
+def texts_in(part: Part) -> int:
+    """How many texts a part of packed rows has; of other parts how many rows."""
+    return len(part) if part.packed is None else len(part.packed)
 
 
-def _go_together(a: Part, b: Part) -> bool:
-    assert a.packed is not None and b.packed is not None
-    roles = a.packed.texts.roles
-    return (
+def between(part: Part, first: int, last: int) -> Part:
+    """Some of a part's rows or texts, by position."""
+    if part.packed is not None:
+        return replace(part, packed=part.packed.between(first, last))
+    everything = last - first == len(part)
+    return part if everything else part.select(torch.arange(first, last, device=part.rows.device))
+
+
+def _overlapping(group: list[Part], first: int, last: int) -> list[Part]:
+    return [between(group[n], low, high) for n, low, high in overlaps(map(texts_in, group), first, last)]
+
+
+def _longest(a: Part, b: Part) -> list[tuple[int, int]] | None:
+    """What the calls of two parts say of their longest texts; None where their texts cannot be one pack."""
+    longest: list[tuple[int, int]] = []
+    roles = a.call.texts.roles
+    alike = (
         same_structure(a.call, b.call)
-        and roles == b.packed.texts.roles
-        and same_constants(a.call.args, b.call.args)
+        and roles == b.call.texts.roles
+        and same_constants(a.call.args, b.call.args, longest)
         and all(
             role != "shared" or same_values(x, y)
             for role, x, y in zip(roles, a.call.inputs, b.call.inputs, strict=True)
         )
     )
+    return longest if alike else None
 
 
-def joined(parts: list[tuple[Part, Packed]]) -> Part:
-    """One pack of the texts of several calls.
+def joined(parts: list[Part]) -> Part:
+    """One pack of the texts of several calls, run as the call that says the longest of its texts would run them.
 
     Raises:
         PackError: if the calls are not alike, where ranks have to make the same passes.
     """
-    cuts = [cut(part, packed) for part, packed in parts]
+    cuts = [part if part.packed is None else cut(part, part.packed) for part in parts]
     if len(cuts) == 1:
         return cuts[0]
-    if not all(_go_together(parts[0][0], part) for part, _ in parts):
+    longest = [_longest(cuts[0], part) for part in cuts]
+    told = [] if None in longest else [[theirs for _, theirs in each or ()] for each in longest]
+    most = [max(each) for each in zip(*told, strict=True)]
+    runs = next((part.call for part, mine in zip(cuts, told, strict=False) if mine == most), None)
+    if runs is None:
         raise PackError(
-            "gated: calls of one window differ in what their packs share (a max_length, a flag), so their kept texts "
-            "cannot be one pack, and on this engine every rank has to make the same passes: make them alike, or "
-            "window=1"
+            "gated: calls of one window differ in what their packs share (a flag, a mask), so their kept texts cannot "
+            "be one pack, and on this engine every rank has to make the same passes: make them alike, or window=1"
         )
-    texts = [packed.texts for _, packed in parts]
+    texts = [part.call.texts for part in cuts]
     held = [part.held for part in cuts if part.held is not None]
     inputs = [
         put_together([h.inputs[i] for h in held], role, [t.segments for t in texts], [p.call.inputs[i] for p in cuts])
@@ -223,7 +246,9 @@ def joined(parts: list[tuple[Part, Packed]]) -> Part:
         outputs.append(_one_after_another([h.outputs[i] for h in held], shifted))
     measures = [_largest([part.measure(i) for part in cuts], output) for i, output in enumerate(outputs)]
     whole = Held(held[0].layout, inputs, outputs, measures)
-    return replace(cuts[0], grads=grads, held=whole, texts=sum(part.texts or 0 for part in cuts), origin=parts)
+    origin = [each for part in cuts for each in part.origin] if all(part.origin for part in cuts) else []
+    number = sum(part.texts or 0 for part in cuts)
+    return replace(cuts[0], call=runs, grads=grads, held=whole, texts=number, origin=origin)
 
 
 def _one_after_another(tensors: Sequence[Tensor | None], shifted: bool) -> Tensor | None:

@@ -48,8 +48,8 @@ def find_slots(arrivals: list[Arrival]) -> list[int]:
 
 def grouped(parts: list[Part], limit: int | None) -> list[list[Part]]:
     """Rows that can go through the model together, at most ``limit``, and alike in length where they are cut."""
-    packs = into_passes([part for part in parts if part.packed is not None], limit)
-    rows = [part for part in parts if part.packed is None]
+    packs = into_passes([part for part in parts if part.of_packs], limit)
+    rows = [part for part in parts if not part.of_packs]
     return packs + [each for group in pack(rows) for each in by_length(group, limit)]
 
 

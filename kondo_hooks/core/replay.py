@@ -52,7 +52,7 @@ class Replayed:
         """
         call = part.call
         if part.texts is not None and call.whole is None:
-            return among_others(part)
+            return among_others(part) if part.origin else None
         if self.layout is None or call.whole or len(part) >= call.batch:
             return None
         inputs, _ = assemble([part], self.layout)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.call import Call
+from kondo_hooks.core.kept_rows import says_longest
 from kondo_hooks.errors import PackError
 from kondo_hooks.rows.segments import Role, Segments, token_axis
 
@@ -210,6 +211,8 @@ def _roles(call: Call, segments: Segments, told: dict[str, Role] | None = None) 
         role: Role = "shared"
         if told and name in told:
             role = told[name]
+        elif leaf.dim() == 0 and not leaf.is_floating_point() and says_longest(name):
+            role = "longest"
         elif (name in _BOUNDS and leaf.dim() == 1) or (counts and _equals(leaf, bounds)):
             role = "bounds"
         elif name in _LENGTHS or (counts and _equals(leaf, lengths)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.engine import Engine
 from kondo_hooks.core.kept_rows import Part, cut, reading, same_constants, same_values, stands_alone
-from kondo_hooks.core.packs import into_passes
+from kondo_hooks.core.packs import into_passes, texts_in
 from kondo_hooks.core.passes import Plan, checked, complete, grouped
 from kondo_hooks.core.prefix import in_pieces, is_cut, pieces_of
 from kondo_hooks.core.readings import Learned
@@ -70,12 +70,12 @@ def plan(
     if limit is not None or cuts:
         pieces = [pieces_of(slot) for slot in by_slot]
         if limit is not None:
-            pieces = [max(n, -(-sum(map(_samples, slot)) // limit)) for n, slot in zip(pieces, by_slot, strict=True)]
+            pieces = [max(n, -(-sum(map(texts_in, slot)) // limit)) for n, slot in zip(pieces, by_slot, strict=True)]
         if not ranks.alone:
             pieces = ranks.largest(pieces)
     groups = []
     for first, mine, n in zip(firsts, by_slot, pieces, strict=True):
-        if mine and all(part.packed is not None for part in mine):
+        if mine and all(part.of_packs for part in mine):
             each = into_passes(mine, pieces=n)
         elif is_cut(mine):
             each = in_pieces(mine, n, alike=limit is not None)
@@ -86,12 +86,9 @@ def plan(
     return Plan(groups, imbalance)
 
 
-def _samples(part: Part) -> int:
-    return len(part) if part.packed is None else len(part.packed)
-
-
 def _held(part: Part, learned: Learned) -> Part:
-    return part if part.held is not None or stands_alone(part.call) else part.hold(reading(part, learned))
+    is_held = part.held is not None or part.packed is not None or stands_alone(part.call)
+    return part if is_held else part.hold(reading(part, learned))
 
 
 def forward_as_one_of_many(

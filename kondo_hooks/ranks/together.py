@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.kept_rows import Part
+from kondo_hooks.core.packs import apart, between, texts_in
 from kondo_hooks.errors import RankError
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import to_device
@@ -183,7 +184,7 @@ def balance(
     """Move rows from ranks that kept more than their share to those that kept fewer.
 
     Args:
-        parts: this rank's kept rows in each slot, held.
+        parts: this rank's kept rows in each slot, held, or texts.
         templates: for each slot a held part of this rank, whatever its rows.
         counts: (ranks, slots) kept rows.
         target: (ranks, slots) rows to replay.
@@ -218,14 +219,13 @@ def _transfers(surplus: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _take_last(parts: list[Part], n: int) -> tuple[list[Part], list[Part]]:
-    """The parts without their last ``n`` rows, and those."""
+    """The parts without their last ``n`` rows or texts, and those, each text by itself."""
     staying, leaving = list(parts), []
     while n:
         last = staying.pop()
-        if len(last) > n:
-            index = torch.arange(len(last), device=last.rows.device)
-            staying.append(last.select(index[: len(last) - n]))
-            last = last.select(index[len(last) - n :])
-        leaving.append(last)
-        n -= len(last)
+        if (size := texts_in(last)) > n:
+            staying.append(between(last, 0, size - n))
+            last = between(last, size - n, size)
+        leaving += [last] if last.packed is None else apart(last)
+        n -= texts_in(last)
     return staying, leaving

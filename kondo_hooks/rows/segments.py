@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Role = Literal["tokens", "bounds", "lengths", "ids", "mask", "places", "texts", "shared"]
+Role = Literal["tokens", "bounds", "lengths", "ids", "mask", "places", "texts", "longest", "shared"]
 """What an input is to the texts: something of each token, where texts begin (``cu_seqlens``), how long they are, which
-text each token belongs to, which tokens see each other, something of each place in a row, something of each text, or
-none of these."""
+text each token belongs to, which tokens see each other, something of each place in a row, something of each text, the
+longest of their lengths or more, or none of these."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def take_tokens(leaf: Tensor, role: Role, segments: Segments, tokens: Tensor) ->
     """
     index = tokens.to(leaf.device)
     texts = segments.ids[tokens].unique_consecutive()
-    if role == "shared":
+    if role in ("longest", "shared"):
         return leaf
     if role == "texts":
         return leaf.index_select(0, texts.to(leaf.device))
@@ -225,6 +225,8 @@ def put_together(leaves: Sequence[Tensor], role: Role, segments: Sequence[Segmen
     first = leaves[0]
     if role == "shared" or len(leaves) == 1:
         return first
+    if role == "longest":
+        return torch.stack(list(leaves)).amax()
     if role == "lengths":
         return torch.cat(list(leaves), -1)
     if role == "texts":

@@ -568,16 +568,19 @@ def packs(name: str, micro: int) -> dict[str, Any]:
         {"rate": 0.3},
         {"rate": 0.3, "scope": "global"},
         {"noise": 0.7, "scope": "global"},
+        {"rate": 0.4, "scope": "global", "balance": True},
         {"price": 1e6},
         {"rate": 0.5, "micro_batch_size": 1},
+        {"rate": 0.6, "scope": "global", "balance": True, "micro_batch_size": 2},
         {"rate": 0.3, "unit": "prefix"},
         {"rate": 0.3, "window": micro},
         {"noise": 0.7, "window": micro, "scope": "global"},
+        {"rate": 0.4, "window": micro, "scope": "global", "balance": True},
     ]
     host, net = build(HOSTS[name], make_wordwise(), micro), make_wordwise()
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
-    found: dict[str, Any] = {"differences": [], "tokens": []}
+    found: dict[str, Any] = {"differences": [], "tokens": [], "balanced": []}
     for number, case in enumerate(case for case in cases if case.get("window", 1) == micro):
         at(f"{name}, rank {rank}, {case}")
         told = [[[4 + r, 3, 5, 2 + i, 6][: 5 - (r + i) % 2] for r in range(ranks)] for i in range(micro)]
@@ -609,6 +612,8 @@ def packs(name: str, micro: int) -> dict[str, Any]:
         expected = stepped(net, optimizer, clip)
         found["differences"].append((str(case), difference(host.full(), expected)))
         found["tokens"].append(gate.stats.kept)
+        if "balance" in case:
+            found["balanced"].append((gate.stats.forwarded, gate.stats.imbalance, gate.stats.imbalance_balanced))
     return found
 
 
