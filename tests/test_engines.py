@@ -9,6 +9,7 @@ from tests.ranks.launch import launch
 
 # One engine of each kind, for what does not depend on its options.
 KINDS = ["ddp", "fsdp1", "fsdp2", "zero0", "zero2", "zero3-clip"]
+ACCELERATE = ["accelerate-ddp-clip", "accelerate-fsdp1", "accelerate-fsdp2", "accelerate-zero2"]
 
 
 def behaviour(name: str, *arguments: str | int, ranks: int = 2, timeout: float = 120):
@@ -88,7 +89,7 @@ def test_texts_of_packed_rows_give_the_weighted_gradient(host: str, accumulation
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("host", KINDS)
+@pytest.mark.parametrize("host", [*KINDS, *ACCELERATE, "accelerate-zero3"])
 def test_functions_around_the_model_give_the_weighted_gradient(host: str, accumulation: int):
     for found in behaviour("functions", host, accumulation, timeout=230):
         for case, difference in found["differences"]:
@@ -96,13 +97,23 @@ def test_functions_around_the_model_give_the_weighted_gradient(host: str, accumu
         assert all(0 < kept < rows for kept, rows in found["kept"])
 
 
-@pytest.mark.parametrize("host", KINDS)
-def test_what_waits_for_the_step_is_there_when_it_comes(host: str):
-    for found in behaviour("step_window", host):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", "packs"])
+@pytest.mark.parametrize("host", [*KINDS, *ACCELERATE])
+def test_what_waits_for_the_step_is_there_when_it_comes(host: str, kind: str):
+    for found in behaviour("step_window", host, kind):
         if "zero" in host:
             assert "DeepSpeed reads none: window='auto'" in found["refused"]
         else:
             assert max(found["differences"]) < 1e-5 and found["steps"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["uneven rows", "uneven packs"])
+def test_ranks_have_other_numbers_of_micro_batches(kind: str):
+    each = behaviour("step_window", "ddp", kind)
+    for found in each:
+        assert max(found["differences"]) < 1e-5 and found["steps"] == [1, 2, 3]
+    assert sum(found["kept"][-1] for found in each) > 0
 
 
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])

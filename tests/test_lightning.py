@@ -431,15 +431,24 @@ def test_a_gate_that_is_off_changes_nothing(monkeypatch):
 # Fabric.
 
 
-@pytest.mark.parametrize("window", [1, 2])
-def test_fabric_needs_no_callback(window):
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize("kind", [1, 2, "step"])
+def test_fabric_needs_no_callback(kind, function):
+    window = 2 if kind == "step" else kind
     fabric = Fabric(accelerator="cpu", devices=1)
     policy = Policy("net")
     model, optimizer = fabric.setup(policy.net, torch.optim.SGD(policy.net.parameters(), lr=0.5))
     loader = fabric.setup_dataloaders(batches(3 * window))
-    with kondo.gated(model, rate=0.125, window=window) as gate:
+
+    class Learner:
+        def log_probs(self, x, actions):
+            return torch.log_softmax(model(x), -1).gather(1, actions.unsqueeze(1)).squeeze(1)
+
+    learner = Learner()
+    options = {"method": (learner, "log_probs"), "logp": lambda out: out} if function else {}
+    with kondo.gated(model, rate=0.125, window=kind, **options) as gate:
         for i, (x, actions, advantages) in enumerate(loader):
-            log_probs = torch.log_softmax(model(x), -1).gather(1, actions.unsqueeze(1)).squeeze(1)
+            log_probs = learner.log_probs(x, actions)
             fabric.backward(-(advantages * log_probs).mean() / window)
             if (i + 1) % window == 0:
                 optimizer.step()

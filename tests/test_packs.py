@@ -1,11 +1,13 @@
 """Rows that hold many texts: the texts are the samples, and the replay is a shorter pack with the same gradient."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -25,9 +27,18 @@ class Attention(nn.Module):
         self.token, self.place = nn.Embedding(V, 12), nn.Embedding(32, 12)
         self.qkv, self.head = nn.Linear(12, 36), nn.Linear(12, V)
 
-    def forward(self, ids, **told):
+    def forward(self, ids, doc_lens=None, **told):
+        if self.told == "block mask":  # its backward does not run on a CPU
+            mask = told["extra"].block_mask
+            sees = create_mask(mask.mask_mod, 1, 1, *mask.shape[2:], device="cpu")[0, 0]
+            assert torch.equal(mask.to_dense()[0, 0], blocks_of(sees, mask.BLOCK_SIZE[0]))
+            return self.attended(ids, sees.sum(1) - 1, sees)
         if self.told == "cu_seqlens":
             lengths = told["cu_seqlens"].diff()
+            assert told["max_seqlen"] >= lengths.max()
+        elif self.told in ("list", "by position"):
+            assert type(doc_lens) is list or self.told == "by position"
+            lengths = torch.as_tensor(doc_lens)
         elif self.told == "seq_lens":
             lengths = told["seq_lens"].flatten()
         elif self.told == "doc_lens":
@@ -35,10 +46,12 @@ class Attention(nn.Module):
         else:
             lengths = told["seq_idx"].flatten().unique_consecutive(return_counts=True)[1]
         text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        place = torch.cat([torch.arange(int(n)) for n in lengths])
-        x = (self.token(ids[0]) + self.place(place))[None]
         sees = text[:, None] == text
         sees = sees & (torch.ones_like(sees).tril() if self.causal else True)
+        return self.attended(ids, torch.cat([torch.arange(int(n)) for n in lengths]), sees)
+
+    def attended(self, ids, place, sees):
+        x = (self.token(ids[0]) + self.place(place))[None]
 
         def attend(x):
             q, k, v = self.qkv(x).chunk(3, -1)
@@ -47,8 +60,15 @@ class Attention(nn.Module):
         return self.head(x + checkpoint(attend, x, use_reentrant=False))
 
 
+def blocks_of(sees, size):
+    """Which blocks of this size have any pair."""
+    padded = F.pad(sees, (0, -len(sees) % size, 0, -len(sees) % size))
+    return padded.unflatten(0, (-1, size)).unflatten(2, (-1, size)).any(3).any(1).int()
+
+
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SMALL |= {"max_position_embeddings": 64, "num_key_value_heads": 1}
+TOLD = ("cu_seqlens", "seq_lens", "seq_idx", "doc_lens", "block mask", "list", "by position")
 KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "llama, eager": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation="eager")),
@@ -60,7 +80,7 @@ KINDS = {
             vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
         )
     ),
-    **{told: (lambda told=told: Attention(told)) for told in ("cu_seqlens", "seq_lens", "seq_idx", "doc_lens")},
+    **{told: (lambda told=told: Attention(told)) for told in TOLD},
     "both ways": lambda: Attention("cu_seqlens", causal=False),
 }
 
@@ -93,8 +113,18 @@ class Pack:
 
     def given(self, kind):
         """The model's arguments."""
+        if kind == "block mask":
+            text, n = self.text[0], self.total
+            mask = create_block_mask(lambda b, h, q, k: (text[q] == text[k]) & (q >= k), 1, None, n, n, "cpu", 8)
+            return (self.ids,), {"extra": SimpleNamespace(block_mask=mask)}
         if kind in ("cu_seqlens", "both ways"):
-            return (self.ids,), {"cu_seqlens": self.bounds.int(), "max_seqlen": int(self.lengths.max())}
+            longest = int(self.lengths.max())
+            longest = longest if kind == "cu_seqlens" else torch.tensor(longest)
+            return (self.ids,), {"cu_seqlens": self.bounds.int(), "max_seqlen": longest}
+        if kind == "list":
+            return (self.ids,), {"doc_lens": self.lengths.tolist()}
+        if kind == "by position":
+            return (self.ids, self.lengths), {}
         if kind == "seq_lens":
             return (self.ids,), {"seq_lens": self.lengths[None]}
         if kind == "doc_lens":
@@ -832,3 +862,164 @@ def test_what_a_text_predicts_of_the_next_is_named():
     ):
         (-pack.u[pack.text[:, :-1]] * model(pack.ids, seq_lens=pack.lengths)["log_probs"]).sum().backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_flex_attention_is_screened_as_it_runs():
+    """Its backward does not run on a CPU, so its output is a constant here."""
+    torch.manual_seed(0)
+
+    class Flex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.head = nn.Embedding(V, 16), nn.Linear(16, V)
+
+        def forward(self, ids, block_mask):
+            x = self.token(ids)
+            q = x.detach()[:, None]
+            seen = flex_attention(q, q, q, block_mask=block_mask)[:, 0]
+            return self.head(x + seen)
+
+    ours, theirs = copies(Flex())
+    pack = Pack(*ONE)
+    text, n = pack.text[0], pack.total
+    mask = create_block_mask(lambda b, h, q, k: (text[q] == text[k]) & (q >= k), 1, None, n, n, "cpu", 16)
+
+    def loss(model, factors=None):
+        logp = model(pack.ids, block_mask=mask)[:, :-1].log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        u = pack.u if factors is None else pack.u * factors
+        return -(u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+    runs = Runs(ours, V)
+    with kondo.gated(ours, rate=0.4) as gate:
+        loss(ours).backward()
+    loss(theirs, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-5
+    assert int(pack.lengths[gate.last.factors() != 0].sum()) in runs.tokens
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_block_masks_of_rows_are_cut_by_rows(window):
+    """One with a mask of its own for each row, of other lengths in each call."""
+    torch.manual_seed(0)
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.head = nn.Embedding(V, 16), nn.Linear(16, V)
+
+        def forward(self, ids, mask):
+            sees = create_mask(mask.mask_mod, len(ids), 1, *mask.shape[2:], device="cpu")
+            x = self.token(ids)[:, None]
+            return self.head(x + F.scaled_dot_product_attention(x, x, x, attn_mask=sees))[:, 0]
+
+    ours, theirs = copies(Rows().double())
+
+    def batch(n, t):
+        left = torch.randint(1, t, (n,))
+        mask = create_block_mask(lambda b, h, q, k: (k < left[b]) | (q == k), n, None, t, t, "cpu", 4)
+        return torch.randint(V, (n, t)), mask, torch.randn(n, 1).double()
+
+    def loss(model, ids, mask, u, factors=1.0):
+        logp = model(ids, mask).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        return -(u * factors * logp).sum()
+
+    batches = [batch(6, 9), batch(5, 11)]
+    with kondo.gated(ours, rate=0.4, window=window) as gate:
+        for n, each in enumerate(batches):
+            loss(ours, *each).backward()
+            if window == 1:
+                loss(theirs, *each, gate.last.factors()[:, None]).backward()
+            elif n:
+                factors = gate.last.factors().split([6, 5])
+                for one, mine in zip(batches, factors, strict=True):
+                    loss(theirs, *one, mine[:, None]).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_what_is_given_by_position_has_its_name_behind_a_wrapper():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    wrapped = Wrapper(Wrapper(made("by position")))
+    with kondo.gated(wrapped, rate=0.4) as gate:
+        loss_of(wrapped, "by position", Pack(*ONE)).backward()
+    assert gate.stats.rows == 6
+
+
+def in_chunks(hidden, head, actions):
+    def log_probs(hidden, actions):
+        return F.linear(hidden, head).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+    pieces = zip(hidden.split(4, 1), actions.split(4, 1), strict=True)
+    return torch.cat([checkpoint(log_probs, h, a, use_reentrant=False) for h, a in pieces], 1)
+
+
+def squeezed(hidden, head, actions):
+    logits = F.linear(hidden.squeeze(0), head)
+    return logits.gather(-1, actions[0].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def squeezed_chunks(hidden, head, actions):
+    pieces = zip(hidden[0].split(5), actions[0].split(5), strict=True)
+    return torch.cat([-F.cross_entropy(F.linear(h, head), a, reduction="none") for h, a in pieces])[None]
+
+
+@pytest.mark.parametrize("log_probs", [in_chunks, squeezed, squeezed_chunks], ids=lambda f: f.__name__)
+def test_heads_outside_of_the_model_are_marked(log_probs):
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*ONE)
+    head = torch.randn(V, 16, dtype=torch.float64)
+
+    def loss(model, mark, factors=None):
+        hidden = model.model(input_ids=pack.ids, position_ids=pack.place, use_cache=False)[0][:, :-1]
+        u = pack.u if factors is None else pack.u * factors
+        return -(u[pack.text[:, :-1]] * mark(log_probs(hidden, head, pack.ids[:, 1:])) * pack.labelled).sum()
+
+    with kondo.gated(ours.model, rate=0.4) as gate:
+        loss(ours, gate.logp).backward()
+    delight = kondo_delight(theirs.model, pack, head)
+    assert torch.equal(gate.last.factors() != 0, delight >= delight.sort(descending=True).values[1])
+    loss(theirs, lambda t: t, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def kondo_delight(model, pack, head):
+    with torch.no_grad():
+        hidden = model(input_ids=pack.ids, position_ids=pack.place, use_cache=False)[0][:, :-1]
+        logp = F.linear(hidden, head).log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+    return (
+        torch.zeros(len(pack.u))
+        .double()
+        .index_add(0, pack.text[0, :-1], (-pack.u[pack.text[:, :-1]] * logp * pack.labelled)[0])
+    )
+
+
+@pytest.mark.parametrize("loss_of_tokens", ["gather", "cross entropy", "last tokens"])
+@pytest.mark.parametrize("only", [lambda logits: logits.squeeze(0), lambda logits: logits[0]], ids=["squeeze", "[0]"])
+def test_a_policy_is_seen_where_the_only_row_has_lost_its_axis(only, loss_of_tokens):
+    """Beside a value that would hide it at the boundary."""
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*ONE)
+    first = 7 if loss_of_tokens == "last tokens" else 0
+
+    def loss(model, factors=None):
+        logits = only(logits_of(model, "llama", pack))[:-1]
+        u = ((pack.u if factors is None else pack.u * factors)[pack.text[:, :-1]] * pack.labelled)[0]
+        a, more = pack.ids[0, 1:], 0.1 * (logits.logsumexp(-1).square() * (u != 0)).sum()
+        if loss_of_tokens == "cross entropy":
+            return (u * F.cross_entropy(logits, a, reduction="none")).sum() + more
+        return -(u * logits.log_softmax(-1).gather(-1, a[:, None])[:, 0])[first:].sum() + more
+
+    with kondo.gated(ours, rate=0.4) as gate:
+        loss(ours).backward()
+    loss(theirs, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    head = torch.tensor(theirs.lm_head.weight.detach())
+    if not first:
+        delight = kondo_delight(theirs.model, pack, head)
+        assert torch.equal(gate.last.factors() != 0, delight >= delight.sort(descending=True).values[1])

@@ -30,10 +30,13 @@ from kondo_hooks.rows.axes import (
     output_rows,
     pad_to,
 )
+from kondo_hooks.rows.block_masks import encode_block_mask
+from kondo_hooks.rows.conventions import is_list_of_lengths
 from kondo_hooks.rows.encoded import (
     Encoded,
     are_alike,
     encode_input,
+    encode_numbers,
     encode_output,
     encode_row_list,
     encode_rows,
@@ -150,12 +153,14 @@ class Call:
     def _encode_input(self, path: str, value: Any) -> Encoded | None:
         if path in self._rowwise:
             return encode_rows(value)
+        if is_list_of_lengths(path, value):
+            return encode_numbers(value)
         if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
             self._has_lists |= len(path) > 3
             return None
         if is_array(value) and value.dtype.hasobject:
             self._has_lists = True
-        encoded = encode_input(value)
+        encoded = encode_input(value) or encode_block_mask(value)
         if encoded is not None:
             self._ids.update(map(id, flatten(value)[1]))
         return encoded

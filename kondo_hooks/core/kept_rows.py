@@ -1,6 +1,5 @@
 """Rows of a call that are to be replayed: taken, held while they wait, cut, packed with others and moved."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.readings import Learned
 from kondo_hooks.errors import DelightError
 from kondo_hooks.rows.axes import Layout, Rows, at_positions, carried_over
+from kondo_hooks.rows.conventions import says_longest
 from kondo_hooks.rows.encoded import Encoded
 from kondo_hooks.rows.tree import Tree, attributes, is_entered
 from kondo_hooks.same.attributes import same_facts
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kondo_hooks.core.positions import Positions
 
 Gradient = Tensor | RankOne
-_LONGEST = re.compile(r"max_(length|seq_?len)s?(_[qk]|_kv)?$")
 
 
 @dataclass
@@ -476,11 +475,6 @@ def same_constants(a: Tree, b: Tree, longest: list[tuple[int, int]] | None = Non
         longest: takes what the two say of their longest text, by its name, which may then differ.
     """
     return _same_constants(a, b, set(), longest)
-
-
-def says_longest(name: str) -> bool:
-    """Whether an argument of this name bounds the lengths of texts: what is larger does, too."""
-    return _LONGEST.match(name) is not None
 
 
 def _same_constants(

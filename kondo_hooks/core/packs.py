@@ -9,7 +9,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Held, Part, overlaps, same_constants, same_structure, same_values
-from kondo_hooks.core.texts import Texts, is_place
+from kondo_hooks.core.texts import Texts
 from kondo_hooks.errors import PackError
 from kondo_hooks.rows.axes import Rows
 from kondo_hooks.rows.segments import Segments, put_together, put_tokens, stand_in, take_tokens, token_axis
@@ -144,8 +144,8 @@ def among_others(part: Part) -> dict[int, Tensor]:
         call, segments = source.call, packed.texts.segments
         index, tokens = segments.filled(packed.kept), packed.tokens()
         inputs = [
-            stand_in(leaf.detach(), segments, index) if role == "tokens" and not is_place(path) else leaf
-            for path, leaf, role in zip(call.input_paths, call.inputs, packed.texts.roles, strict=True)
+            stand_in(leaf.detach(), segments, index) if role == "tokens" else leaf
+            for leaf, role in zip(call.inputs, packed.texts.roles, strict=True)
         ]
         for i, output in enumerate(call.run_without_graph(inputs)):
             if part.grads[i] is not None:

@@ -4,26 +4,24 @@ Large trainers pack: ids of (1, total), and beside them what says where texts be
 """
 
 import functools
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kondo_hooks.core.call import Call
-from kondo_hooks.core.kept_rows import says_longest
 from kondo_hooks.errors import PackError
+from kondo_hooks.rows.block_masks import block_mask_of, dense_rows
+from kondo_hooks.rows.conventions import BOUNDS, IDS, LENGTHS, POSITIONS, name_in, says_longest
 from kondo_hooks.rows.segments import Role, Segments, token_axis
 
 Named = str | Callable[..., Any] | Literal[False] | None
 """The input that tells texts, a function of the call that gives their lengths, or False: rows are the samples."""
 
-_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
-_LENGTHS = ("seq_lens", "seqlens", "doc_lens")
-_IDS = ("seq_idx", "sequence_ids", "document_ids", "segment_ids")
-_POSITIONS = ("position_ids", "positions")
 _FORBIDDEN = -1e8  # an additive mask: what is below is not seen
 
 
@@ -55,7 +53,7 @@ def find_texts(call: Call, named: Named = None) -> Texts | None:
     """
     if named is False or call.pairs or not call.inputs:
         return None
-    inputs = {_name(path): leaf for path, leaf in zip(call.input_paths, call.inputs, strict=True)}
+    inputs = dict(zip(_names(call), call.inputs, strict=True))
     if named is None and not _may_tell(inputs):
         return None
     shape = _rows_of_tokens(call, inputs)
@@ -67,22 +65,26 @@ def find_texts(call: Call, named: Named = None) -> Texts | None:
         return _named(call, named, inputs, shape)
     mask = inputs.get("attention_mask")
     padding = None if mask is None or tuple(mask.shape) != shape else (mask == 0).cpu()
-    for names, read in ((_BOUNDS, _from_bounds), (_LENGTHS, _from_lengths), (_IDS, _from_ids)):
+    for names, read in ((BOUNDS, _from_bounds), (LENGTHS, _from_lengths), (IDS, _from_ids)):
         for name in names:
             if name in inputs and (found := read(inputs[name], shape)) is not None:
                 return _several(call, found)
-    for name in _POSITIONS:
+    for name in POSITIONS:
         if name in inputs and (found := _from_positions(inputs[name], shape, padding)) is not None:
             return _several(call, found)
-    for leaf in call.inputs:
-        if leaf.dim() == 4 and shape[0] == 1 and (found := _from_mask(leaf, shape)) is not None:
+    for leaf in call.inputs if shape[0] == 1 else ():
+        if leaf.dim() == 4 and (found := _from_mask(leaf, shape)) is not None:
             return _several(call, found)
+        if (mask := block_mask_of(leaf)) is not None and tuple(mask.shape[-2:]) == (shape[1], shape[1]):
+            return _several(call, _from_rows(dense_rows(mask), shape[1]))
     return None
 
 
 def _may_tell(inputs: dict[str, Tensor]) -> bool:
-    names = (*_BOUNDS, *_LENGTHS, *_IDS, *_POSITIONS)
-    return any(name in inputs for name in names) or any(leaf.dim() == 4 for leaf in inputs.values())
+    names = (*BOUNDS, *LENGTHS, *IDS, *POSITIONS)
+    if any(name in inputs for name in names):
+        return True
+    return any(leaf.dim() == 4 or block_mask_of(leaf) is not None for leaf in inputs.values())
 
 
 def _named(call: Call, named: str | Callable[..., Any], inputs: dict[str, Tensor], shape: tuple[int, int]) -> Texts:
@@ -95,7 +97,7 @@ def _named(call: Call, named: str | Callable[..., Any], inputs: dict[str, Tensor
     if named not in inputs:
         raise PackError(f"gated: segments={named!r} is no input of the call; it has {sorted(inputs)}")
     readers: tuple[tuple[Any, Role], ...] = (
-        *((_from_bounds, "bounds"), (_from_lengths, "lengths"), (_from_positions, "tokens"), (_from_ids, "ids")),
+        *((_from_bounds, "bounds"), (_from_lengths, "lengths"), (_from_positions, "positions"), (_from_ids, "ids")),
     )
     for read, role in readers:
         found = read(inputs[named], shape)
@@ -110,15 +112,39 @@ def _several(call: Call, found: Segments) -> Texts | None:
     return Texts(found, _roles(call, found)) if several else None
 
 
-@functools.lru_cache(1024)
-def _name(path: str) -> str:
-    found = re.findall(r"\[?'(\w+)'\]?|\.(\w+)", path)
-    return next((a or b for a, b in reversed(found)), path)
+def _names(call: Call) -> list[str]:
+    """Of each input, as the forward calls it, or the dictionary or object that it stands in."""
+    given = None
+    names = []
+    for path in call.input_paths:
+        place = re.fullmatch(r"\[0\]\[(\d+)\]", path)
+        if place is None:
+            names.append(name_in(path))
+            continue
+        given = _positional(call.run) if given is None else given
+        at = int(place[1])
+        names.append(given[at] if at < len(given) else path)
+    return names
 
 
-def is_place(path: str) -> bool:
-    """Whether an input says where each token stands in its text, and nothing of what it is."""
-    return _name(path) in _POSITIONS
+def _positional(run: Callable[..., Any]) -> Sequence[str]:
+    """The names of a function's arguments by position; a wrapper's, which names none, are those of its module."""
+    module = getattr(run, "__self__", None)
+    if not isinstance(module, nn.Module):
+        return _signature(run)
+    names = _signature(getattr(run, "__func__", run))[1:]
+    while not names and isinstance(module, nn.Module):
+        names, module = _signature(type(module).forward)[1:], getattr(module, "module", None)
+    return names
+
+
+@functools.lru_cache(256)
+def _signature(function: Callable[..., Any]) -> Sequence[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _told(named: Any) -> str:
@@ -191,13 +217,21 @@ def _from_mask(leaf: Tensor, shape: tuple[int, int]) -> Segments | None:
         return None
     mask = leaf[0, 0].cpu()
     sees = mask > max(_FORBIDDEN, torch.finfo(mask.dtype).min / 2) if mask.is_floating_point() else mask != 0
-    place = torch.arange(shape[1], device="cpu")
-    first = torch.where(sees, place, shape[1]).amin(1)  # the first that each token sees
-    last = torch.where(sees, place, -1).amax(1)
+    return _from_rows([sees], shape[1])
+
+
+def _from_rows(sees: Iterable[Tensor], length: int) -> Segments:
+    """From which tokens each of one row sees, (n, T) bool, some tokens at a time."""
+    place = torch.arange(length, device="cpu")
+    ends = []
+    for some in sees:
+        at = place.to(some.device)
+        ends.append(torch.stack([torch.where(some, at, length).amin(1), torch.where(some, at, -1).amax(1)]).cpu())
+    first, last = torch.cat(ends, 1)  # of those that each token sees
     first = torch.minimum(first, place).flip(0).cummin(0).values.flip(0)
     reached = torch.maximum(last, place).cummax(0).values
     begins = (first == place) & torch.cat([reached.new_full((1,), -1), reached[:-1]]).lt(place)
-    return Segments.of_marks(*shape, begins[None], _idle(begins[None]))
+    return Segments.of_marks(1, length, begins[None], _idle(begins[None]))
 
 
 def _roles(call: Call, segments: Segments, told: dict[str, Role] | None = None) -> tuple[Role, ...]:
@@ -205,24 +239,26 @@ def _roles(call: Call, segments: Segments, told: dict[str, Role] | None = None) 
     roles: list[Role] = []
     lengths, t = segments.lengths, segments.length
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    for path, leaf in zip(call.input_paths, call.inputs, strict=True):
-        name, has_tokens = _name(path), token_axis(leaf.shape, segments) is not None
+    for name, leaf in zip(_names(call), call.inputs, strict=True):
+        has_tokens = token_axis(leaf.shape, segments) is not None
         counts = not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.dim() in (1, 2)
         role: Role = "shared"
         if told and name in told:
             role = told[name]
         elif leaf.dim() == 0 and not leaf.is_floating_point() and says_longest(name):
             role = "longest"
-        elif (name in _BOUNDS and leaf.dim() == 1) or (counts and _equals(leaf, bounds)):
+        elif block_mask_of(leaf) is not None:
+            role = "block mask"
+        elif (name in BOUNDS and leaf.dim() == 1) or (counts and _equals(leaf, bounds)):
             role = "bounds"
-        elif name in _LENGTHS or (counts and _equals(leaf, lengths)):
+        elif name in LENGTHS or (counts and _equals(leaf, lengths)):
             role = "lengths"
-        elif name in _IDS and has_tokens:
+        elif name in IDS and has_tokens:
             role = "ids"
         elif _is_mask(name, leaf, t) and (segments.rows == 1 or leaf.shape[0] == segments.rows):
             role = "mask"
         elif has_tokens:
-            role = "tokens"
+            role = "positions" if name in POSITIONS else "tokens"
         elif segments.rows > 1 and t in leaf.shape[:2] and leaf.dim() > 1:
             role = "places"
         elif leaf.dim() and leaf.shape[0] == len(lengths) > 1:

@@ -207,6 +207,8 @@ class _Follower:
         placed = [part for part in parts if part]
         if not placed:
             return None if None in parts else []
+        if not stacked and (pieces := _pieces_of_a_row(node, parts, dim)) is not None:
+            return [pieces]
         first = placed[0][0]
         if any(part is None or (part[0].row_axis, part[0].repeat) != (first.row_axis, first.repeat) for part in placed):
             return None
@@ -264,6 +266,25 @@ class _Follower:
         if len(after) <= row or after[row] != size or (row != 0 and before != after):
             return None
         return sources if before == after else [replace(s, position_axis=None) for s in sources]
+
+
+def _pieces_of_a_row(node: Node, parts: Sequence[_Sources], dim: int) -> Source | None:
+    """A call's only row put together of pieces of its positions, one after another; None if it is something else."""
+    whole: Source | None = None
+    for part, edge in zip(parts, node.next_functions, strict=True):
+        if part is None or len(part) != 1 or part[0].call.batch != 1 or part[0].halves:
+            return None
+        source, shape = part[0], edge_shape(edge)
+        axis = source.row_axis if source.repeat > 1 else source.position_axis
+        if axis != dim and (math.prod(shape) if axis is None else shape[axis]) != 1:
+            return None
+        if whole is None:
+            whole = replace(source, row_axis=dim, position_axis=dim, repeat=shape[dim])
+        elif (source.call, source.output, source.offset) != (whole.call, whole.output, whole.offset + whole.repeat):
+            return None
+        else:
+            whole = replace(whole, repeat=whole.repeat + shape[dim])
+    return whole
 
 
 def _all(sources: Sequence[Source | None]) -> _Sources:
@@ -367,13 +388,13 @@ def _reshaped(edge: Edge, name: str, before: tuple[int, ...], after: tuple[int, 
         dims = set(range(len(before))) if name == "SqueezeBackward0" else _dims(node, len(before))
         gone = {dim for dim in dims if before[dim] == 1}
         if row in gone:
-            return None
+            return _viewed(before, after, source)  # a single row: its positions are what is left of the rows
         positions = row if positions in gone and source.repeat == 1 else positions
         return replace(source, row_axis=_without(gone, row), position_axis=_without(gone, positions))
     dim = _signed(node._saved_dim) % len(before)
     if name.startswith(("Select", "Unbind")):
         if dim == row:
-            return None
+            return _viewed(before, after, source) if before[row] == 1 else None
         index = _signed(node._saved_index) % before[dim] if name.startswith("Select") else edge[1]
         if dim == positions:  # one position is left, and it goes with the rows
             source, positions = replace(source, offset=source.offset + index), row
@@ -382,6 +403,8 @@ def _reshaped(edge: Edge, name: str, before: tuple[int, ...], after: tuple[int, 
     if dim == row:
         if after[row] == before[row]:
             return source
+        if positions == row and source.call.batch == 1 and not source.halves and start is not None:
+            return replace(source, offset=source.offset + start, repeat=after[row])
         half = source.halves and start is not None and 2 * after[row] == before[row] and start % after[row] == 0
         return replace(source, halves=False, repeat=source.repeat // 2) if half else None
     if dim == positions:
@@ -448,9 +471,12 @@ def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        old, new, a, b = [], [], 1, 1
+        old: list[int] = []
+        new: list[int] = []
+        a = b = 1
         while True:
-            if i < len(before) and (a <= b or j == len(after)):
+            pairs = bool(old) and not new and a == b and j < len(after)  # axes of one entry, each with its own
+            if i < len(before) and not pairs and (a <= b or j == len(after)):
                 a *= before[i]
                 old.append(i)
                 i += 1

@@ -84,6 +84,12 @@ def encode_rows(rows: Sequence[Any]) -> Encoded:
     return Encoded(index, lambda part, memo: kind(rows[i] for i in part[:, 0].tolist()), rows)
 
 
+def encode_numbers(numbers: Sequence[int]) -> Encoded:
+    """A list or tuple of whole numbers as a tensor of them."""
+    kind: Any = type(numbers)
+    return Encoded(torch.tensor(numbers, device="cpu"), lambda part, memo: kind(part.tolist()), ("numbers", kind))
+
+
 def is_array(value: Any) -> bool:
     """Whether it is a numpy array, of numpy's own class."""
     numpy = sys.modules.get("numpy")

@@ -11,10 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Role = Literal["tokens", "bounds", "lengths", "ids", "mask", "places", "texts", "longest", "shared"]
-"""What an input is to the texts: something of each token, where texts begin (``cu_seqlens``), how long they are, which
-text each token belongs to, which tokens see each other, something of each place in a row, something of each text, the
-longest of their lengths or more, or none of these."""
+Role = Literal[
+    "tokens", "positions", "bounds", "lengths", "ids", "mask", "block mask", "places", "texts", "longest", "shared"
+]
+"""What an input is to the texts: something of each token, its position in its text, where texts begin
+(``cu_seqlens``), how long they are, which text each token belongs to, which tokens see each other (as a tensor, or as
+what stands in for a ``BlockMask``), something of each place in a row, something of each text, the longest of their
+lengths or more, or none of these."""
 
 
 @dataclass(frozen=True)

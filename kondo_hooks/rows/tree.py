@@ -351,6 +351,10 @@ _NOT_ENTERED = (
 )
 
 
+_WHOLE = {("numpy", "ndarray"), ("torch.nn.attention.flex_attention", "BlockMask")}
+"""Types of objects that are encoded or left alone, and never gone into."""
+
+
 def is_entered(value: Any) -> bool:
     """Whether it is an object whose attributes are gone through."""
     return _handler(type(value)) is _object
@@ -369,7 +373,7 @@ def _find_handler(kind: type) -> _Handler | None:
         return None
     if kind.__module__ == "transformers.cache_utils":
         return None  # every decoder returns one, and training uses none
-    if (kind.__module__, kind.__name__) == ("numpy", "ndarray"):
+    if (kind.__module__, kind.__name__) in _WHOLE:
         return _array
     if kind is Encoded:
         return _encoded

@@ -76,7 +76,7 @@ def _name(source: RngSource) -> Any:
 
 
 def _draws_numbers(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 def _shape(value: Any) -> Any:
@@ -94,6 +94,8 @@ class RecordDraws(TorchDispatchMode):
         draws: to note them in.
         rng: the state of the generators before the screen.
     """
+
+    supports_higher_order_operators = True  # flex attention is one; what one draws inside counts as missed
 
     def __init__(self, draws: Draws, rng: RngState):
         super().__init__()
@@ -141,6 +143,8 @@ class TakeDraws(TorchDispatchMode):
         calls: the draws of each call in the replay, its batch size, the rows that are replayed and whether these are
             pairs.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, calls: Sequence[tuple[Draws, int, Tensor, bool]]):
         super().__init__()

@@ -15,6 +15,8 @@ class Uses(TorchDispatchMode):
         each: of each, whether it was given.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, *tensors: Tensor):
         super().__init__()
         self.each = [False] * len(tensors)

@@ -518,35 +518,62 @@ def functions(name: str, micro: int) -> dict[str, Any]:
     return found
 
 
-def step_window(name: str) -> dict[str, Any]:
-    """Micro-batches that wait until the optimizer steps, of other sizes on every rank."""
-    micro = 3
-    host, net = build(HOSTS[name], make_net(), micro), make_net()
+def step_window(name: str, kind: str) -> dict[str, Any]:
+    """Micro-batches that wait until the optimizer steps, of other sizes on each rank; or packs, or in other numbers."""
+    make = make_wordwise if "packs" in kind else make_net
+    host, net = build(HOSTS[name], make(), 3), make()
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
-    found: dict[str, Any] = {"differences": [], "steps": []}
+    found: dict[str, Any] = {"differences": [], "steps": [], "kept": []}
+    lengths_of: dict[int, list[int]] = {}
     try:
-        gate = kondo.gated(host.model, window="step", rate=0.4, scope="global")
+        options = {"segments": lambda x: lengths_of[id(x)]} if "packs" in kind else {}
+        gate = kondo.gated(host.model, window="step", rate=0.4, scope="global", **options)
     except ValueError as error:
         return {"refused": str(error)}
     with gate:
         for step in range(3):
-            at(f"{name}, rank {rank}, step {step}")
-            batches = [[random_batch(100 * step + 10 * i + r, 7 - r - i) for r in range(ranks)] for i in range(micro)]
-            for i in range(micro):
-                with host.micro(i, micro):
-                    host.backward(loss_of(host.model(batches[i][rank].x), batches[i][rank]) / micro)
-            host.step()
+            at(f"{name}, rank {rank}, {kind}, step {step}")
+            numbers = [3 + (2 * r if "uneven" in kind else 0) for r in range(ranks)]
+            batches: list[list[Batch]] = []
+            for r, number in enumerate(numbers):
+                seeds = [100 * step + 10 * i + r for i in range(number)]
+                if "packs" in kind:
+                    batches.append(
+                        [packed_batch(seed, [4 + r, 3, 5 - i % 3, 2], lengths_of) for i, seed in enumerate(seeds)]
+                    )
+                else:
+                    batches.append([random_batch(seed, 7 - r - i % 3) for i, seed in enumerate(seeds)])
+            own, loss = batches[rank], sequence_loss if "packs" in kind else loss_of
+            accumulate(host, numbers[rank], lambda i, own=own, loss=loss: loss(host.model(own[i].x), own[i]))
             gathered: list[Any] = [None] * ranks
             dist.all_gather_object(gathered, gate.last.factors().tolist())
-            for r in range(ranks):
-                factors = torch.tensor(gathered[r]).split([len(batches[i][r].x) for i in range(micro)])
-                for i, mine in enumerate(factors):
-                    (loss_of(net(batches[i][r].x), batches[i][r], mine) / ranks / micro).backward()
+            for factors, each in zip(gathered, batches, strict=True):
+                start = 0
+                for b in each:
+                    number = len(lengths_of[id(b.x)]) if "packs" in kind else len(b.x)
+                    mine, start = torch.tensor(factors[start : start + number]), start + number
+                    if "packs" in kind:
+                        mine = torch.repeat_interleave(mine, torch.tensor(lengths_of[id(b.x)]))[None]
+                        logp = net(b.x).log_softmax(-1).gather(-1, b.actions.unsqueeze(-1)).squeeze(-1)
+                        term = (-b.advantages * logp * mine).mean()
+                    else:
+                        term = loss_of(net(b.x), b, mine)
+                    (term / ranks / len(each)).backward()
             expected = stepped(net, optimizer, clip)
             found["differences"].append(difference(host.full(), expected))
             found["steps"].append(gate.stats.steps)
+            found["kept"].append(gate.stats.kept)
     return found
+
+
+def packed_batch(seed: int, lengths: list[int], lengths_of: dict[int, list[int]]) -> Batch:
+    """Texts of these lengths in one row, each with one advantage."""
+    b = sequences(seed, sum(lengths))
+    u = torch.repeat_interleave(b.advantages[0, : len(lengths)], torch.tensor(lengths))
+    packed = Batch(b.x[:1].clone(), b.actions[:1], u[None])
+    lengths_of[id(packed.x)] = lengths
+    return packed
 
 
 class Wordwise(Net):
