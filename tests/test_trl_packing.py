@@ -1,5 +1,8 @@
 """TRL's packed rows: the texts are the samples. Parameters equal TRL's with the log-probs of dropped texts masked."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -146,3 +149,14 @@ def test_padding_free_rows_that_are_given_a_mask_are_refused(tmp_path):
     trainer = supervised(tmp_path, kind=WithMask, **PACKINGS["bfd"])
     with pytest.raises(Exception, match="texts of one row see each other"), kondo.gated(trainer.model, rate=RATE):
         trainer.train()
+
+
+def test_the_page_runs_as_it_stands(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "frameworks" / "trl.md").read_text()
+    common = {**hf.TRAINING, "per_device_train_batch_size": 4, "output_dir": str(tmp_path)}
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0].replace('"out", ', "")
+    found = {"model": hf.llama(), "texts": hf.texts(), "tokenizer": hf.tokenizer(), "common": common}
+    start = [p.detach().clone() for p in found["model"].parameters()]
+    exec(code, found)
+    assert any(not torch.equal(a, b) for a, b in zip(start, found["model"].parameters(), strict=True))
+    assert found["trainer"].state.log_history[0]["kondo/skipped"] > 0.5
