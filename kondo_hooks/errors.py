@@ -75,6 +75,14 @@ def coupled_rows(tensor: str) -> str:
     )
 
 
+def predicts_padding(output: str) -> PackError:
+    """The error for labels that the model shifts, where the loss uses what a text predicts of the padding after it."""
+    return PackError(
+        f"gated: {output} is one short of the tokens, and the loss uses what a text's last token predicts where "
+        "padding follows, which belongs to no text: mask it in the loss."
+    )
+
+
 def failed_replay(call: str, rows: int, batch: int, error: Exception) -> str:
     """The message for a model that cannot run on the kept rows alone.
 

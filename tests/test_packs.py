@@ -1,5 +1,6 @@
 """Rows that hold many texts: the texts are the samples, and the replay is a shorter pack with the same gradient."""
 
+import itertools
 import warnings
 from types import SimpleNamespace
 
@@ -419,8 +420,9 @@ def test_texts_by_brute_force():
     values = torch.arange(10.0).view(2, 5)
     assert found.by_text(values).tolist() == [[0, 1, 2, 0], [3, 0, 0, 0], [4, 5, 6, 7]]
     assert torch.equal(found.by_token(found.by_text(values))[:8], values.flatten()[:8])
-    assert found.tokens(torch.tensor([0, 2])).tolist() == [0, 1, 2, 4, 5, 6, 7]
-    assert found.tokens(torch.tensor([0, 2]), torch.tensor([1, 9, 2])).tolist() == [0, 4, 5]
+    assert found.tokens(torch.tensor([9, 0, 9])).tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert found.tokens(torch.tensor([1, 0, 2])).tolist() == [0, 4, 5]
+    assert found.last.tolist() == [2, 3, 7] and found.next.tolist() == [1, 2, -1]
     assert Segments.of_lengths(1, 7, lengths) is None
 
 
@@ -853,14 +855,80 @@ def test_labels_that_the_model_shifts_are_run_to_the_end(unit, first):
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
 
 
-def test_what_a_text_predicts_of_the_next_is_named():
+class Masked(Shifted):
+    """The same, zero where the label is ignored, as a head has it that is given labels."""
+
+    def forward(self, ids, labels, **told):
+        logp = super().forward(ids, **told)["log_probs"]
+        return {"log_probs": logp.masked_fill(labels[:, 1:] == -100, 0)}
+
+
+FACTORS = {
+    "one": [0, 0, 1, 0, 0, 0],
+    "apart": [0, 2, 0, 1, 0, 0.5],
+    "side by side": [1, 1, 0, 0, 1, 1],
+    "the last": [0, 0, 0, 0, 0, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("kept", "route"),
+    [*itertools.product(FACTORS, ["screen", "window", "first"]), ("one", "token"), ("one", "prefix")],
+)
+@pytest.mark.parametrize("kind", [Shifted, Masked])
+def test_what_a_text_predicts_of_the_next_is_its_own(kind, kept, route):
+    torch.manual_seed(0)
+    ours, theirs = copies(kind().double())
+    packs = [Pack(*ONE, seed=i) for i in range(2 if route == "window" else 1)]
+    wanted = torch.tensor(FACTORS[kept], dtype=torch.float64)
+
+    def loss(model, pack, factors=None):
+        labels = {"labels": torch.where(pack.place == 0, -100, pack.ids)} if kind is Masked else {}
+        logp = model(pack.ids, seq_lens=pack.lengths, **labels)["log_probs"]
+        terms = -pack.u[pack.text[:, :-1]] * logp  # nothing is masked here
+        return (terms if factors is None else terms * factors[pack.text[:, :-1], pack.place[:, :-1]]).sum()
+
+    def rule(rows):
+        return wanted[torch.arange(6) if route != "window" else torch.arange(12) % 6]
+
+    tokens = {"unit": route, "rate": 0.5, "priority": "uniform"} if route in ("token", "prefix") else {"rule": rule}
+    with kondo.gated(ours, window=len(packs), audit=0, **tokens) as gate:
+        if route == "first":
+            gate.preselect(kept=wanted)
+        for pack in packs:
+            loss(ours, pack).backward()
+    every = wanted[:, None].expand(6, 9)
+    if "unit" in tokens:
+        every = gate.last.factors().double().view(6, 9)
+    for pack in packs:
+        loss(theirs, pack, every).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_padding_that_a_text_predicts_is_named(first):
     torch.manual_seed(0)
     model, pack = Shifted().double(), Pack(*ONE)
-    with (
-        kondo.gated(model, rule=lambda rows: (torch.arange(len(rows)) == 2).float()),
-        pytest.raises(kondo.PackError, match="what a text's last token predicts"),
-    ):
-        (-pack.u[pack.text[:, :-1]] * model(pack.ids, seq_lens=pack.lengths)["log_probs"]).sum().backward()
+    pack.ids = F.pad(pack.ids, (0, 3))
+    bounds = torch.cat([pack.lengths.cumsum(0).new_zeros(1), pack.lengths.cumsum(0)])
+
+    class Bounds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, cu_seqlens):
+            lengths = torch.cat([cu_seqlens.diff(), ids.shape[1] - cu_seqlens[-1:]])
+            return self.model(ids, seq_lens=lengths[lengths > 0])
+
+    gated = Bounds()
+    last = torch.arange(6) == 5  # the padding is predicted by it
+    with kondo.gated(gated, rule=lambda rows: last.float(), audit=0) as gate:
+        if first:
+            gate.preselect(kept=last)
+        loss = -gated(pack.ids, cu_seqlens=bounds)["log_probs"][:, : pack.total].sum()
+        with pytest.raises(kondo.PackError, match="where padding follows"):
+            loss.backward()
     assert all(p.grad is None for p in model.parameters())
 
 

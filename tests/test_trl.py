@@ -48,7 +48,7 @@ def check_against_masked(kind, folder, gate_options=None, **options):
     assert [len(d.delight) for d in recorder.decisions] == [rows] * STEPS
     assert gate.stats.forwarded == gate.stats.kept
     assert gate_options or gate.stats.kept == STEPS * RATE * rows
-    return trainer, recorder
+    return trainer, reference, recorder
 
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -74,6 +74,41 @@ def test_one_line_around_grpo_with(name, tmp_path):
     check_against_masked(GRPOTrainer, tmp_path, **VARIANTS[name])
 
 
+LESS_USED = {
+    "top entropy": {"top_entropy_quantile": 0.4},
+    "top entropy and its bonus": {"top_entropy_quantile": 0.4, "entropy_coef": 0.05, "loss_type": "grpo"},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 2.0},
+    "sequence, dapo": {"importance_sampling_level": "sequence", "loss_type": "dapo", "num_iterations": 2},
+    "sequence, luspo": {"importance_sampling_level": "sequence", "loss_type": "luspo", "num_iterations": 2},
+    "delta": {"delta": 1.1, "num_iterations": 2, "loss_type": "dapo"},
+    "off-policy mask": {"off_policy_mask_threshold": 0.01, "num_iterations": 2},
+    "corrected kl": {"beta": 0.1, "use_bias_correction_kl": True, "num_iterations": 2},
+    "truncated answers masked": {"mask_truncated_completions": True, "max_completion_length": 12},
+    "padded to a multiple": {"pad_to_multiple_of": 8},
+    "rewards unscaled": {"scale_rewards": "none"},
+}
+
+
+@pytest.mark.parametrize("name", LESS_USED)
+def test_one_line_around_grpo_with_less_used(name, tmp_path):
+    check_against_masked(GRPOTrainer, tmp_path, **LESS_USED[name])
+
+
+LOGGED = ("loss", "grad_norm", "entropy", "kl", *(f"clip_ratio/{n}" for n in ("low_mean", "high_mean", "region_mean")))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_what_trl_logs_is_of_all_rows(loss_type, tmp_path):
+    options = {"loss_type": loss_type, "num_iterations": 2, "beta": 0.05, "epsilon": 0.05}
+    trainer, reference, _ = check_against_masked(GRPOTrainer, tmp_path, **options)
+    clipped = 0
+    for ours, theirs in zip(trainer.state.log_history[:STEPS], reference.state.log_history[:STEPS], strict=True):
+        for name in LOGGED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+        clipped += ours["clip_ratio/region_mean"]
+    assert clipped > 0
+
+
 WEIGHING = {
     "noise": {"noise": 0.5},
     "lossless": {"rate": "lossless"},
@@ -84,7 +119,7 @@ WEIGHING = {
 
 @pytest.mark.parametrize("name", WEIGHING)
 def test_rules_that_weigh_around_grpo(name, tmp_path):
-    trainer, recorder = check_against_masked(GRPOTrainer, tmp_path, WEIGHING[name], loss_type="dapo")
+    trainer, _, recorder = check_against_masked(GRPOTrainer, tmp_path, WEIGHING[name], loss_type="dapo")
     if name != "lossless":  # all groups here have answers of several rewards
         assert any(len(decision.kept) < len(decision.delight) for decision in recorder.decisions)
     if name in ("noise", "norm"):
@@ -165,9 +200,12 @@ def test_screen_first_grpo_by_rules_that_weigh(name, tmp_path):
     check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, WEIGHING[name])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+FIRST = VARIANTS | {name: options for name, options in LESS_USED.items() if "entropy" not in name}
+
+
+@pytest.mark.parametrize("name", FIRST)
 def test_screen_first_grpo_with(name, tmp_path):
-    check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, **VARIANTS[name])
+    check_screen_first(ScreenFirst, GRPOTrainer, tmp_path, **FIRST[name])
 
 
 def test_screen_first_rloo(tmp_path):

@@ -10,7 +10,7 @@ from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Held, Part, overlaps, same_constants, same_structure, same_values
 from kondo_hooks.core.texts import Texts
-from kondo_hooks.errors import PackError
+from kondo_hooks.errors import PackError, predicts_padding
 from kondo_hooks.rows.axes import Rows
 from kondo_hooks.rows.segments import Segments, put_together, put_tokens, stand_in, take_tokens, token_axis
 
@@ -25,6 +25,8 @@ class Packed:
         factors: (n,) on their gradients, or (n, L) on their tokens'; None where all are one.
         cuts: whether each goes no further than to its last token with a factor.
         more: tokens that are run beyond that one: labels that the model shifts.
+        followed: (S,) the texts after which the first token of the next runs along, as a text of its own, for the
+            loss uses what their last token predicts. None where there are none.
     """
 
     texts: Texts
@@ -32,6 +34,7 @@ class Packed:
     factors: Tensor | None
     cuts: bool = False
     more: int = 0
+    followed: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -43,12 +46,17 @@ class Packed:
 
     def tokens(self) -> Tensor:
         """(n,) indices of the tokens that are run."""
-        if not self.cuts or self.factors is None or self.factors.dim() == 1:
-            return self.texts.segments.tokens(self.kept)
-        place = torch.arange(1, self.factors.shape[1] + 1, device=self.factors.device)
-        ends = torch.zeros(len(self.texts), dtype=torch.long, device="cpu")
-        ends[self.kept.cpu()] = torch.where(self.factors != 0, place, 1).amax(1).cpu() + self.more
-        return self.texts.segments.tokens(self.kept, ends)
+        segments, kept = self.texts.segments, self.kept.cpu()
+        lengths = torch.zeros_like(segments.lengths)
+        lengths[kept] = segments.lengths[kept]
+        if self.cuts and self.factors is not None and self.factors.dim() > 1:
+            place = torch.arange(1, self.factors.shape[1] + 1, device=self.factors.device)
+            ends = torch.where(self.factors != 0, place, 1).amax(1).cpu() + self.more
+            lengths[kept] = torch.minimum(lengths[kept], ends)
+        if self.followed is not None:
+            ended = self.followed & (lengths == segments.lengths)
+            lengths[1:] = torch.maximum(lengths[1:], ended[:-1].long())
+        return segments.tokens(lengths)
 
     def weights(self, device: torch.device) -> Tensor:
         """(B * T,) factor of each token, 0 where its text is dropped."""
@@ -96,6 +104,7 @@ def is_shifted(call: Call, i: int, segments: Segments) -> bool:
 
 def cut(part: Part, packed: Packed) -> Part:
     """The tokens of some texts of a call, as a pack of their own."""
+    packed = _followed(part, packed)
     call, texts = part.call, packed.texts
     segments, tokens = texts.segments, packed.tokens()
     weights = packed.weights(call.outputs[0].device)
@@ -110,14 +119,8 @@ def cut(part: Part, packed: Packed) -> Part:
             outputs.append(None)
             grads.append(None)
             continue
-        mine, length = tokens.to(grad.device), call.outputs[i].shape[1]
-        if is_shifted(call, i, segments):
-            last, mine = int(mine[-1]), mine[:-1]
-            if last < length and bool((grad[0, last] * weights[last].to(grad)).any()):
-                raise PackError(
-                    f"gated: {call.output_name(i)} is one short of the tokens, and the loss uses what a text's last "
-                    "token predicts: the next text's first, which is not there when that is dropped. Mask it."
-                )
+        mine = tokens.to(grad.device)
+        mine = mine[:-1] if is_shifted(call, i, segments) else mine
         factors = weights.to(grad.device)[mine].to(grad.dtype)
         taken = grad.flatten(0, 1)[mine] * factors.view(-1, *[1] * (grad.dim() - 2))
         grads.append(taken.unsqueeze(0))
@@ -134,6 +137,31 @@ def apart(part: Part) -> list[Part]:
     return [cut(part, part.packed.between(i, i + 1)) for i in range(len(part.packed))]
 
 
+def _followed(part: Part, packed: Packed) -> Packed:
+    """With what tells where the loss uses the prediction of a text's last token, where a model shifts its labels.
+
+    A loss that is masked by the labels (-100) sends a gradient there, too, which the model then ignores.
+
+    Raises:
+        PackError: if it is padding that is predicted.
+    """
+    segments, used = packed.texts.segments, None
+    for i, grad in enumerate(part.grads):
+        assert not isinstance(grad, RankOne)
+        if grad is None or not _tokens_of(part.call, i, grad, segments) or not is_shifted(part.call, i, segments):
+            continue
+        last = segments.last.to(grad.device)
+        inside = last < grad.shape[1]
+        last = last.clamp_max(grad.shape[1] - 1)
+        factors = packed.weights(grad.device)[last] * inside
+        used_of = grad[0].index_select(0, last).reshape(len(last), -1).ne(0).any(1)
+        mine = (used_of & (factors != 0)).cpu()
+        if bool((mine & (segments.next < 0)).any()):
+            raise predicts_padding(part.call.output_name(i))
+        used = mine if used is None else used | mine
+    return packed if used is None or not bool(used.any()) else replace(packed, followed=used)
+
+
 def among_others(part: Part) -> dict[int, Tensor]:
     """The tokens of a part's texts of each output, run without a graph in packs of the screens' sizes.
 
@@ -142,7 +170,7 @@ def among_others(part: Part) -> dict[int, Tensor]:
     found: dict[int, list[Tensor]] = {}
     for source, packed in part.origin:
         call, segments = source.call, packed.texts.segments
-        index, tokens = segments.filled(packed.kept), packed.tokens()
+        index, tokens = segments.filled(packed.tokens()), packed.tokens()
         inputs = [
             stand_in(leaf.detach(), segments, index) if role == "tokens" else leaf
             for leaf, role in zip(call.inputs, packed.texts.roles, strict=True)

@@ -1,6 +1,7 @@
 """The screen-first route where rows hold many texts: the kept texts run as a shorter pack, with a graph."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.packs import Packed
 from kondo_hooks.core.texts import Texts
-from kondo_hooks.errors import PackError
+from kondo_hooks.errors import PackError, predicts_padding
 from kondo_hooks.rows.segments import take_tokens
 from kondo_hooks.rows.tree import Tree, flatten, unflatten
 
@@ -19,22 +20,34 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kept: Tensor, shape: tuple[int, ...], tokens: Tensor, source: Tensor, weights: Tensor
+        ctx: Any,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        tokens: Tensor,
+        source: Tensor,
+        weights: Tensor,
+        before_padding: Tensor,
+        path: str,
     ) -> Tensor:
-        ctx.tokens, ctx.weights = tokens, weights
+        ctx.tokens, ctx.weights, ctx.before_padding, ctx.path = tokens, weights, before_padding, path
         ctx.kondo_rows = True
         return kept[0].index_select(0, source).view(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept = grad.flatten(0, 1).index_select(0, ctx.tokens)
-        return (kept * ctx.weights.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1)))[None], None, None, None, None
+        grad = grad.flatten(0, 1)
+        if len(ctx.before_padding) and bool(grad.index_select(0, ctx.before_padding).any()):
+            raise predicts_padding(ctx.path)
+        kept = grad.index_select(0, ctx.tokens)
+        kept = kept * ctx.weights.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1))
+        return kept[None], *[None] * 6
 
 
 def find_outputs(
     call: Call, texts: Texts, packed: Packed, run: Callable[[list[Tensor]], dict[str, Tensor]]
-) -> frozenset[str]:
-    """Which outputs have tokens: those that are as long as the texts, whichever run. One run without a graph tells."""
+) -> dict[str, int]:
+    """Which outputs have tokens, and by how many they are shorter where labels are shifted: those that are as long as
+    the texts, whichever run. One run without a graph tells."""
     segments = texts.segments
     sizes = segments.lengths
     other = int(sizes.argmin())
@@ -42,15 +55,15 @@ def find_outputs(
         several = torch.arange(len(texts), device="cpu")  # another number of tokens than are kept
     else:
         several = torch.tensor([other], device="cpu")
-    tokens = segments.tokens(several)
+    tokens = Packed(texts, several, None).tokens()
     found = run(
         [take_tokens(leaf, role, segments, tokens) for leaf, role in zip(call.inputs, texts.roles, strict=True)]
     )
-    return frozenset(
-        path
+    return {
+        path: len(tokens) - leaf.shape[1]
         for path, leaf in found.items()
         if leaf.dim() > 1 and 0 <= len(tokens) - leaf.shape[1] <= (segments.rows == 1)
-    )
+    }
 
 
 def run_texts(
@@ -58,7 +71,7 @@ def run_texts(
     texts: Texts,
     packed: Packed,
     run: Callable[[list[Tensor]], Tree],
-    known: frozenset[str] | None,
+    known: dict[str, int] | None,
 ) -> Tree:
     """Run the kept texts; returns what the model returned, in the size of the whole pack.
 
@@ -72,7 +85,10 @@ def run_texts(
     Raises:
         PackError: once the loss uses an output that has no tokens.
     """
-    segments, tokens = texts.segments, packed.tokens()
+    segments = texts.segments
+    if segments.rows == 1 and (known is None or any(known.values())):
+        packed = replace(packed, followed=segments.next >= 0)  # what their last tokens predict may be used
+    tokens = packed.tokens()
     inputs = [take_tokens(leaf, role, segments, tokens) for leaf, role in zip(call.inputs, texts.roles, strict=True)]
     result = run(inputs)
     paths, leaves = flatten(result)
@@ -90,8 +106,10 @@ def run_texts(
         mine = (tokens if not less else tokens[:-1]).to(leaf.device)
         source = torch.zeros(segments.rows * length, dtype=torch.long, device=leaf.device)
         source[mine] = torch.arange(len(mine), device=leaf.device)
-        weights = packed.weights(leaf.device)[mine]
-        spread.append(_Scatter.apply(leaf, (segments.rows, length, *leaf.shape[2:]), mine, source, weights))
+        weights, last = packed.weights(leaf.device), segments.last.to(leaf.device)
+        last = last[(segments.next < 0).to(leaf.device) & (last < length) & (weights[last] != 0)] if less else last[:0]
+        shape = (segments.rows, length, *leaf.shape[2:])
+        spread.append(_Scatter.apply(leaf, shape, mine, source, weights[mine], last, path or "the output"))
     return unflatten(result, spread)
 
 

@@ -83,18 +83,24 @@ class Segments:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def tokens(self, texts: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(n,) indices of the tokens of some texts, ascending; of each no more than its first ``lengths``, (S,)."""
-        wanted = torch.zeros(len(self), dtype=torch.bool, device="cpu")
-        wanted[texts.cpu()] = True
-        flags = (self.ids >= 0) & wanted[self.ids.clamp_min(0)]
-        if lengths is not None:
-            flags &= self.places < lengths.cpu()[self.ids.clamp_min(0)]
+    @cached_property
+    def last(self) -> Tensor:
+        """(S,) the index of the last token of each text."""
+        index = (self.ids >= 0).nonzero().flatten()
+        return torch.zeros_like(self.lengths).scatter_reduce_(0, self.ids[index], index, "amax")
+
+    @cached_property
+    def next(self) -> Tensor:
+        """(S,) whose token follows the last of each text; -1 for padding, and where nothing follows."""
+        return torch.cat([self.ids, self.ids.new_full((1,), -1)])[self.last + 1]
+
+    def tokens(self, lengths: Tensor) -> Tensor:
+        """(n,) indices of the first ``lengths`` tokens of each text, (S,), ascending."""
+        flags = (self.ids >= 0) & (self.places < lengths.cpu()[self.ids.clamp_min(0)])
         return flags.nonzero().flatten()
 
-    def filled(self, texts: Tensor) -> Tensor:
-        """(B * T,) for each token one of the kept texts' to stand in its place: itself, or one of a kept text."""
-        kept = self.tokens(texts)
+    def filled(self, kept: Tensor) -> Tensor:
+        """(B * T,) for each token one of the kept ones, (n,), to stand in its place: itself, if it is kept."""
         every = torch.arange(len(self.ids), device="cpu")
         found = kept[every % len(kept)]
         found[kept] = kept

@@ -53,7 +53,12 @@ def worker(path, *, model=None, engine=None, actor=None, dtype="fp64", strategy=
                 strategy=strategy,
                 model_dtype=dtype,
                 mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), dtype),
-                **{"use_torch_compile": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 4, **(engine or {})},
+                **{
+                    "use_torch_compile": False,
+                    "use_dynamic_bsz": False,
+                    "micro_batch_size_per_gpu": 4,
+                    **(engine or {}),
+                },
                 infer_micro_batch_size_per_gpu=4,
                 infer_max_token_len_per_gpu=64,
             ),

@@ -241,6 +241,8 @@ def test_delight_is_the_weight_of_each_log_prob_times_its_surprisal(path):
         plain, *_ = updated(path, Noted, data, **options)
         ours, *_ = updated(path, recorded(recipe(GATED)), data, **options)
         tokens = float(data["response_mask"].sum())
-        texts = [text for each in plain.engine.noted for text in (each[0].grad * each[0]).split(each[1].diff().tolist())]
+        texts = [
+            text for each in plain.engine.noted for text in (each[0].grad * each[0]).split(each[1].diff().tolist())
+        ]
         wanted = torch.stack([text.detach().sum() for text in texts]) * tokens
         assert torch.allclose(ours.engine.gate.last.delight, wanted, rtol=1e-6)
