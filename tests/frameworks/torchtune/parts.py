@@ -15,6 +15,7 @@ import torchtune
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtune import generation, rlhf, training
+from torchtune.datasets import PackedDataset
 
 VOCABULARY, PAD, STOP = 24, 0, 1
 
@@ -113,6 +114,15 @@ def prompts(tokenizer, count=16):
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 5, (count,), generator=g).tolist()
     return [{"tokens": torch.randint(2, VOCABULARY, (n,), generator=g).tolist(), "answer": ""} for n in lengths]
+
+
+def texts(tokenizer, packed=False, count=48):
+    """Texts of 3 to 9 tokens, of which the first two are a prompt; packed, as many as fit into 24 tokens."""
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 10, (count,), generator=g).tolist()
+    every = [torch.randint(2, VOCABULARY, (n,), generator=g).tolist() for n in lengths]
+    found = [{"tokens": text, "labels": [-100, -100, *text[2:]]} for text in every]
+    return PackedDataset(found, max_seq_len=24) if packed else found
 
 
 class Logger:
