@@ -725,3 +725,61 @@ def test_a_state_of_all_rows_after_a_screen_is_an_error_of_the_gate(batch):
         gate.preselect(delight=torch.rand(12))
         with pytest.raises(RuntimeError, match=r"after preselect.* 3 of the 12 rows .*If it keeps a state"):
             model(batch.x)
+
+
+# Children.
+
+
+class Cached(Mlp):
+    """Remembers features while it samples, as decoders do: in a module that is put in for that and taken out again."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = None
+
+    def forward(self, x):
+        return super().forward(x if self.cache is None else self.cache(x))
+
+    def sample(self, x, leaves):
+        cache = nn.Module()
+        cache.register_buffer("seen", torch.zeros_like(x))
+        cache.forward = lambda x: x + cache.seen
+        self.cache = cache
+        with torch.no_grad():
+            self(x)
+        if leaves == "a name without a child":
+            self.cache = None
+        elif leaves == "nothing":
+            del self.cache
+            self.cache = None
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"window": "step"}, {"first": True}], ids=str)
+@pytest.mark.parametrize("leaves", ["a name without a child", "nothing"])
+def test_a_child_that_is_taken_out_again_is_no_other_model(batch, leaves, options):
+    ours, theirs = copies(Cached().double())
+    options = dict(options)
+    first = options.pop("first", False)
+    with kondo.gated(ours, rate=0.25, **options) as gate:
+        for _ in range(2):
+            ours.sample(batch.x, leaves)
+            if first:
+                gate.preselect(delight=torch.rand(12))
+            reinforce(ours(batch.x), batch).backward()
+            ours.sample(batch.x, leaves)
+            if not options:
+                for factors in gate.last.factors().split(12):
+                    reinforce(theirs(batch.x), batch, factors).backward()
+    if options:
+        for factors in gate.last.factors().split(12):
+            reinforce(theirs(batch.x), batch, factors).backward()
+    assert gate.stats.kept == 6
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_a_child_that_stays_is_refused_by_name(batch):
+    model = Cached().double()
+    with kondo.gated(model, rate=0.25):
+        model.sample(batch.x, "the child")
+        with pytest.raises(RuntimeError, match="submodules of the model were replaced inside"):
+            model(batch.x)

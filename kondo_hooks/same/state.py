@@ -127,11 +127,7 @@ class ModuleState:
 
     def same_parameters(self) -> bool:
         """Whether the module still has the children and parameters that it had."""
-        for module, kind, children in self._children:
-            now = getattr(module, kind)
-            if len(now) != len(children) or not all(map(is_, now.values(), children.values())):
-                return False
-        return True
+        return all(_same_children(getattr(module, kind), children) for module, kind, children in self._children)
 
     @contextlib.contextmanager
     def restored_children(self) -> Iterator[None]:
@@ -251,6 +247,14 @@ class ModuleState:
 
 Flags = tuple[tuple[bool, ...], tuple[bool, ...]]
 """Training flags of the modules, requires-grad flags of the parameters."""
+
+
+def _same_children(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a module has the same: a name that holds None, as a cache leaves it that was taken out, is no child."""
+    if len(now) == len(before) and all(map(is_, now.values(), before.values())):
+        return True
+    mine, theirs = ([child for child in each.values() if child is not None] for each in (now, before))
+    return len(mine) == len(theirs) and all(map(is_, mine, theirs))
 
 
 def _set_children(children: list[tuple[nn.Module, str, dict[str, Any]]]) -> None:
