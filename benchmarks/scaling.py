@@ -11,6 +11,10 @@ the busiest rank, costs
 ``forward`` of a gated step builds no graph. The parts are measured alone, on as many ranks at once as the step runs on,
 and the sum is held against the step itself. On GPUs an engine hides communication behind the compute of the same pass:
 there a pass costs the larger of the two, and the parts come from sizes and the hardware's figures (``Cluster``).
+
+The last table is of a whole training step (``Learner``): generation, old and reference log-probs and the update, rows
+padded or packed, with a screen of the gate's own or one that is already paid. It needs no measurement: ``--ranks``
+alone skips those.
 """
 
 import argparse
@@ -251,6 +255,70 @@ def predictions() -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Learner:
+    """A step of a trainer that generates, in units of one forward of all real tokens without a graph.
+
+    Attributes:
+        old: passes for the old log-probs of the whole batch.
+        reference: passes for a reference model's.
+        epochs: updates with all rows; forward and backward cost 3.
+        padding: share of the tokens of padded rows that are padding.
+    """
+
+    old: int
+    reference: int
+    epochs: int
+    padding: float
+
+    @property
+    def passes(self) -> int:
+        """Forwards that are made whatever is kept."""
+        return self.old + self.reference
+
+    def full(self, packed: bool = True) -> float:
+        """Without generation."""
+        return (self.passes + 3 * self.epochs) * (1 if packed else 1 / (1 - self.padding))
+
+    def gated(self, share: float, screens: bool, packed: bool = True) -> float:
+        """Without generation, where a share of the tokens is kept; the gate screens in each epoch, or not at all."""
+        update = self.epochs * (int(screens) + 3 * share)
+        return (self.passes + update) * (1 if packed else 1 / (1 - self.padding))
+
+    def step(self, learner: float, generation: float) -> float:
+        """Of a whole step over the packed one without a gate, of which generation is this share."""
+        return generation + (1 - generation) * learner / self.full()
+
+
+LEARNERS = {
+    "update alone": Learner(0, 0, 1, 0.48),
+    "old log-probs": Learner(1, 0, 1, 0.48),
+    "old and reference": Learner(1, 1, 1, 0.48),
+    "old, 4 epochs": Learner(1, 0, 4, 0.48),
+}
+GENERATION = (0.0, 0.5, 0.63, 0.9)
+"""Shares of a packed step: 63% is what is left of a published 8B run beside 26% of update and 11% of old log-probs."""
+
+
+def learners() -> list[dict[str, Any]]:
+    """Seconds of a step over the packed full one's, by route and by the share of generation."""
+    rows = []
+    for name, learner in LEARNERS.items():
+        routes = {"full, padded": learner.full(False)}
+        for share in (0.03, 0.25):
+            told = f"{share:.0%}"
+            if share < 0.1:
+                routes[f"gated {told}, padded"] = learner.gated(share, True, False)
+            routes |= {
+                f"gated {told}, packed": learner.gated(share, True),
+                f"gated {told}, packed, no screen": learner.gated(share, False),
+            }
+        for route, seconds in routes.items():
+            of_full = {f"generation_{g:.2f}": learner.step(seconds, g) for g in GENERATION}
+            rows.append({"step": name, "route": route, **of_full})
+    return rows
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -286,8 +354,8 @@ def write(path: Path, comment: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, help="folder for scaling.csv and scaling_predicted.csv")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, help="folder for scaling.csv, scaling_predicted.csv, scaling_learner.csv")
     parser.add_argument("--figure", type=Path, help="where to draw the prediction")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -301,7 +369,8 @@ def main() -> None:
             command = [*launch, __file__, f"--rounds={args.rounds}", f"--worker={folder}/rows.json"]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             measured += json.loads(Path(f"{folder}/rows.json").read_text())
-    print(f"{'ranks':>5} {'window':>6}  {'step':<12} {'measured ms':>11} {'model ms':>9} {'model/measured':>15}")
+    if measured:
+        print(f"{'ranks':>5} {'window':>6}  {'step':<12} {'measured ms':>11} {'model ms':>9} {'model/measured':>15}")
     for row in measured:
         print(
             f"{row['ranks']:>5} {row['window']:>6}  {row['step']:<12} {row['measured_ms']:>11.0f} "
@@ -315,11 +384,19 @@ def main() -> None:
         first = rows[i]
         ratios = " ".join(f"{r['of_full']:<6.2f}" for r in rows[i : i + len(WINDOWS)])
         print(f"{first['model']:<6} {first['gpus']:>5} {first['tokens']:>7} {ratios}")
+    of_steps = learners()
+    shares = " ".join(f"{f'g={g:.0%}':<6}" for g in GENERATION)
+    print(f"\na step over the full, packed one, whose share of generation is g\n{'step':<18} {'route':<28} {shares}")
+    for row in of_steps:
+        ratios = " ".join(f"{value:<6.2f}" for name, value in row.items() if name.startswith("generation"))
+        print(f"{row['step']:<18} {row['route']:<28} {ratios}")
     if args.out:
         command = (
             f"python benchmarks/scaling.py --rounds {args.rounds} | torch {torch.__version__} | {os.cpu_count()} cores"
         )
-        write(args.out / "scaling.csv", command, measured)
+        if measured:
+            write(args.out / "scaling.csv", command, measured)
+        write(args.out / "scaling_learner.csv", "python benchmarks/scaling.py --ranks", of_steps)
         write(args.out / "scaling_predicted.csv", f"{command} | {Cluster(64)}", rows)
     if args.figure:
         draw(rows, args.figure)

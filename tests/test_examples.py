@@ -91,6 +91,14 @@ def test_cost_model_of_ranks(tmp_path):
     assert ratio["8B", "1024", "2048", "1"] > 1 > ratio["8B", "1024", "2048", "8"]
 
 
+def test_the_page_on_large_models_shows_what_the_cost_model_says(tmp_path):
+    out = run("benchmarks/scaling.py", "--ranks", "--out", str(tmp_path))
+    table = out[out.index("step               route") :]
+    assert "\n".join(map(str.rstrip, table.splitlines())) in Path("docs/large-models.md").read_text()
+    name = "scaling_learner.csv"
+    assert (tmp_path / name).read_text() == Path(f"benchmarks/results/{name}").read_text()
+
+
 @pytest.mark.slow
 def test_reversal_with_an_unmodified_grpo_trainer(tmp_path):
     out = run("examples/trl_reversal.py", "--quick", "--out", str(tmp_path))
