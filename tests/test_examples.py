@@ -1,6 +1,7 @@
 """The programs a user copies run as they are, and show what they claim."""
 
 import csv
+from pathlib import Path
 
 import pytest
 
