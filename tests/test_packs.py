@@ -1091,3 +1091,12 @@ def test_a_policy_is_seen_where_the_only_row_has_lost_its_axis(only, loss_of_tok
     if not first:
         delight = kondo_delight(theirs.model, pack, head)
         assert torch.equal(gate.last.factors() != 0, delight >= delight.sort(descending=True).values[1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "cu_seqlens", "by position"])
+def test_steps_that_pass_through_count_texts(kind):
+    model, pack = made(kind), Pack(*ONE)
+    segments = {"segments": "doc_lens"} if kind == "by position" else {}
+    with kondo.gated(model, rate=1.0, **segments) as gate:
+        loss_of(model, kind, pack).backward()
+    assert gate.stats.rows == gate.stats.kept == 6

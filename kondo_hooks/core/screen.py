@@ -17,6 +17,7 @@ from kondo_hooks.delight.graph import find_sources
 from kondo_hooks.delight.inner_loss import Tape
 from kondo_hooks.errors import ReplayMismatchError, WarnOnce, unbatched, unknown_batch
 from kondo_hooks.rows.axes import Rows, infer_batch_size
+from kondo_hooks.rows.conventions import tells_texts
 from kondo_hooks.rows.tree import Tree, flatten, hidden_tensors, is_atom, map_tensors
 from kondo_hooks.same.state import forked_rng
 
@@ -335,6 +336,14 @@ class Forward:
         except ValueError:
             return 0
 
+    def _texts_in(self, original: Any, args: Any, kwargs: Any) -> int:
+        """How many texts a call's rows hold that is not screened; 0 where rows are the samples."""
+        shared = self._step.shared
+        if self._batch_dim or (shared.segments is None and not any(map(tells_texts, kwargs))):
+            return 0
+        texts = find_texts(Call(original, (args, kwargs), shared.state, self._step.receive), shared.segments)
+        return 0 if texts is None else len(texts)
+
     def _run_ungated(self, original: Any, args: Any, kwargs: Any) -> Any:
         """Pass straight through; only count, when a backward comes."""
         attributes = self._step.shared.state.attributes
@@ -343,7 +352,7 @@ class Forward:
         result = original(*args, **kwargs)
         outputs = [leaf for leaf in _leaves((result,)) if leaf.grad_fn is not None]
         left = [leaf for leaf in attributes.take().tensors().values() if id(leaf) not in known]
-        batch = self._infer(inputs, outputs)
+        batch = self._texts_in(original, args, kwargs) or self._infer(inputs, outputs)
         counted = -1
 
         def count(_grad: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kondo_hooks.core.call import Call
 from kondo_hooks.errors import PackError
 from kondo_hooks.rows.block_masks import block_mask_of, dense_rows
-from kondo_hooks.rows.conventions import BOUNDS, IDS, LENGTHS, POSITIONS, name_in, says_longest
+from kondo_hooks.rows.conventions import BOUNDS, IDS, LENGTHS, POSITIONS, name_in, says_longest, tells_texts
 from kondo_hooks.rows.segments import Role, Segments, token_axis
 
 Named = str | Callable[..., Any] | Literal[False] | None
@@ -81,8 +81,7 @@ def find_texts(call: Call, named: Named = None) -> Texts | None:
 
 
 def _may_tell(inputs: dict[str, Tensor]) -> bool:
-    names = (*BOUNDS, *LENGTHS, *IDS, *POSITIONS)
-    if any(name in inputs for name in names):
+    if any(map(tells_texts, inputs)):
         return True
     return any(leaf.dim() == 4 or block_mask_of(leaf) is not None for leaf in inputs.values())
 

@@ -18,6 +18,11 @@ def name_in(path: str) -> str:
     return next((a or b for a, b in reversed(found)), path)
 
 
+def tells_texts(name: str) -> bool:
+    """Whether an argument of this name says where texts are."""
+    return name in (*BOUNDS, *LENGTHS, *IDS, *POSITIONS)
+
+
 def says_longest(name: str) -> bool:
     """Whether an argument of this name bounds the lengths of texts: what is larger does, too."""
     return _LONGEST.match(name) is not None
