@@ -1100,3 +1100,42 @@ def test_steps_that_pass_through_count_texts(kind):
     with kondo.gated(model, rate=1.0, **segments) as gate:
         loss_of(model, kind, pack).backward()
     assert gate.stats.rows == gate.stats.kept == 6
+
+
+@pytest.mark.parametrize("window", [3, "step"])
+@pytest.mark.parametrize("loss", ["gather", "clip", "entropy", "each another"])
+@pytest.mark.parametrize("kind", ["llama", "cu_seqlens"])
+def test_packs_that_wait_hold_no_logits(kind, loss, window):
+    ours, theirs = copies(made(kind))
+    packs = [Pack(lengths, seed=i) for i, lengths in enumerate(THREE)]
+    losses = ["gather", "entropy", "clip"] if loss == "each another" else [loss] * 3
+    with kondo.gated(ours, window=window, rate=0.4) as gate:
+        for pack, each in zip(packs, losses, strict=True):
+            loss_of(ours, kind, pack, each).backward()
+    factors = gate.last.factors().split([len(pack.lengths) for pack in packs])
+    for pack, each, mine in zip(packs, losses, factors, strict=True):
+        loss_of(theirs, kind, pack, each, factors=mine).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < EXACT[kind]
+    one_pack = packs[0].total * V * 8
+    if loss in ("gather", "clip"):
+        assert gate.stats.waiting_bytes < one_pack
+    elif loss == "entropy":
+        assert gate.stats.waiting_bytes > 2 * one_pack
+
+
+def test_a_pack_that_waits_is_replayed_whole_where_texts_cannot_run_alone():
+    ours, theirs = copies(made("llama"))
+    packs = [Pack(lengths, seed=i) for i, lengths in enumerate(THREE)]
+    for model in (ours, theirs):
+        model.model.layers[0].mlp.register_forward_hook(lambda m, args, out: F.dropout(out, 0.3, m.training))
+    seeds = iter([*range(3), *range(3)])
+    with kondo.gated(ours, window=3, rate=0.4) as gate:
+        for pack in packs:
+            torch.manual_seed(next(seeds))
+            loss_of(ours, "llama", pack).backward()
+    assert gate.stats.waiting_bytes < packs[0].total * V * 8
+    factors = gate.last.factors().split([len(pack.lengths) for pack in packs])
+    for pack, mine in zip(packs, factors, strict=True):
+        torch.manual_seed(next(seeds))
+        loss_of(theirs, "llama", pack, factors=mine).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10

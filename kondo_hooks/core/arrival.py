@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.call import Call
+from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.kept_rows import Part, same_values
 from kondo_hooks.core.packs import Packed, cut, is_shifted, whole_pack
 from kondo_hooks.core.positions import Positions
@@ -25,7 +26,7 @@ from kondo_hooks.delight.boundary import (
 from kondo_hooks.delight.graph import Path, read_scales, scale_along
 from kondo_hooks.delight.loss_code import join
 from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
-from kondo_hooks.rows.axes import Layout
+from kondo_hooks.rows.axes import Layout, Rows
 from kondo_hooks.rules.readback import Readback, to_device
 from kondo_hooks.rules.samples import Kept, Signal
 
@@ -52,6 +53,7 @@ class Arrival:
         cuts: whether its rows are cut after their last kept position.
         cut: where its positions are then.
         texts: of rows that hold several, which then are the samples.
+        forms: the gradients at a pack's logits while it waits, by output: ``grads`` has nothing of them then.
     """
 
     call: Call
@@ -71,6 +73,7 @@ class Arrival:
     cuts: bool = False
     cut: Positions | None = None
     texts: Texts | None = None
+    forms: dict[int, RankOne] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -199,9 +202,22 @@ class Arrival:
 
     def _of_texts(self, packed: Packed) -> Part:
         """Texts of the call; all of its tokens where they cannot run alone."""
+        grads = [self.forms.get(i, grad) for i, grad in enumerate(self.grads)]
         if self.call.whole is not None or self.call.scene.random:
-            return whole_pack(self.call, packed, self.grads)
-        return Part(self.call, torch.zeros(1, dtype=torch.long, device=self._device), list(self.grads), packed=packed)
+            return whole_pack(self.call, packed, grads)
+        return Part(self.call, torch.zeros(1, dtype=torch.long, device=self._device), grads, packed=packed)
+
+    def condense(self) -> None:
+        """Hold a pack's gradients in the form that they have, and let go of them and of the logits."""
+        if self.keep_graph:
+            return
+        for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
+            if where != Rows(0) or grad is None or grad.dim() != 3 or i in self.forms:
+                continue
+            if (form := RankOne.of_tokens(self.call.outputs[i], grad)) is not None:
+                self.forms[i] = form
+                self.grads[i] = torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
+                self.call.forget(i)
 
     def some(self) -> Part | None:
         """Two rows that the loss sent a gradient to, or fewer; None if there are none."""

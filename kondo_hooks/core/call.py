@@ -611,8 +611,13 @@ class Call:
         unchanged = version_of(output) == self._output_versions[i] and i not in self.picked
         if self.lets_go and unchanged and i < self._returned and self.rows[i] == Rows(0):
             self.picked[i] = picked
-            self.outputs[i] = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape)
-            self._output_versions[i] = version_of(self.outputs[i])
+            self.forget(i)
+
+    def forget(self, i: int) -> None:
+        """Let go of the values of an output, and keep its shape."""
+        output = self.outputs[i]
+        self.outputs[i] = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape)
+        self._output_versions[i] = version_of(self.outputs[i])
 
     def overwritten(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether the user's code has written into the outputs since the screen.

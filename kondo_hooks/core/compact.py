@@ -10,6 +10,7 @@ from torch import Tensor
 
 _LARGE = 2**18  # values of logits from which they go through in pieces
 _PIECES = 4
+_AT_ONCE = 2**26  # values of a piece at most
 
 
 @dataclass
@@ -22,6 +23,7 @@ class RankOne:
         logp: (n, P) log-prob of ``a``, by which a replay is held against the screen.
         shape: of the logits that it stands for, (n, ..., K).
         dtype: of the gradient that it stands for.
+        rest: (n, ..., K) what stands beside the form, where rows that have none are put behind others that have.
     """
 
     coefficient: Tensor
@@ -29,6 +31,7 @@ class RankOne:
     logp: Tensor
     shape: torch.Size
     dtype: torch.dtype
+    rest: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor, grad: Tensor, rows: Tensor) -> "RankOne | None":
@@ -38,7 +41,7 @@ class RankOne:
         """
         if logits.dim() < 2 or logits.shape[-1] < 2 or not len(rows):
             return None
-        pieces = _PIECES if logits.numel() > _LARGE else 1
+        pieces = max(_PIECES, logits.numel() // _AT_ONCE) if logits.numel() > _LARGE else 1
         found, errors = [], []
         for index in rows.tensor_split(min(pieces, len(rows))):
             one, error = cls._of(logits.index_select(0, index), grad.index_select(0, index))
@@ -66,7 +69,8 @@ class RankOne:
 
     def grad(self, logits: Tensor) -> Tensor:
         """The gradient at the replay's logits, in the shape and type that the loss sent."""
-        return self.expand(_flat(logits.detach())).view(self.shape).to(self.dtype)
+        grad = self.expand(_flat(logits.detach())).view(self.shape).to(self.dtype)
+        return grad if self.rest is None else grad + self.rest
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """(n, P) what the replay's logits make of the actions."""
@@ -78,6 +82,12 @@ class RankOne:
         shape, index = torch.Size((len(index), *self.shape[1:])), index.to(self.action.device)
         coefficient, action, logp = (t.index_select(0, index) for t in self.tensors())
         return RankOne(coefficient, action, logp, shape, self.dtype)
+
+    def tokens(self, index: Tensor, factors: Tensor) -> "RankOne":
+        """Some entries of its rows (n, T), counted through all of them, as one row, each times a factor."""
+        coefficient, action, logp = (t.reshape(-1)[index][None] for t in self.tensors())
+        shape = torch.Size((1, len(index), self.shape[-1]))
+        return RankOne(coefficient * factors.to(coefficient.dtype), action, logp, shape, self.dtype)
 
     def until(self, length: int) -> "RankOne":
         """Its first positions, on the first axis of a row."""
@@ -92,6 +102,22 @@ class RankOne:
         spread = factors.view(*factors.shape, *[1] * (1 + len(inner) - factors.dim())).expand(len(factors), *inner)
         coefficient = self.coefficient * spread.reshape(len(factors), -1).to(self.coefficient.dtype)
         return RankOne(coefficient, self.action, self.logp, self.shape, self.dtype)
+
+    @classmethod
+    def beside(cls, logits: Tensor, grad: Tensor) -> "RankOne":
+        """A gradient (1, T, K) that has no such form, so that it can stand behind others: all of it is ``rest``."""
+        logp = _flat(logits).log_softmax(-1)[..., 0]
+        nothing = torch.zeros_like(logp)
+        return cls(nothing, nothing.long(), logp, grad.shape, grad.dtype, grad)
+
+    @classmethod
+    def of_tokens(cls, logits: Tensor, grad: Tensor) -> "RankOne | None":
+        """The form of a gradient at packed logits (B, T, K), token by token."""
+        found = cls.of(logits.flatten(0, 1), grad.flatten(0, 1), torch.arange(grad[..., 0].numel(), device=grad.device))
+        if found is None:
+            return None
+        coefficient, action, logp = (t.view(grad.shape[:2]) for t in found.tensors())
+        return cls(coefficient, action, logp, grad.shape, grad.dtype)
 
     def tensors(self) -> list[Tensor]:
         """What it holds."""

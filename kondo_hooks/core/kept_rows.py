@@ -148,7 +148,7 @@ class Part:
         where = self.call.rows[i]
         if self.held is not None and self.held.measures is not None:
             found = self.held.measures[i]
-        elif where is None or i in self.call.picked:
+        elif where is None or i in self.call.picked or any(isinstance(grad, RankOne) for grad in self.grads[i : i + 1]):
             found = None
         else:
             found = measure(by_column(self.call.outputs[i], where.axis))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
-from kondo_hooks.core.kept_rows import Held, Part, overlaps, same_constants, same_structure, same_values
+from kondo_hooks.core.kept_rows import Gradient, Held, Part, overlaps, same_constants, same_structure, same_values
 from kondo_hooks.core.texts import Texts
 from kondo_hooks.errors import PackError, predicts_padding
 from kondo_hooks.rows.axes import Rows
@@ -66,19 +66,26 @@ class Packed:
         return self.texts.segments.by_token(full)
 
 
-def whole_pack(call: Call, packed: Packed, grads: Sequence[Tensor | None]) -> Part:
+def whole_pack(call: Call, packed: Packed, grads: Sequence[Gradient | None]) -> Part:
     """All tokens of a call, with a gradient of zero at those of dropped texts."""
-    segments, found = packed.texts.segments, list[Tensor | RankOne | None]()
+    segments, found = packed.texts.segments, list[Gradient | None]()
     for i, grad in enumerate(grads):
         if grad is None or not _tokens_of(call, i, grad, segments):
             found.append(grad)
             continue
-        weights = packed.weights(grad.device).view(segments.rows, segments.length)[:, : grad.shape[1]]
+        weights = packed.weights(_device(grad)).view(segments.rows, segments.length)[:, : grad.shape[1]]
+        if isinstance(grad, RankOne):
+            found.append(grad.weighted(weights))
+            continue
         found.append(grad * weights.to(grad.dtype).view(*weights.shape, *[1] * (grad.dim() - 2)))
     return Part(call, torch.arange(call.batch, device=call.outputs[0].device), found, counted=len(segments))
 
 
-def _tokens_of(call: Call, i: int, grad: Tensor, segments: Segments) -> int:
+def _device(grad: Gradient) -> torch.device:
+    return grad.coefficient.device if isinstance(grad, RankOne) else grad.device
+
+
+def _tokens_of(call: Call, i: int, grad: Gradient, segments: Segments) -> int:
     """How many positions a row of an output has: as many as tokens, or one less; 0 where it gets no gradient.
 
     Raises:
@@ -88,7 +95,7 @@ def _tokens_of(call: Call, i: int, grad: Tensor, segments: Segments) -> int:
     lengths = (segments.length, segments.length - 1) if segments.rows == 1 else (segments.length,)
     if where == Rows(0) and len(shape) > 1 and shape[1] in lengths:
         return shape[1]
-    if bool(grad.any()):
+    if isinstance(grad, RankOne) or bool(grad.any()):
         raise PackError(
             f"gated: {call.output_name(i)} has shape {tuple(shape)} where a call has {len(segments)} texts in rows of "
             f"({segments.rows}, {segments.length}): which token each of its entries belongs to is not known. Return it "
@@ -112,16 +119,20 @@ def cut(part: Part, packed: Packed) -> Part:
         take_tokens(leaf.detach(), role, segments, tokens) for leaf, role in zip(call.inputs, texts.roles, strict=True)
     ]
     outputs: list[Tensor | None] = []
-    grads: list[Tensor | RankOne | None] = []
+    grads: list[Gradient | None] = []
     for i, grad in enumerate(part.grads):
-        assert not isinstance(grad, RankOne)
         if grad is None or not _tokens_of(call, i, grad, segments):
             outputs.append(None)
             grads.append(None)
             continue
-        mine = tokens.to(grad.device)
+        mine = tokens.to(_device(grad))
         mine = mine[:-1] if is_shifted(call, i, segments) else mine
-        factors = weights.to(grad.device)[mine].to(grad.dtype)
+        factors = weights.to(mine.device)[mine]
+        if isinstance(grad, RankOne):
+            outputs.append(None)
+            grads.append(grad.tokens(mine, factors))
+            continue
+        factors = factors.to(grad.dtype)
         taken = grad.flatten(0, 1)[mine] * factors.view(-1, *[1] * (grad.dim() - 2))
         grads.append(taken.unsqueeze(0))
         outputs.append(call.outputs[i].flatten(0, 1)[mine].unsqueeze(0))
@@ -147,14 +158,14 @@ def _followed(part: Part, packed: Packed) -> Packed:
     """
     segments, used = packed.texts.segments, None
     for i, grad in enumerate(part.grads):
-        assert not isinstance(grad, RankOne)
         if grad is None or not _tokens_of(part.call, i, grad, segments) or not is_shifted(part.call, i, segments):
             continue
-        last = segments.last.to(grad.device)
-        inside = last < grad.shape[1]
-        last = last.clamp_max(grad.shape[1] - 1)
-        factors = packed.weights(grad.device)[last] * inside
-        used_of = grad[0].index_select(0, last).reshape(len(last), -1).ne(0).any(1)
+        sent = grad.coefficient if isinstance(grad, RankOne) else grad
+        last = segments.last.to(sent.device)
+        inside = last < sent.shape[1]
+        last = last.clamp_max(sent.shape[1] - 1)
+        factors = packed.weights(sent.device)[last] * inside
+        used_of = sent[0].index_select(0, last).reshape(len(last), -1).ne(0).any(1)
         mine = (used_of & (factors != 0)).cpu()
         if bool((mine & (segments.next < 0)).any()):
             raise predicts_padding(part.call.output_name(i))
@@ -266,17 +277,41 @@ def joined(parts: list[Part]) -> Part:
         put_together([h.inputs[i] for h in held], role, [t.segments for t in texts], [p.call.inputs[i] for p in cuts])
         for i, role in enumerate(texts[0].roles)
     ]
-    grads: list[Tensor | RankOne | None] = []
+    grads: list[Gradient | None] = []
     outputs: list[Tensor | None] = []
     for i in range(len(cuts[0].grads)):
         shifted = is_shifted(cuts[0].call, i, texts[0].segments)
-        grads.append(_one_after_another([part.grads[i] for part in cuts], shifted))  # type: ignore[misc]
-        outputs.append(_one_after_another([h.outputs[i] for h in held], shifted))
+        screened = [h.outputs[i] for h in held]
+        grad = _gradients_after_another([part.grads[i] for part in cuts], screened, shifted)
+        grads.append(grad)
+        outputs.append(None if isinstance(grad, RankOne) else _one_after_another(screened, shifted))
     measures = [_largest([part.measure(i) for part in cuts], output) for i, output in enumerate(outputs)]
     whole = Held(held[0].layout, inputs, outputs, measures)
     origin = [each for part in cuts for each in part.origin] if all(part.origin for part in cuts) else []
     number = sum(part.texts or 0 for part in cuts)
     return replace(cuts[0], call=runs, grads=grads, held=whole, texts=number, origin=origin)
+
+
+def _gradients_after_another(
+    grads: Sequence[Gradient | None], screened: Sequence[Tensor | None], shifted: bool
+) -> Gradient | None:
+    """Gradients (1, n, ...) along their tokens; in their form if one of them has it, with what has none beside it."""
+    dense = [grad for grad in grads if not isinstance(grad, RankOne)]
+    if len(dense) == len(grads):
+        return _one_after_another(dense, shifted)
+    forms, rests = list[RankOne](), list[Tensor | None]()
+    for grad, logits in zip(grads, screened, strict=True):
+        if isinstance(grad, RankOne):
+            forms.append(grad)
+            rests.append(grad.coefficient.new_zeros(1, dtype=grad.dtype).expand(grad.shape) if dense else None)
+        elif grad is not None:
+            assert logits is not None
+            forms.append(RankOne.beside(logits, grad))
+            rests.append(grad)
+    each = [_one_after_another(tensors, shifted) for tensors in zip(*(form.tensors() for form in forms), strict=True)]
+    coefficient, action, logp = (t for t in each if t is not None)
+    shape = torch.Size((1, coefficient.shape[1], forms[0].shape[-1]))
+    return RankOne(coefficient, action, logp, shape, forms[0].dtype, _one_after_another(rests, shifted))
 
 
 def _one_after_another(tensors: Sequence[Tensor | None], shifted: bool) -> Tensor | None:

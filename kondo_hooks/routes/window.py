@@ -125,7 +125,9 @@ class Window(AtOnce):
             communicates: every pass must be the same on all ranks, so doubtful inputs are read in the likeliest way.
         """
         if any(a.texts is not None for a in new):
-            return  # packs are cut when it is known which texts are kept
+            for a in new:  # packs are cut when it is known which texts are kept
+                a.condense()
+            return
         leaders = [a for a in new if a.follows is None]
         signals = [a.signal for a in leaders if a.signal is not None]
         if len(signals) < len(leaders):
@@ -275,7 +277,8 @@ class Window(AtOnce):
                 total += a.held.nbytes()
             else:
                 tensors = [*a.call.inputs, *a.call.outputs, *(g for g in a.grads if g is not None)]
-                total += sum(t.numel() * t.element_size() for t in tensors)
+                tensors += [t for form in a.forms.values() for t in form.tensors()]
+                total += sum(t.element_size() * (t.numel() if any(t.stride()) else 1) for t in tensors)
         return total
 
 
