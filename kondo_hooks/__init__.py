@@ -25,7 +25,7 @@ from kondo_hooks.rules.samples import Decision, Rows, Signal
 from kondo_hooks.rules.selection import Selector
 from kondo_hooks.stats import Stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checked",

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 
 import kondo_hooks
 
@@ -137,6 +138,68 @@ def test_the_editable_install_and_its_adapters_import_from_anywhere_without_a_ho
     assert not [name for name in found["loaded"] if name.startswith("kondo_hooks.integrations")]
     assert_no_host_library(found["loaded"])
     assert_no_host_library(found["then"])
+
+
+def test_the_wheel_needs_no_numpy(wheel, tmp_path):
+    """In an environment of torch's own requirements and nothing else."""
+    site = tmp_path / "site"
+    site.mkdir()
+    waiting, seen = ["torch"], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        found = importlib.metadata.distribution(name)
+        for line in found.requires or []:
+            required, _, condition = line.partition(";")
+            if not condition or ("extra" not in condition and Marker(condition).evaluate()):
+                waiting.append(re.match(r"[\w.-]+", required).group().lower())
+        for top in {Path(str(file)).parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(found.locate_file(top)).resolve())
+    assert not (site / "numpy").exists()
+    options = ("--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check", "--target", str(site))
+    run(sys.executable, "-m", "pip", "install", *options, str(wheel), cwd=tmp_path)
+    base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    told = run(str(base), "-W", "error::kondo_hooks.KondoWarning", "-I", "-c", WITHOUT_NUMPY, str(site), cwd=tmp_path)
+    assert told.split() == ["False", "2", "8"]
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.path = [path for path in sys.path if "site-packages" not in path] + [sys.argv[1]]
+import torch
+import kondo_hooks as kondo
+model = torch.nn.Linear(3, 4)
+with kondo.gated(model, rate=0.25) as gate:
+    logp = model(torch.randn(8, 3)).log_softmax(-1)[torch.arange(8), torch.arange(8) % 4]
+    (-torch.randn(8) * logp).mean().backward()
+print("numpy" in sys.modules, gate.stats.kept, gate.stats.rows)
+"""
+
+
+@pytest.fixture(scope="module")
+def unpacked(tracked, tmp_path_factory):
+    """The source distribution, as a user unpacks it."""
+    pytest.importorskip("build")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for name in tracked:
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
+    (built,) = out.glob("*.tar.gz")
+    shutil.unpack_archive(built, out, filter="data")
+    return next(path for path in out.iterdir() if path.is_dir())
+
+
+def test_the_source_distribution_holds_what_its_tests_need(unpacked, tracked):
+    left_out = {name for name in tracked if not (unpacked / name).exists()}
+    assert left_out <= {".gitignore", "MANIFEST.in"} | {name for name in tracked if name.startswith(".github/")}
+    some = ("tests/test_world.py", "tests/test_house.py", "tests/test_delight.py")
+    told = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some, cwd=unpacked)
+    assert re.search(r"\d+ passed", told) and "failed" not in told
 
 
 def test_the_wheel_requires_torch_alone_and_has_an_extra_for_each_host(wheel):
