@@ -155,3 +155,11 @@ def _users_frame() -> int:
         frame = frame.f_back
         level += 1
     return level
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """``BaseException.add_note``, which Python has from 3.11 on; before, the note stands behind the message."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.args = ("\n".join([*map(str, error.args[:1]), note]), *error.args[1:])

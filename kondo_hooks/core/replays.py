@@ -11,6 +11,7 @@ from kondo_hooks.core.entry import Entry
 from kondo_hooks.core.kept_rows import Part
 from kondo_hooks.core.replay import Replayed, input_grads
 from kondo_hooks.core.shared import Shared
+from kondo_hooks.errors import add_note
 from kondo_hooks.rules.readback import Readback
 
 _NO_GRAPH = (
@@ -100,7 +101,7 @@ class Replays:
                 for p in without_grad:
                     p.grad = None
                 if len(without_grad) < len(parameters):
-                    error.add_note("gated: earlier passes of this replay have added to the gradients: zero them.")
+                    add_note(error, "gated: earlier passes of this replay have added to the gradients: zero them.")
             raise
 
     def _one_at_a_time(self, planned: passes.Plan) -> bool:

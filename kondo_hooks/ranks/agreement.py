@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kondo_hooks import private
 from kondo_hooks.core.engine import Alone
-from kondo_hooks.errors import RankError
+from kondo_hooks.errors import RankError, add_note
 from kondo_hooks.rules.samples import Samples
 
 
@@ -128,7 +128,7 @@ class Ranks(Alone):
             return
         advice = "Gradients of this step are incomplete: zero them before another."
         if mine is not None:
-            mine.add_note(f"Every rank stops here; the first to fail was {first.split(':')[0]}. {advice}")
+            add_note(mine, f"Every rank stops here; the first to fail was {first.split(':')[0]}. {advice}")
             raise mine
         raise RankError(f"gated: {first}\nEvery rank stops here. {advice}")
 

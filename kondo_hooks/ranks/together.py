@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kondo_hooks.core.kept_rows import Part
 from kondo_hooks.core.packs import apart, between, texts_in
-from kondo_hooks.errors import RankError
+from kondo_hooks.errors import RankError, add_note
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import to_device
 from kondo_hooks.rules.samples import Decision, Kept, Samples, Signal, check_finite
@@ -108,7 +108,7 @@ def _check_finite(tables: Sequence[Tensor], ranks: Ranks, norms: bool) -> None:
             check_finite(scores, delight)
         except ValueError as error:
             if rank == ranks.rank:
-                error.add_note(f"Every rank stops here; the first to fail was rank {rank}.")
+                add_note(error, f"Every rank stops here; the first to fail was rank {rank}.")
                 raise
             raise RankError(f"gated: rank {rank}: ValueError: {error}\nEvery rank stops here.") from None
 
