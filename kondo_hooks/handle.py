@@ -434,7 +434,7 @@ class Gated:
         return Signal(nothing, nothing, every, norm=given)
 
     def logp(self, log_probs: Tensor) -> Tensor:
-        """Mark the log-prob of the actions taken, (B,) or (B, T); returns it. First source of delight.
+        """Mark the log-prob of the actions taken, (B,), (B, T) or jagged; returns it. First source of delight.
 
         Use it where the gate cannot see the policy (a density written out, a compiled loss) or where the log-prob also
         stands in a KL term: marked inside the policy-gradient term alone, delight is that term's alone.
@@ -448,6 +448,9 @@ class Gated:
                     "detached, or made under no_grad? Mark the log-probs that the loss is made of."
                 )
             return log_probs
+        if log_probs.is_nested:
+            values = self.logp(log_probs.values())
+            return torch.nested.nested_tensor_from_jagged(values, log_probs.offsets(), log_probs.lengths())
         marked = log_probs.view_as(log_probs)
         if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():
             raise DelightError(

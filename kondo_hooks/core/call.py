@@ -44,6 +44,7 @@ from kondo_hooks.same.attributes import version_of
 from kondo_hooks.same.rounding import Checks
 from kondo_hooks.same.scene import Scene, no_fast_path
 from kondo_hooks.same.state import ModuleState
+from kondo_hooks.same.uses import memory_of
 
 _serial = itertools.count()
 _NONE: frozenset[Any] = frozenset()
@@ -608,9 +609,16 @@ class Call:
             self.outputs[i] = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape)
             self._output_versions[i] = version_of(self.outputs[i])
 
-    def overwritten(self) -> bool:
-        """Whether the user's code has written into the outputs since the screen."""
-        return any(version_of(leaf) != v for leaf, v in zip(self.outputs, self._output_versions, strict=True))
+    def overwritten(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether the user's code has written into the outputs since the screen.
+
+        A kernel that puts its gradient in the place of the logits (flash-attention's and Liger's cross-entropies do)
+        leaves no trace but that the gradient stands there.
+        """
+        return any(
+            version_of(leaf) != version or (grad is not None and memory_of(grad) == memory_of(leaf))
+            for leaf, version, grad in zip(self.outputs, self._output_versions, grads, strict=True)
+        )
 
     def screen_again(self) -> None:
         """Get back outputs that were written over, by one more run without a graph."""

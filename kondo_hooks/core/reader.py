@@ -38,7 +38,7 @@ class Reader:
             if a.unsplit():
                 self._looks.forget_constants(a)
             a.check(back)
-            if a.call.overwritten():
+            if a.call.overwritten(a.grads):
                 self.copy_outputs = True
                 with self.shared.looking():
                     a.call.screen_again()

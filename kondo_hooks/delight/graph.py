@@ -40,10 +40,12 @@ _SHAPE = _nodes(
     "View UnsafeView ReshapeAlias Unsqueeze Squeeze Expand Slice Select Unbind Transpose T Permute Split SplitWithSizes"
 )
 _JOINS = ("CatBackward0", "StackBackward0")
+# Values become a jagged tensor's, and are taken out of it again.
+_JAGGED = _nodes("NestedViewFromJagged NestedGetValues", (0,))
 # Operations that write into their first operand at places that the graph does not tell, or not in the rows' order.
 _WRITES = _nodes("IndexPut IndexCopy IndexAdd IndexFill Scatter ScatterAdd ScatterReduce MaskedScatter SliceScatter")
 _WRITES |= {"torch::autograd::CopySlices"}
-_FOLLOWED = {*_ELEMENTWISE, *_ALONG, *_SHAPE, *_JOINS, *_WRITES, "IndexBackward0"}
+_FOLLOWED = {*_ELEMENTWISE, *_ALONG, *_SHAPE, *_JOINS, *_JAGGED, *_WRITES, "IndexBackward0"}
 # What may reorder rows, even where the user says what a tensor is.
 _REORDERS = ("Index", "Flip", "Roll", "MaskedSelect", "Sort", "Topk", "Gather", "Take", "Diagonal", "AsStrided")
 _MATRICES = {"MmBackward0": (0, 1), "BmmBackward0": (0, 1), "AddmmBackward0": (1, 2), "BaddbmmBackward0": (1, 2)}
@@ -241,6 +243,8 @@ class _Follower:
         size = before[row]
         if name in _WRITES:
             return sources if slot == 0 else None
+        if name in _JAGGED:
+            return sources
         if name in _SHAPE:
             return _all([_reshaped(edge, name, before, after, source) for source in sources])
         if name in _ELEMENTWISE:
@@ -263,7 +267,9 @@ class _Follower:
         # Not known: taken to leave the rows where they are.
         if len(after) <= row or after[row] != size or (row != 0 and before != after):
             return None
-        return sources if before == after else [replace(s, position_axis=None) for s in sources]
+        if before == after:
+            return sources
+        return [s if s.position_axis == row else replace(s, position_axis=None) for s in sources]
 
 
 def _all(sources: Sequence[Source | None]) -> _Sources:
@@ -367,13 +373,13 @@ def _reshaped(edge: Edge, name: str, before: tuple[int, ...], after: tuple[int, 
         dims = set(range(len(before))) if name == "SqueezeBackward0" else _dims(node, len(before))
         gone = {dim for dim in dims if before[dim] == 1}
         if row in gone:
-            return None
+            return _viewed(before, after, source)  # a single row: its positions are what is left of the rows
         positions = row if positions in gone and source.repeat == 1 else positions
         return replace(source, row_axis=_without(gone, row), position_axis=_without(gone, positions))
     dim = _signed(node._saved_dim) % len(before)
     if name.startswith(("Select", "Unbind")):
         if dim == row:
-            return None
+            return _viewed(before, after, source) if before[row] == 1 else None
         index = _signed(node._saved_index) % before[dim] if name.startswith("Select") else edge[1]
         if dim == positions:  # one position is left, and it goes with the rows
             source, positions = replace(source, offset=source.offset + index), row
