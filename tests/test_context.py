@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kondo_hooks as kondo
 from tests.cases import FEATURES, K, Mlp, PolicyAndValue, ScalarOutput, make_batch
+from tests.kernels import cross_entropy
 from tests.reference import copies, grads, kept_mask, largest_relative_difference
 
 
@@ -223,6 +224,28 @@ def test_outputs_changed_in_place(setup):
         for _ in range(2):
             loss(model).backward()
     check(model, reference, batch, gate, lambda m, w: loss(m, w) * 2)
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("step", [lambda y: y, lambda y: y.view(-1, K), lambda y: y.squeeze()])
+def test_a_kernel_that_puts_its_gradient_in_the_logits_place(setup, place, window, step):
+    model, reference, batch = setup
+
+    def loss(m, place=None, w=1):
+        return (cross_entropy(step(m(batch.x)), batch.actions, place) * batch.advantages * w).mean()
+
+    for _ in range(2):  # the second time it is known to do so
+        model.zero_grad(), reference.zero_grad()
+        with kondo.gated(model, rate=0.25, window=window) as gate:
+            for _ in range(window):
+                loss(model, place).backward()
+        every = gate.last.factors().double().split(12)
+        for w in every:
+            loss(reference, None, w).backward()
+        assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    logp = reference(batch.x).log_softmax(-1).gather(1, batch.actions[:, None])[:, 0]
+    assert torch.allclose(gate.last.delight[:12], -(batch.advantages * logp).detach())
 
 
 def test_retain_graph_and_a_second_backward(setup):

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 import kondo_hooks as kondo
 from tests.cases import FEATURES, K, Mlp, make_batch
-from tests.reference import copies, grads, largest_relative_difference
+from tests.reference import copies, grads, kept_mask, largest_relative_difference
 from tests.test_context import check, reinforce
 
 
@@ -783,3 +786,32 @@ def test_a_child_that_stays_is_refused_by_name(batch):
         model.sample(batch.x, "the child")
         with pytest.raises(RuntimeError, match="submodules of the model were replaced inside"):
             model(batch.x)
+
+
+@pytest.fixture
+def _one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("kind", [DistributedDataParallel, FullyShardedDataParallel])
+@pytest.mark.parametrize("derived", [False, True])
+def test_what_a_wrapper_notes_in_itself_is_its_own_affair(kind, derived):
+    """FSDP notes in each forward with a graph what its backward looks at, also where a trainer derives from it."""
+    net, reference = copies(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double())
+    wrapper = type("Derived", (kind,), {}) if derived else kind
+    options = {"device_id": torch.device("cpu")} if kind is FullyShardedDataParallel else {}
+    model = wrapper(net, **options)
+    g = torch.Generator().manual_seed(0)
+    x, u = torch.randn(8, 3, generator=g, dtype=torch.float64), torch.randn(8, generator=g, dtype=torch.float64)
+
+    def loss(m, w=1):
+        return -(m(x).log_softmax(-1)[:, 0] * u * w).mean()
+
+    with kondo.gated(model, rate=0.25, window="step") as gate:
+        loss(model).backward()
+        ours = torch.cat([p.grad.flatten() for p in model.parameters()])
+    loss(reference, kept_mask(gate.last.kept, 8, torch.float64)).backward()
+    torch.testing.assert_close(ours, torch.cat([p.grad.flatten() for p in reference.parameters()]))

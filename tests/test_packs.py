@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import kondo_hooks as kondo
 from kondo_hooks.rows.segments import Segments
+from tests.kernels import cross_entropy
 from tests.reference import Runs, copies, grads, largest_relative_difference
 
 V = 29
@@ -190,6 +191,52 @@ def test_the_gradient_is_that_of_the_masked_loss(kind, loss, rule):
     kept = int(pack.lengths[factors != 0].sum())
     assert 0 < kept < pack.total and {*runs.tokens} == {kept}
     assert gate.stats.forwarded == gate.stats.kept and gate.stats.rows_screened == 12
+
+
+def jagged(gate, logp, pack):
+    """The same marked as rows of a jagged tensor."""
+    return gate.logp(torch.nested.nested_tensor_from_jagged(logp, pack.bounds)).values()
+
+
+# Of (T, V) logits and labels: (T,) log-probs.
+FLAT = {
+    "gather": lambda gate, y, a, pack: y.log_softmax(-1).gather(-1, a[:, None]).squeeze(-1),
+    "gather of logits": lambda gate, y, a, pack: y.gather(-1, a[:, None]).squeeze(-1) - y.logsumexp(-1),
+    "gather of logits, others by rows": lambda gate, y, a, pack: (
+        y.gather(-1, a[:, None]).squeeze(-1) - torch.stack([row.logsumexp(-1) for row in y])
+    ),
+    "cross_entropy": lambda gate, y, a, pack: -F.cross_entropy(y, a, reduction="none"),
+    "indexing": lambda gate, y, a, pack: y.log_softmax(-1)[torch.arange(len(a)), a],
+    "a kernel, marked": lambda gate, y, a, pack: gate.logp(-cross_entropy(y, a)),
+    "a kernel, marked as jagged": lambda gate, y, a, pack: jagged(gate, -cross_entropy(y, a), pack),
+    "in the logits' place, marked": lambda gate, y, a, pack: gate.logp(-cross_entropy(y, a, "backward")),
+}
+ONE_ROW = {"squeeze(0)": lambda y: y.squeeze(0), "[0]": lambda y: y[0], "view": lambda y: y.view(-1, V)}
+
+
+@pytest.mark.parametrize("flat", ONE_ROW)
+@pytest.mark.parametrize("name", FLAT)
+def test_delight_of_log_probs_of_a_flattened_pack_is_that_of_their_definition(name, flat):
+    """Also with a temperature and an entropy bonus, which the gradient at the logits would mix in."""
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*ONE)
+    labels = pack.ids[0].roll(-1)
+    u = (pack.u[pack.text] * F.pad(pack.labelled, (0, 1)))[0]
+
+    def loss(model, log_probs, factors=None):
+        logits = ONE_ROW[flat](logits_of(model, "llama", pack)) / 0.7
+        every = logits.log_softmax(-1)
+        terms = -u * log_probs(logits) + 0.1 * u.ne(0) * (every.exp() * every).sum(-1)
+        return (terms if factors is None else terms * factors[pack.text[0]]).mean()
+
+    with kondo.gated(ours, rate=0.34) as gate:
+        loss(ours, lambda y: FLAT[name](gate, y, labels, pack)).backward()
+    plain = FLAT["gather"]
+    loss(theirs, lambda y: plain(None, y, labels, pack), gate.last.factors()).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    logp = plain(None, (logits_of(theirs, "llama", pack)[0] / 0.7).detach(), labels, pack)
+    wanted = torch.zeros(len(pack.lengths), dtype=torch.float64).index_add(0, pack.text[0], -u * logp)
+    assert torch.allclose(gate.last.delight, wanted)
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch_size": 1}, {"rate": 0.01}], ids=str)

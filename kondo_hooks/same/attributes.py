@@ -31,6 +31,7 @@ _PLAIN = (type, nn.Module, types.FunctionType, types.BuiltinFunctionType, types.
 _FOREIGN = {"torch", "numpy", "transformers", "peft", "trl", "datasets", "deepspeed", "accelerate", "lightning"}
 _FOREIGN |= {"pytorch_lightning", "lightning_fabric"}
 _ENGINES = ("torch.distributed", "torch.nn.parallel", "torch._dynamo", "torch.jit", "deepspeed", "accelerate")
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")  # and what others derive from them
 _HOLDERS = (list, dict, collections.deque, collections.UserDict, collections.UserList, types.SimpleNamespace)
 _LONG, _MANY, _DEEP = 300, 2000, 8
 _MOST_BYTES = 1 << 26
@@ -290,7 +291,8 @@ def _is_plain(value: Any) -> bool:
 def _is_engine(module: nn.Module) -> bool:
     """Whether a module is a wrapper of an engine, or a script, whose attributes are their own affair."""
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed")]
-    return kinds[0] is nn.Module or kinds[0].__module__.startswith(_ENGINES)
+    wrapper = any(kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch.") for kind in type(module).__mro__)
+    return wrapper or kinds[0] is nn.Module or kinds[0].__module__.startswith(_ENGINES)
 
 
 @dataclass

@@ -91,8 +91,15 @@ def batch(rows=16, seed=1, dtype=torch.float64, **said):
         "advantages": torch.randn(rows, 1, generator=g, dtype=dtype) * answer,
         "index": torch.arange(rows),
     }
-    data = left_right_2_no_padding(DataProto.from_single_dict(tensors, meta_info={"temperature": 0.9}).to_tensordict())
-    usual = {"global_batch_size": rows, "mini_batch_size": rows, "epochs": 1, "seed": 1, "compute_loss": False}
+    data = left_right_2_no_padding(DataProto.from_single_dict(tensors).to_tensordict())
+    usual = {
+        "temperature": 0.9,
+        "global_batch_size": rows,
+        "mini_batch_size": rows,
+        "epochs": 1,
+        "seed": 1,
+        "compute_loss": False,
+    }
     tu.assign_non_tensor(data, **{**usual, "dataloader_kwargs": {"shuffle": False}, **said})
     return data
 
