@@ -75,6 +75,15 @@ def coupled_rows(tensor: str) -> str:
     )
 
 
+def met_rows_not_run(parameter: str) -> str:
+    """The message for a loss that applies a parameter to outputs of which only the kept rows were run."""
+    return (
+        f"gated: after preselect() the loss code applies {parameter} to the outputs, and dropped rows, which were not "
+        "run, reach it with what stands in for them. Take the kept rows alone (outputs[kept]), mask the others in the "
+        "loss, or gate what holds that parameter, too (method=)."
+    )
+
+
 def predicts_padding(output: str) -> PackError:
     """The error for labels that the model shifts, where the loss uses what a text predicts of the padding after it."""
     return PackError(

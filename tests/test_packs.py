@@ -900,3 +900,16 @@ def test_padding_that_a_text_predicts_is_named(first):
         with pytest.raises(kondo.PackError, match="where padding follows"):
             loss.backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_head_that_texts_reach_which_were_not_run_is_refused():
+    torch.manual_seed(0)
+    model, head, pack = Attention("seq_lens").double(), nn.Linear(V, V).double(), Pack(*ONE)
+    with kondo.gated(model, rate=0.34) as gate:
+        gate.preselect(kept=torch.arange(6) == 2)
+        out = head(model(pack.ids, seq_lens=pack.lengths))
+        with pytest.raises(RuntimeError, match=r"preselect.* the loss code applies"):
+            out.sum().backward()
+        gate.preselect(kept=torch.arange(6) == 2)
+        out = head(model(pack.ids, seq_lens=pack.lengths)[pack.text == 2])
+        out.sum().backward()
