@@ -61,8 +61,10 @@ def unbatched(features: int) -> str:
 def no_rows_in_loss(tensor: str) -> str:
     """The message for a term of the model's own loss that is not a sum over rows."""
     return (
-        f"gated: {tensor} has no row for each sample (a router's balancing loss?), so that term cannot be split into "
-        "rows. Leave it out, or take it on the kept rows alone: gated(..., shared_loss='kept')."
+        f"gated: {tensor} has no row for each sample (a router's balancing loss? a fused loss that is given the head's "
+        "weight?), so that term cannot be split into rows. Leave a router's out, or take it on the kept rows alone: "
+        "gated(..., shared_loss='kept'). Give a fused loss the kept rows alone, chosen before the forward "
+        "(docs/frameworks/liger.md)."
     )
 
 
