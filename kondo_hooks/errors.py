@@ -61,8 +61,10 @@ def unbatched(features: int) -> str:
 def no_rows_in_loss(tensor: str) -> str:
     """The message for a term of the model's own loss that is not a sum over rows."""
     return (
-        f"gated: {tensor} has no row for each sample (a router's balancing loss?), so that term cannot be split into "
-        "rows. Leave it out, or take it on the kept rows alone: gated(..., shared_loss='kept')."
+        f"gated: {tensor} has no row for each sample (a router's balancing loss? a fused loss that is given the head's "
+        "weight?), so that term cannot be split into rows. Leave a router's out, or take it on the kept rows alone: "
+        "gated(..., shared_loss='kept'). Give a fused loss the kept rows alone, chosen before the forward "
+        "(docs/frameworks/liger.md)."
     )
 
 
@@ -72,6 +74,15 @@ def coupled_rows(tensor: str) -> str:
         f"gated: {tensor} is not the same for the kept rows alone: the model's loss compares rows with each other (a "
         "contrastive loss), or is no sum over rows. Call the model without its loss, and compute that outside of it "
         "from the embeddings, which do have rows. No gradient was changed."
+    )
+
+
+def met_rows_not_run(parameter: str) -> str:
+    """The message for a loss that applies a parameter to outputs of which only the kept rows were run."""
+    return (
+        f"gated: after preselect() the loss code applies {parameter} to the outputs, and dropped rows, which were not "
+        "run, reach it with what stands in for them. Take the kept rows alone (outputs[kept]), mask the others in the "
+        "loss, or gate what holds that parameter, too (method=)."
     )
 
 

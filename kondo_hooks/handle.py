@@ -295,7 +295,8 @@ class Gated:
         """Decide before the forward: the next call of the model runs the kept rows only, with a graph.
 
         Its outputs come back in full size, so the loss code still fits; dropped rows hold a copy of a kept
-        row, without a graph, so their share of the loss's *value* means nothing.
+        row, without a graph, so their share of the loss's *value* means nothing. Parameters that the loss code applies
+        to them (a head outside of the model) must be given the kept rows alone, which is checked.
 
         Args:
             logp: (B,) or (B, T) log-probs of the actions, from the sampler, say; of packed rows, of each text.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kondo_hooks as kondo
+from benchmarks import heads
 from benchmarks.step import saved_bytes
 from tests.cases import MODELS, make_batch
 
@@ -43,3 +44,26 @@ def test_screen_first_never_runs_a_dropped_row():
         gate.preselect(logp=batch.old_logp, advantages=batch.advantages, mask=batch.mask)
         case.call(model, batch).logits.log_softmax(-1)[..., 0].sum().backward()
     assert rows == [2]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"noise": 0.7}, {"unit": "token", "rate": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", heads.HEADS)
+def test_no_step_holds_logits_of_all_rows_where_the_model_makes_none(kind, options):
+    if kind == "TRL's fused head":
+        pytest.importorskip("trl", minversion="1.15")
+    ids, u = torch.randint(heads.WORDS, (heads.ROWS, heads.TOKENS)), torch.randn(heads.ROWS, 1)
+    model = heads.HEADS[kind]()
+    with kondo.gated(model, **{"rate": None if "noise" in options else 1 / 8, **options}) as gate, heads.Held() as held:
+        for _ in range(2):  # in the first it finds out what it must know of the model
+            heads.step(model, ids, u)
+    assert 0 < gate.stats.kept < gate.stats.rows
+    assert held.largest == heads.LOGITS if kind == "logits outside" else held.largest < heads.LOGITS / 4
+
+
+@pytest.mark.parametrize("kind", heads.HEADS)
+def test_a_gated_step_holds_no_more_than_the_plain_one(kind):
+    if kind == "TRL's fused head":
+        pytest.importorskip("trl", minversion="1.15")
+    found = heads.measure(kind)
+    for loop in ("gated", "screen-first"):
+        assert found[loop].peak <= found["plain"].peak and found[loop].largest <= found["plain"].largest

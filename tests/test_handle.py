@@ -1268,3 +1268,58 @@ def test_two_gates_around_two_models_count_each_log_prob_once():
             (-(advantages * logp(model)).mean()).backward()
     for model, gate in zip(models, (first, second), strict=True):
         torch.testing.assert_close(gate.last.delight, -(advantages * logp(model)).detach())
+
+
+class Headless(nn.Module):
+    """A body that is called, and a head that the loss code applies itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def _headless(whole):
+    torch.manual_seed(0)
+    ours, theirs = copies(Headless().double())
+    gated = ours if whole else ours.body
+    x, u = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    a, keep = torch.randint(5, (6,)), torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.float64)
+
+    def terms(model, hidden, rows=slice(None)):
+        return -(u[rows] * model.head(hidden).log_softmax(-1).gather(1, a[rows, None])[:, 0])
+
+    (terms(theirs, theirs(x)) * keep).sum().backward()
+    return ours, gated, theirs, x, keep, terms
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_head_that_rows_reach_which_were_not_run_is_refused(whole):
+    ours, gated, _, x, keep, terms = _headless(whole)
+    with kondo.gated(gated, rate=0.34) as gate, pytest.raises(RuntimeError, match=r"preselect.* the loss code applies"):
+        gate.preselect(kept=keep)
+        terms(ours, gated(x)).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["taken", "masked"])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.filterwarnings("ignore:gated. the loss code uses the model's parameter")
+def test_a_head_that_kept_rows_alone_reach_is_exact(whole, way):
+    ours, gated, theirs, x, keep, terms = _headless(whole)
+    kept = keep.nonzero().flatten()
+    with kondo.gated(gated, rate=0.34) as gate:
+        gate.preselect(kept=keep)
+        hidden = gated(x)
+        (terms(ours, hidden[kept], kept) if way == "taken" else terms(ours, hidden) * keep).sum().backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_a_parameter_that_no_row_reaches_is_none_of_that():
+    ours, gated, _, x, keep, _ = _headless(False)
+    temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    with kondo.gated(gated, rate=0.34) as gate:
+        gate.preselect(kept=keep)
+        (gated(x).sum() + ours.head.weight.square().sum() + temperature).backward()
+    assert torch.equal(ours.head.weight.grad, 2 * ours.head.weight)

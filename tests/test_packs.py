@@ -1186,3 +1186,16 @@ def test_a_pack_that_waits_is_replayed_whole_where_texts_cannot_run_alone():
         torch.manual_seed(next(seeds))
         loss_of(theirs, "llama", pack, factors=mine).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_a_head_that_texts_reach_which_were_not_run_is_refused():
+    torch.manual_seed(0)
+    model, head, pack = Attention("seq_lens").double(), nn.Linear(V, V).double(), Pack(*ONE)
+    with kondo.gated(model, rate=0.34) as gate:
+        gate.preselect(kept=torch.arange(6) == 2)
+        out = head(model(pack.ids, seq_lens=pack.lengths))
+        with pytest.raises(RuntimeError, match=r"preselect.* the loss code applies"):
+            out.sum().backward()
+        gate.preselect(kept=torch.arange(6) == 2)
+        out = head(model(pack.ids, seq_lens=pack.lengths)[pack.text == 2])
+        out.sum().backward()

@@ -25,6 +25,7 @@ class Entry:
     Attributes:
         anchor: the leaf that every node hangs on, so that a backward reaches it.
         keeps_graph: whether the user wants the graph kept, where the gate keeps it anyway; None where it does not.
+        ran_first: whether rows of a call that was decided on before it ran may be in the coming backward.
     """
 
     def __init__(self, shared: Shared, settled_after: Callable[[], AbstractContextManager[None]]):
@@ -35,6 +36,7 @@ class Entry:
         self._capture: dict[int, Tensor | None] | None = None
         self._only: list[Tensor] | None = None
         self._meetings: list[Meeting] = []
+        self.ran_first = False
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands in for ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad``."""
@@ -56,6 +58,8 @@ class Entry:
                 self._refuse_half_a_step(leaves)
             wanted = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
             wanted = [wanted] if isinstance(wanted, Tensor) else None if wanted is None else list(wanted)
+            if self.ran_first and leaves:
+                self._mark_met(nodes, leaves)
             if meetings := self._find_meetings(nodes, leaves, wanted):
                 probes += [meeting.hold() for meeting in meetings]
                 self._meetings += meetings
@@ -97,6 +101,14 @@ class Entry:
                     "parameters?): it would be stepped twice, by half of its gradient each. Put weight decay into the "
                     "optimizer, or step after the backward. Nothing was changed."
                 )
+
+    def _mark_met(self, roots: list[Any], leaves: list[Tensor]) -> None:
+        """Have rows that ran first refuse a gradient at dropped ones where the loss code applies a leaf to them."""
+        names = {id(p): name for name, p in self.shared.state.named_parameters()}
+        told = {id(leaf): names.get(id(leaf), f"a parameter of shape {tuple(leaf.shape)}") for leaf in leaves}
+        for meeting in find_meetings(roots, list(told)):
+            for node in meeting.first:
+                node.kondo_met = told[min(meeting.leaves, key=list(told).index)]
 
     def _find_meetings(self, roots: list[Any], leaves: list[Tensor], wanted: list[Tensor] | None) -> list[Meeting]:
         """Where parameters of the model meet rows in the loss code; told where rows cannot be told apart there.

@@ -213,7 +213,7 @@ class Step:
             hooks: on rows that stand in, to be removed after the next backward.
         """
         self._hooks += hooks
-        self._screened_first = True
+        self._screened_first = self.entry.ran_first = True
 
     def unhook(self) -> None:
         """Take off what made rows that stand in silent."""

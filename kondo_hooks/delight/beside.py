@@ -28,6 +28,7 @@ class Meeting:
             others, too.
         leaves: ids of the parameters.
         others: whether leaves that are none of the parameters stand behind these operands, too.
+        first: the rows of its result that ran before they were decided on: dropped ones were not run.
         sent: what the backward brought to its result; None before, or if that is not wanted.
     """
 
@@ -36,6 +37,7 @@ class Meeting:
     sources: list[Source] | None
     leaves: frozenset[int]
     others: bool = False
+    first: frozenset[Node] = frozenset()
     sent: Tensor | None = None
 
     @property
@@ -111,12 +113,14 @@ def find_meetings(roots: Sequence[Node], leaves: Collection[int]) -> list[Meetin
             continue
         each = [origins[parent] for parent, _ in edges]
         calls = frozenset().union(*(origin.calls for origin in each))
+        first = frozenset().union(*(origin.first for origin in each))
         if is_gated(node):
             calls |= {id(getattr(node, "kondo_call", node))}
+            first |= {node} if hasattr(node, "kondo_rows") else frozenset()
         leaf = id(getattr(node, "variable", None))
         mine = frozenset().union(*(origin.leaves for origin in each)) | ({leaf} & set(leaves))
         others = any(origin.others for origin in each) or (hasattr(node, "variable") and leaf not in leaves)
-        origins[node] = _Origin(calls, mine, others)
+        origins[node] = _Origin(calls, mine, others, first)
         if any(origin.leaves and not origin.calls for origin in each) and any(origin.calls for origin in each):
             meetings += _meeting(node, origins)
     return meetings
@@ -124,11 +128,12 @@ def find_meetings(roots: Sequence[Node], leaves: Collection[int]) -> list[Meetin
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a node comes from: calls, leaves that are asked for, and whether any other leaf."""
+    """What a node comes from: calls, leaves that are asked for, whether any other leaf, and rows that ran first."""
 
     calls: frozenset[int]
     leaves: frozenset[int]
     others: bool
+    first: frozenset[Node]
 
 
 def _meeting(node: Node, origins: Mapping[Node, _Origin]) -> list[Meeting]:
@@ -148,7 +153,7 @@ def _meeting(node: Node, origins: Mapping[Node, _Origin]) -> list[Meeting]:
     sources = sources_of_result(node)
     if sources and {id(source.call) for source in sources} != origins[node].calls:
         sources = None  # rows of another call are mixed in, and may be decided on otherwise
-    return [] if reduced and not sources else [Meeting(node, slots, sources, mine, others)]
+    return [] if reduced and not sources else [Meeting(node, slots, sources, mine, others, origins[node].first)]
 
 
 def retaining(

@@ -20,7 +20,7 @@ from kondo_hooks.core.readings import Learned, settle_outputs
 from kondo_hooks.core.replay import AmbiguousRowsError, replay
 from kondo_hooks.core.texts import Named, Texts, find_texts
 from kondo_hooks.delight.graph import silence
-from kondo_hooks.errors import PrefixError, no_batch_axis, unknown_positions
+from kondo_hooks.errors import PrefixError, met_rows_not_run, no_batch_axis, unknown_positions
 from kondo_hooks.routes.screen_texts import find_outputs, run_texts
 from kondo_hooks.rows.axes import (
     Layout,
@@ -45,11 +45,16 @@ class _Spread(torch.autograd.Function):
         ctx: Any, kept: Tensor, where: Rows, rows: Tensor, source: Tensor, factors: Tensor | None, valid: Tensor
     ) -> Tensor:
         ctx.where, ctx.rows, ctx.factors, ctx.valid = where, rows, factors, valid
-        ctx.kondo_rows = True
+        ctx.kondo_rows, ctx.batch = True, len(source)
         return where.take(kept, source)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if (parameter := getattr(ctx, "kondo_met", None)) is not None:
+            dropped = torch.ones(ctx.batch, dtype=torch.bool, device=grad.device)
+            dropped[ctx.rows.to(grad.device)] = False
+            if bool(ctx.where.take(grad, dropped.nonzero().flatten()).any()):
+                raise RuntimeError(met_rows_not_run(parameter))
         kept = ctx.where.take(grad, ctx.rows)
         if ctx.factors is not None:
             if ctx.factors.dim() == 2:

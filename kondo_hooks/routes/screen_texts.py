@@ -10,7 +10,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.packs import Packed
 from kondo_hooks.core.texts import Texts
-from kondo_hooks.errors import PackError, predicts_padding
+from kondo_hooks.errors import PackError, met_rows_not_run, predicts_padding
 from kondo_hooks.rows.segments import take_tokens
 from kondo_hooks.rows.tree import Tree, flatten, unflatten
 
@@ -38,6 +38,9 @@ class _Scatter(torch.autograd.Function):
         grad = grad.flatten(0, 1)
         if len(ctx.before_padding) and bool(grad.index_select(0, ctx.before_padding).any()):
             raise predicts_padding(ctx.path)
+        parameter = getattr(ctx, "kondo_met", None)
+        if parameter is not None and bool(grad.index_fill(0, ctx.tokens, 0).any()):
+            raise RuntimeError(met_rows_not_run(parameter))
         kept = grad.index_select(0, ctx.tokens)
         kept = kept * ctx.weights.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1))
         return kept[None], *[None] * 6
