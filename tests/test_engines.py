@@ -116,6 +116,13 @@ def test_ranks_have_other_numbers_of_micro_batches(kind: str):
     assert sum(found["kept"][-1] for found in each) > 0
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_what_waits_for_the_step_is_clipped_where_modules_stay_gathered(last: bool):
+    for found in behaviour("gathered_until_the_step", last):
+        for norm, expected in found["norms"]:
+            assert norm == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("host", ["zero1-clip", "zero2"])
 def test_a_replay_under_deepspeed_is_scaled_and_reduced_once(host: str):
     """Accumulation 2 without the driver is the known trap; the test would see it."""

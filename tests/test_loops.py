@@ -519,3 +519,51 @@ def test_ppo_epochs_of_shuffled_minibatches_follow_a_masked_loop():
                     optimizer.zero_grad()
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+class Decoder(nn.Module):
+    """Returns what each token costs, (B * T,) or (B, T), causal and without a mask of padding."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.flat = flat
+        self.token, self.qkv, self.head = nn.Embedding(17, 12), nn.Linear(12, 36), nn.Linear(12, 17)
+
+    def forward(self, ids, targets, reduction="mean"):
+        x = self.token(ids)
+        x = x + F.scaled_dot_product_attention(*self.qkv(F.rms_norm(x, (12,))).chunk(3, -1), is_causal=True)
+        logits = 15 * torch.tanh(self.head(F.rms_norm(x, (12,))) / 15)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return nll.view(targets.shape) if reduction == "none" and not self.flat else nll
+
+
+def cost(model, ids, targets, advantages, factors=None):
+    logp = -model(ids, targets, reduction="none").view_as(ids)
+    terms = logp * advantages[:, None]
+    if factors is not None:
+        terms = terms * (factors.view_as(terms) if factors.numel() == terms.numel() else factors[:, None])
+    return -terms.sum() / ((targets >= 0).sum().clamp(min=1) * 2)
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 2}, {"window": "step"}, {"unit": "token"}, {"noise": 0.5}], ids=str)
+@pytest.mark.parametrize("flat", [True, False], ids=["B * T", "B, T"])
+def test_a_model_that_returns_the_nll_of_each_token(flat, rule):
+    torch.manual_seed(0)
+    ours, theirs = copies(Decoder(flat).double())
+    ids, targets = torch.randint(17, (2, 8, 10)), torch.randint(17, (2, 8, 10))
+    targets[:, :, :3] = targets[:, 2, 7:] = -1
+    advantages, decided = torch.randn(2, 8).double(), []
+    with kondo.gated(ours, **({} if "noise" in rule else {"rate": 0.25}), **rule) as gate:
+        for given in zip(ids, targets, advantages, strict=True):
+            cost(ours, *given).backward()
+            decided += [] if "window" in rule else [gate.last]
+    for n, given in enumerate(zip(ids, targets, advantages, strict=True)):
+        factors = decided[n].factors() if decided else gate.last.factors().split(8)[n]
+        cost(theirs, *given, factors).backward()
+        if "unit" not in rule:
+            delight = decided[n].delight if decided else gate.last.delight.split(8)[n]
+            with torch.no_grad():
+                expected = (theirs(*given[:2], "none").view(8, 10) * given[2][:, None]).sum(1)
+            torch.testing.assert_close(delight, expected)
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert 0 < gate.stats.forwarded < 16

@@ -617,3 +617,86 @@ def test_a_penalty_on_parameters_is_right_as_it_is(name, data):
 
     assert not [message for message in warned(run) if "still reach" in message]
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+# Heads that the loss code runs on what it detached.
+
+
+class Headed(nn.Module):
+    """Returns hidden states; its head is for the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Bridge(torch.autograd.Function):
+    """The loss, with a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx, hidden, grad, loss):
+        ctx.save_for_backward(grad)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, _grad):
+        return ctx.saved_tensors[0], None, None
+
+
+def head_in_chunks(model, x, actions, weights, way):
+    hidden, total, found = model(x), 0.0, []
+    chunks = [part.detach().requires_grad_() for part in hidden.split(3)]
+    parts = zip(chunks, actions.split(3), weights.split(3), strict=True)
+    for chunk, a, w in parts:
+        scores = chunk if way == "no parameter" else model.head(chunk)
+        loss = -(w * scores.log_softmax(-1).gather(1, a[:, None])[:, 0]).sum()
+        loss.backward()
+        total += loss.detach()
+        found.append(chunk.grad)
+    grad = torch.cat(found)
+    if way == "a function of its own":
+        Bridge.apply(hidden, grad, total).backward()
+    else:
+        (hidden * grad).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["a function of its own", "a surrogate"])
+@pytest.mark.parametrize("options", [{"priority": "uniform", "rate": 0.5}, {"noise": 0.5}, {"window": "step"}], ids=str)
+def test_a_head_on_detached_outputs_that_learns_from_all_rows_is_told(options, way):
+    torch.manual_seed(0)
+    model = Headed().double()
+    x, actions, weights = torch.randn(6, 6).double(), torch.randint(4, (6,)), torch.randn(6).double()
+    options = {"priority": "uniform", "rate": 0.5, **options} if "window" in options else options
+    with (
+        pytest.warns(kondo.KondoWarning, match=r"another one gave head\.weight a gradient, past the gate"),
+        kondo.gated(model, **options),
+    ):
+        head_in_chunks(model, x, actions, weights, way)
+
+
+def test_a_head_on_detached_outputs_is_right_where_dropped_rows_are_masked_after_preselect():
+    torch.manual_seed(0)
+    ours, theirs = copies(Headed().double())
+    x, actions, weights = torch.randn(6, 6).double(), torch.randint(4, (6,)), torch.randn(6).double()
+    with warnings.catch_warnings(), kondo.gated(ours, rate=0.34) as gate:
+        warnings.simplefilter("error")
+        factors = gate.preselect(delight=torch.rand(6).double()).factors()
+        head_in_chunks(ours, x, actions, weights * factors, "a function of its own")
+    head_in_chunks(theirs, x, actions, weights * factors, "a function of its own")
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert gate.stats.forwarded == 2
+
+
+def test_backwards_that_give_the_model_nothing_are_not_told_of():
+    torch.manual_seed(0)
+    model, critic = Headed().double(), nn.Linear(6, 1).double()
+    x, actions, weights = torch.randn(6, 6).double(), torch.randint(4, (6,)), torch.randn(6).double()
+    with warnings.catch_warnings(), kondo.gated(model, rate=0.34, priority="uniform"):
+        warnings.simplefilter("error")
+        hidden = model(x)
+        critic(x).square().mean().backward()
+        hidden.sum().backward()
+        head_in_chunks(model, x, actions, weights, "no parameter")

@@ -13,6 +13,9 @@ from kondo_hooks.core.shared import Shared
 from kondo_hooks.delight.beside import Meeting, find_meetings, retaining
 from kondo_hooks.delight.graph import probe_scales
 from kondo_hooks.rules.samples import Kept
+from kondo_hooks.same.attributes import version_of
+
+_Gradients = list[tuple[Tensor | None, int]]
 
 
 class Entry:
@@ -52,8 +55,11 @@ class Entry:
         start = self.shared.pace.enter()
         probes: list[Any] = []
         meetings: list[Meeting] = []
+        before: _Gradients | None = None
         try:
             probes, leaves = probe_scales(nodes)
+            if leaves and self.shared.idle.waits:
+                before = self._gradients()
             if func is not torch.autograd.grad:
                 self._refuse_half_a_step(leaves)
             wanted = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
@@ -73,7 +79,10 @@ class Entry:
                     self._only = only
                     kwargs = {**kwargs, "inputs": [*wanted, self.anchor]}
             with self._settled_after():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            if before is not None and self.shared.idle.waits:
+                self._tell_what_came_past(before)
+            return result
         except BaseException:
             self.shared.pace.forget()
             raise
@@ -83,6 +92,26 @@ class Entry:
             for probe in probes:
                 probe.remove()
             self.shared.pace.leave(start)
+
+    def _gradients(self) -> _Gradients:
+        """What each parameter holds: its gradient, and how often that was written to."""
+        with self.shared.watcher.off():
+            grads = [p.grad for p in self.shared.state.parameters()]
+        return [(grad, version_of(grad)) for grad in grads]
+
+    def _tell_what_came_past(self, before: _Gradients) -> None:
+        """Warn of a gradient from a backward that reached none of the calls that wait for theirs."""
+        names = (name for name, _ in self.shared.state.named_parameters())
+        for name, (grad, version), (old, old_version) in zip(names, self._gradients(), before, strict=True):
+            if grad is not None and (grad is not old or version != old_version):
+                self.shared.warn(
+                    "past",
+                    f"gated: between a gated call and its own backward another one gave {name} a gradient, past the "
+                    "gate and so from all rows. Does the loss code run a part of the model itself, on outputs that it "
+                    "detaches (a head in chunks)? Gate what does both, with method=, or leave the chunks away; after "
+                    "gate.preselect() mask the dropped rows' terms. (A penalty on parameters alone does no harm.)",
+                )
+                return
 
     def steps_inside(self) -> list[torch.nn.Parameter]:
         """The parameters that an optimizer may step as soon as their gradient is there."""

@@ -36,6 +36,11 @@ class Idle:
         """Note that a backward came to a node."""
         self._reached = True
 
+    @property
+    def waits(self) -> bool:
+        """Whether calls were gated since the last step, and no backward reached any of them."""
+        return self._screened and not self._reached
+
     def check(self, optimizer: torch.optim.Optimizer, model: Collection[nn.Parameter]) -> None:
         """Look at what led to a step.
 

@@ -153,9 +153,9 @@ class FSDP2(OnRanks):
         return all(_fsdp2_syncs(wrapper) for wrapper in self.wrappers)
 
     def rest(self) -> None:
-        """A screen leaves the outermost parameters gathered, which then are no parameters of an optimizer's."""
-        for wrapper in self.wrappers:
-            wrapper.reshard()
+        """A screen leaves parameters gathered, as forwards do for their backward: they are none of an optimizer's."""
+        for module in (module for wrapper in self.wrappers for module in wrapper.modules() if _is_fsdp2(module)):
+            module.reshard()  # of this module alone, not of those inside of it
 
     @contextlib.contextmanager
     def one_pass(self, reduces: bool) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import kondo_hooks as kondo
 from benchmarks.communication import recorded
@@ -515,6 +516,45 @@ def functions(name: str, micro: int) -> dict[str, Any]:
         expected = stepped(net, optimizer, clip)
         found["differences"].append((str(case), difference(host.full(), expected)))
         found["kept"].append((gate.stats.kept, gate.stats.rows))
+    return found
+
+
+def gathered_until_the_step(last: bool) -> dict[str, Any]:
+    """Clipping finds the parameters that the optimizer has, where modules keep theirs gathered after a forward.
+
+    ``last``: only the last of them does, as large trainers have it; else all but the outermost.
+    """
+    net, reference = make_net(), make_net()
+    inner = [
+        module
+        for module in net.modules()
+        if module is not net and next(module.parameters(recurse=False), None) is not None
+    ]
+    for module in inner:
+        fully_shard(module, reshard_after_forward=last and module is not inner[-1])
+    model = fully_shard(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {"norms": []}
+    with kondo.gated(model, window="step", rate=0.4) as gate:
+        for step in range(2):
+            batches = [[random_batch(100 * step + 10 * i + r, 7) for r in range(ranks)] for i in range(2)]
+            for i in range(2):
+                loss_of(model(batches[i][rank].x), batches[i][rank]).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, gate.last.factors().tolist())
+            for r in range(ranks):
+                for i, mine in enumerate(torch.tensor(gathered[r]).split(7)):
+                    (loss_of(reference(batches[i][r].x), batches[i][r], mine) / ranks).backward()
+            expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+            found["norms"].append([float(norm.full_tensor()), float(expected)])
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for p in reference.parameters():
+                    p -= LR * p.grad
+                    p.grad = None
     return found
 
 

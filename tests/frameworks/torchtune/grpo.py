@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torchtune import config
 
 import kondo_hooks as kondo
-from tests.frameworks.torchtune.parts import VOCABULARY, load_recipe
+from tests.frameworks.torchtune.parts import VOCABULARY, load_recipe, masked
 from tests.reference import Runs
 
 HERE = "tests.frameworks.torchtune.parts"
@@ -105,9 +105,7 @@ def mask_loss(recipe, masks):
         factors = torch.tensor(next(left), dtype=torch.float64).view(len(new), -1)
         if factors.shape[1] > 1:  # of the positions that predict the answer's tokens
             factors = factors[:, -new.shape[1] - 1 : -1]
-        new = new.clone()
-        new.register_hook(lambda grad: grad * factors.to(grad))
-        return loss(old, new, *rest, **named)
+        return loss(old, masked(new, factors), *rest, **named)
 
     recipe._loss_fn = masked_loss
 

@@ -18,6 +18,7 @@ from torchtune import generation, rlhf, training
 from torchtune.datasets import PackedDataset
 
 VOCABULARY, PAD, STOP = 24, 0, 1
+NAMES = ("input_ids", "labels")
 
 
 class GRPOTrajectory(NamedTuple):
@@ -125,6 +126,24 @@ def texts(tokenizer, packed=False, count=48):
     return PackedDataset(found, max_seq_len=24) if packed else found
 
 
+def queries(tokenizer):
+    """Prompts, as the PPO recipe takes them."""
+    return [{"tokens": item["tokens"], "labels": item["tokens"]} for item in prompts(tokenizer)]
+
+
+def preferences(tokenizer, count=32):
+    """Pairs of answers to a prompt."""
+    chosen, rejected = texts(tokenizer, count=count), texts(tokenizer, count=2 * count)[count:]
+    return [
+        {
+            f"{side}_{name}": text["tokens" if name == "input_ids" else name]
+            for side, text in pair.items()
+            for name in NAMES
+        }
+        for pair in ({"chosen": a, "rejected": b} for a, b in zip(chosen, rejected, strict=True))
+    ]
+
+
 class Logger:
     """Keeps what the recipe logs."""
 
@@ -168,3 +187,11 @@ def load_recipe(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def masked(tensor, factors):
+    """The same values, whose gradients are multiplied by factors: of rows, or of rows and positions."""
+    shape = [*factors.shape, *[1] * (tensor.dim() - factors.dim())]
+    found = tensor.clone()
+    found.register_hook(lambda grad: grad * factors.view(shape).to(grad))
+    return found

@@ -7,7 +7,7 @@ import torch
 
 import kondo_hooks as kondo
 from tests.frameworks.torchtune.grpo import HERE, configured
-from tests.frameworks.torchtune.parts import VOCABULARY, load_recipe
+from tests.frameworks.torchtune.parts import VOCABULARY, load_recipe, masked
 from tests.reference import Runs
 
 RECIPE = "full_finetune_single_device.py"
@@ -52,7 +52,7 @@ def main(options, rule=None, masks=None):
         recipe._loss_step = noted
         if masks is not None:
             left = iter(masks)
-            model.register_forward_hook(lambda model, given, output: masked(output, next(left)))
+            model.register_forward_hook(lambda model, given, output: masked_logits(output, next(left)))
         with kondo.gated(model, enabled=rule is not None, **(rule or {})) as gate:
             recipe._optimizer.register_step_post_hook(
                 lambda *_: decided.append(gate.last.factors() if gate.last is not None else None)
@@ -70,11 +70,9 @@ def main(options, rule=None, masks=None):
         }
 
 
-def masked(output, weights):
-    """The same logits, or chunks of them, the gradients of whose tokens are multiplied by weights, (B, T)."""
+def masked_logits(output, weights):
+    """Logits, or chunks of them, the gradients of whose tokens are multiplied by weights, (B, T)."""
     if isinstance(output, torch.Tensor):
-        output = output.clone()
-        output.register_hook(lambda grad: grad * weights[..., None].to(grad))
-        return output
+        return masked(output, weights)
     sizes = [chunk.shape[1] for chunk in output]
     return [masked(chunk, part) for chunk, part in zip(output, weights.split(sizes, 1), strict=True)]

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("torchtune", reason="make frameworks ONLY=torchtune")
 
 import kondo_hooks as kondo
-from tests.frameworks.torchtune import grpo, sft
+from tests.frameworks.torchtune import grpo, others, sft
 from tests.ranks.launch import launch
 
 PAGE = Path(__file__).parents[3] / "docs" / "frameworks" / "torchtune.md"
@@ -132,3 +132,21 @@ def test_layers_that_are_compiled(monkeypatch):
     [gated] = trained({"compile": True, "num_steps": 1}, rule={"rate": 0.25})
     [masked] = trained({"compile": True, "num_steps": 1}, masks=[gated["decided"]])
     assert distance(gated, masked) < 1e-12 and gated["tokens"] < gated["asked"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("ppo", {"rate": 0.25, "window": 2}),
+        ("ppo", {"rate": 0.25, "window": "step"}),
+        ("dpo", {"rate": 0.25, "window": 2, "pairs": True}),
+        ("dpo", {"rate": 0.25, "window": "step", "pairs": True}),
+    ],
+    ids=str,
+)
+def test_ppo_with_a_value_model_of_its_own_and_dpo_of_pairs(name, rule):
+    gated = others.main(name, rule={**rule, "audit": 0})
+    masked = others.main(name, masks=[factors for step in gated["decided"] for factors in step.split(4)])
+    full = others.main(name)
+    assert distance(gated, masked) < 1e-6 < 1e-3 < distance(gated, full)
+    assert gated["tokens"] < 0.5 * masked["tokens"] and gated["stats"].rows == (32 if name == "ppo" else 16)
