@@ -119,7 +119,7 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
-def made(trainer=ActorPPOTrainer, model=None, max_norm=0.0, **options):
+def made(trainer=ActorPPOTrainer, model=llama, max_norm=0.0, **options):
     """A trainer with its actor in a DeepSpeed engine, and experiences in its buffer."""
     args = arguments(**options)
     strategy = Strategy(
@@ -129,7 +129,7 @@ def made(trainer=ActorPPOTrainer, model=None, max_norm=0.0, **options):
         args=args,
     )
     strategy.setup_distributed()
-    actor = Actor(llama() if model is None else model, packing_samples=args.ds.packing_samples, temperature=0.9)
+    actor = Actor(model(), packing_samples=args.ds.packing_samples, temperature=0.9)
     actor.packing_samples = args.ds.packing_samples  # which it sets where it loads a model from a folder
     adam = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     prepared = strategy.prepare(
