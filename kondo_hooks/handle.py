@@ -158,6 +158,7 @@ class Gated:
         _active.add(self.model)
         self._step.shared.state = self._state()
         self._step.checks.reruns = not self._step.shared.engine.communicates
+        self._step.checks.types = self._step.shared.engine.types(self.model)
         self._detach = attach(self.model, self._method, self._forward.intercept)
         self._close = [
             self._step.shared.engine.open(self._step),

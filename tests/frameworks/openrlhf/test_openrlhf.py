@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("openrlhf", reason="make frameworks ONLY=openrlhf")
 
+import kondo_hooks as kondo
 from tests.frameworks.openrlhf import cpu
 from tests.frameworks.openrlhf.trainers import compared
 from tests.ranks.launch import launch
@@ -48,6 +49,8 @@ CONFIGURATIONS = {
     "two epochs, clipped": {"epochs": 2, "max_norm": 0.05, "packing": True},
     "checkpoints": {"model": checkpointed(use_reentrant=False), "packing": True},
     "reentrant checkpoints": {"model": checkpointed(use_reentrant=True)},
+    "experts": {"model": cpu.mixtral},
+    "experts, packing": {"model": cpu.mixtral, "packing": True},
     "zero 0": {"stage": 0},
     "zero 1": {"stage": 1, "packing": True},
     "zero 3": {"stage": 3, "packing": True, "entropy": 0.1},
@@ -97,6 +100,28 @@ def test_decided_before_the_forward_from_the_old_log_probs(name, rule):
     assert not case["screened"]
 
 
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+@pytest.mark.parametrize("name", ["GatedTrainer", "ScreenFirstTrainer"])
+def test_half_precision_of_a_model_from_a_folder(name, tmp_path):
+    cpu.llama().save_pretrained(tmp_path)
+    case = compared(name, {"rate": 0.25}, model=lambda: str(tmp_path), packing=True, dtype="bf16")
+    assert case["difference"] < case["from plain"] / 3 < 0.2
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_routers_balancing_loss_is_refused(packing):
+    with pytest.raises(RuntimeError, match="aux_loss of has no row"):
+        compared("GatedTrainer", {"rate": 0.25}, model=cpu.mixtral, aux=0.01, packing=packing)
+    with pytest.raises(AttributeError, match="aux_loss"):
+        compared("ScreenFirstTrainer", {"rate": 0.25}, model=cpu.mixtral, aux=0.01, packing=packing)
+
+
+def test_a_window_that_deepspeed_never_ends_is_refused():
+    with pytest.raises(ValueError, match="DeepSpeed reads none"):
+        kondo.gated(cpu.made().actor, window="step")
+
+
 ON_RANKS = [
     ("GatedTrainer", {"rate": 0.25}, {"packing": True, "batch": 16}),
     ("GatedTrainer", {"noise": 0.7, "scope": "global"}, {"entropy": 0.1, "batch": 16}),
@@ -104,12 +129,13 @@ ON_RANKS = [
     ("GatedTrainer", {"rate": 0.25}, {"stage": 3, "packing": True}),
     ("GatedTrainer", {"price": 0.0}, {"dynamic": True, "max_tokens": 24, "packing": True, "stage": 3}),
     ("ScreenFirstTrainer", {"rate": 0.25}, {"packing": True, "entropy": 0.1, "batch": 16}),
-    ("ScreenFirstTrainer", {"rate": 0.25}, {"dynamic": True, "max_tokens": 24, "stage": 3}),
+    ("ScreenFirstTrainer", {"rate": 0.25}, {"dynamic": True, "max_tokens": 24, "stage": 3, "max_norm": 1.0}),
 ]
 
 
 def test_two_ranks():
     for found in launch("tests.frameworks.openrlhf.ranks", 2, ON_RANKS, 200, fresh=True):
+        assert "tensor_parallel_group" in found.pop()  # ring attention
         for case, (_, _, options) in zip(found, ON_RANKS, strict=True):
             assert case["difference"] < 2e-5 < 1e-2 < case["from plain"], options
             assert 0 < case["kept"] < case["rows"] and case["tokens"] < case["full"], options
