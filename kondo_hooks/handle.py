@@ -158,6 +158,7 @@ class Gated:
         _active.add(self.model)
         self._step.shared.state = self._state()
         self._step.checks.reruns = not self._step.shared.engine.communicates
+        self._step.checks.types = self._step.shared.engine.types(self.model)
         self._detach = attach(self.model, self._method, self._forward.intercept)
         self._close = [
             self._step.shared.engine.open(self._step),
@@ -450,8 +451,10 @@ class Gated:
                 )
             return log_probs
         if log_probs.is_nested:
-            values = self.logp(log_probs.values())
-            return torch.nested.nested_tensor_from_jagged(values, log_probs.offsets(), log_probs.lengths())
+            jagged: Any = log_probs
+            return torch.nested.nested_tensor_from_jagged(
+                self.logp(jagged.values()), jagged.offsets(), jagged.lengths()
+            )
         marked = log_probs.view_as(log_probs)
         if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():
             raise DelightError(

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kondo_hooks as kondo
 from tests.cases import (
@@ -1323,3 +1325,42 @@ def test_a_parameter_that_no_row_reaches_is_none_of_that():
         gate.preselect(kept=keep)
         (gated(x).sum() + ours.head.weight.square().sum() + temperature).backward()
     assert torch.equal(ours.head.weight.grad, 2 * ours.head.weight)
+
+
+@pytest.fixture
+def two_ranks():
+    """A process group of two ranks, of which the other is not there."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["screened", "decided first"])
+@pytest.mark.parametrize("named", [False, True], ids=["by position", "by name"])
+def test_a_row_that_ranks_run_together_is_refused(named, first, two_ranks):
+    class Ring(nn.Linear):
+        def forward(self, x, group=None):
+            return super().forward(x)
+
+    model, x = Ring(4, 3).double(), torch.randn(8, 4).double()
+    given = {"group": dist.group.WORLD} if named else {}
+    with pytest.raises(ValueError, match="tensor_parallel_group=group"), kondo.gated(model, rate=0.5) as gate:
+        if first:
+            gate.preselect(delight=torch.randn(8))
+        model(x, *([] if named else [dist.group.WORLD]), **given)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("group", [None, "alone", "told"])
+def test_a_group_of_one_rank_or_one_that_is_told_is_none(group, two_ranks):
+    class Ring(nn.Linear):
+        def forward(self, x, group=None):
+            return super().forward(x)
+
+    model, x = Ring(4, 3).double(), torch.randn(8, 4).double()
+    groups = {None: None, "alone": dist.new_group([0]), "told": dist.group.WORLD}
+    told = {"tensor_parallel_group": dist.group.WORLD} if group == "told" else {}
+    gate = kondo.gated(model, rate=0.5, **told)
+    with gate:
+        out = model(x, group=groups[group])
+        assert out.grad_fn is not None and gate.stats.steps == 0

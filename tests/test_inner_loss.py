@@ -704,3 +704,15 @@ def test_one_row_goes_with_whatever_all_rows_share_and_is_not_taken_for_a_doubt(
             x, labels, numbers = torch.randn(16, 4).double(), torch.randint(3, (16,)), torch.randn(2, 16).double()
             model(x, labels, *numbers).backward()
     assert gate.stats.forwarded == 3
+
+
+def test_a_term_without_rows_is_named_by_its_last_name():
+    class Router(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits, {"losses": {"balance": logits.softmax(-1).mean(0).square().sum()}}
+
+    model, x = Router(4, 3), torch.randn(B, 4)
+    with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="the model's balance of has no row"):
+        logits, more = model(x)
+        (CE(logits, torch.zeros(B, dtype=torch.long)) + more["losses"]["balance"]).backward()

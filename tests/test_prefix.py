@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import kondo_hooks as kondo
+from kondo_hooks.core.engine import Engine
 from kondo_hooks.rules import draw
 from tests.reference import Runs, copies, grads, largest_relative_difference, told
 
@@ -681,6 +682,51 @@ def test_another_sequence_that_is_as_long_is_not_cut(length):
         loss(ours).backward()
     loss(theirs, gate.last.factors().view(B, -1)[:, : T - 1]).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+class Actions(nn.Module):
+    """Log-probs of actions, (B, T - 1), as a trainer's actor returns them of ids (B, T) and what is given of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Recurrent()
+
+    def forward(self, **given):
+        ids, length = given["ids"], given["of_actions"].shape[1]
+        attends = given.get("attends", torch.ones_like(ids))
+        logits = self.inner(ids * attends)[0]
+        labels = given["of_actions"] if given.get("labels") else ids.roll(-1, 1)[:, :-1]
+        logp = log_probs(logits[:, :-1], labels)[:, -length:]
+        return logp if given.get("labels") else logp * given["of_actions"]
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["looks", "communicates"])
+@pytest.mark.parametrize("kind", ["mask", "mask first", "mask and attention", "labels"])
+def test_what_is_given_of_actions_is_cut_beside_ids_that_are_one_longer(kind, looks, monkeypatch):
+    monkeypatch.setattr(Engine, "communicates", not looks)
+    torch.manual_seed(0)
+    ours, theirs = copies(Actions().double())
+    ids, mask, u = batch(3)
+    given = {"ids": ids, "of_actions": mask[:, 1:]}
+    if kind == "mask first":
+        given = dict(reversed(given.items()))
+    if kind == "mask and attention":
+        given["attends"] = mask
+    if kind == "labels":
+        given |= {"of_actions": ids[:, 1:], "labels": True}
+    runs = Runs(ours, V)
+
+    def loss(model, factors=None):
+        terms = -u * model(**given) * mask[:, 1:]
+        return (terms if factors is None else terms * factors).mean()
+
+    with kondo.gated(ours, unit="prefix", noise=0.5, logp=lambda out: out, audit=0) as gate:
+        loss(ours).backward()
+    factors = gate.last.factors().view(B, -1)
+    loss(theirs, factors).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert 0 < factors.count_nonzero() < mask.sum() and max(runs.shapes)[1] <= T
+    assert sum(runs.tokens) < B * T
 
 
 def test_falling_sizes_of_long_rows_take_no_time():

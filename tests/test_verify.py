@@ -10,6 +10,9 @@ from torch import nn
 from torch.distributions import Categorical
 
 import kondo_hooks as kondo
+from kondo_hooks import api
+from kondo_hooks.ranks.agreement import Ranks
+from kondo_hooks.ranks.engines import OnRanks
 from tests.reference import grads, largest_relative_difference
 
 ROWS, WIDTH, ACTIONS = 64, 48, 8
@@ -360,3 +363,37 @@ def test_calls_of_one_backward_that_run_again_together_have_their_own_log_probs(
         return gathered(m(ids), ids, u, w[:12]) + gathered(m(others), ids, u, w[12:])
 
     assert_third_step_is_exact(Words(), loss, rows=24)
+
+
+class Upcast(nn.Module):
+    """Log-probs in float32 of a model of another type, whose last digits depend on the number of rows."""
+
+    def __init__(self, dtype, noise):
+        super().__init__()
+        self.layer, self.noise = nn.Linear(4, 3, dtype=dtype), noise
+
+    def forward(self, x):
+        logits = self.layer(x.to(self.layer.weight.dtype)).float()
+        return (logits * (1 + self.noise / len(x))).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "noise", "passes"),
+    [
+        (torch.bfloat16, 0.1, True),
+        (torch.float16, 0.05, True),
+        (torch.float32, 0.1, False),
+        (torch.bfloat16, 40.0, False),
+    ],
+)
+def test_where_no_control_can_run_the_models_own_type_says_what_rounding_is(dtype, noise, passes, monkeypatch):
+    class Talks(OnRanks):
+        communicates = True
+
+    monkeypatch.setattr(api, "find_engine", lambda model, *_: Talks([model], Ranks()))
+    torch.manual_seed(0)
+    model, x, actions = Upcast(dtype, noise), torch.randn(16, 4), torch.randint(3, (16, 1))
+    refused = contextlib.nullcontext() if passes else pytest.raises(kondo.ReplayMismatchError)
+    with refused, kondo.gated(model, rate=0.25, audit=0) as gate:
+        (-torch.randn(16, 1) * model(x).gather(1, actions)).mean().backward()
+    assert gate.stats.steps == int(passes)

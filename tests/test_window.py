@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 import kondo_hooks as kondo
+from kondo_hooks import api
 from kondo_hooks.core.compact import RankOne
+from kondo_hooks.ranks.agreement import Ranks
+from kondo_hooks.ranks.engines import OnRanks
 from tests.cases import FEATURES, K, Mlp, make_batch
 from tests.reference import grads, kept_mask, largest_relative_difference
 
@@ -415,3 +418,59 @@ def test_a_decision_that_fails_is_as_if_it_had_not_been(window, options):
             return gate.last.kept.tolist()
 
     assert kept(True) == kept(False)
+
+
+class Routed(nn.Module):
+    """Log-probs of tokens (B, T), and beside them what a router makes of these, (B * T, E)."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.token, self.router, self.head, self.flat = nn.Embedding(K, 6), nn.Linear(6, 3), nn.Linear(6, K), flat
+
+    def forward(self, ids):
+        x = self.token(ids)
+        routed = self.router(x.flatten(0, 1))
+        x = x * routed.softmax(-1).amax(-1).view(*ids.shape, 1)
+        logp = self.head(x).log_softmax(-1).gather(-1, (ids[..., None] + 1) % K)[..., 0]
+        return {"log_probs": logp, "seen": routed if self.flat == "routed" else (routed, x.view(1, -1, 6))}
+
+
+@pytest.mark.parametrize("flat", ["routed", "both"])
+@pytest.mark.parametrize("communicates", [False, True])
+def test_what_gets_no_gradient_may_be_flattened_in_micro_batches_of_several_lengths(communicates, flat, monkeypatch):
+    class Talks(OnRanks):
+        pass
+
+    Talks.communicates = communicates
+    monkeypatch.setattr(api, "find_engine", lambda model, *_: Talks([model], Ranks()))
+    torch.manual_seed(0)
+    ours = Routed(flat).double()
+    theirs = copy.deepcopy(ours)
+    batches = [(torch.randint(K, (4, length)), torch.randn(4, 1, dtype=torch.float64)) for length in (5, 7, 6)]
+
+    def loss(model, ids, u, factors=1.0):
+        return -(u * model(ids)["log_probs"] * factors).sum()
+
+    with kondo.gated(ours, rate=0.4, window=3) as gate:
+        for ids, u in batches:
+            loss(ours, ids, u).backward()
+    for (ids, u), factors in zip(batches, gate.last.factors().view(3, 4, 1), strict=True):
+        loss(theirs, ids, u, factors).backward()
+    assert gate.stats.kept < gate.stats.rows
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+def test_what_gets_a_gradient_may_not_where_every_pass_communicates(monkeypatch):
+    class Talks(OnRanks):
+        communicates = True
+
+    monkeypatch.setattr(api, "find_engine", lambda model, *_: Talks([model], Ranks()))
+    torch.manual_seed(0)
+    model = Routed("routed").double()
+    with (
+        pytest.raises(kondo.ReplayMismatchError, match="flattened into one axis"),
+        kondo.gated(model, rate=1 / 2, window=2),
+    ):
+        for length in (5, 7):
+            out = model(torch.randint(K, (4, length)))
+            (out["log_probs"] * torch.randn(4, 1)).sum().add(out["seen"].square().sum()).backward()

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from kondo_hooks.core.arrival import Arrival
 from kondo_hooks.core.call import Call
@@ -87,6 +88,29 @@ class Engine:
 
     def before_call(self) -> None:
         """What wrappers would do together in their next forward, done now that all ranks are at the same call."""
+
+    def types(self, model: nn.Module) -> frozenset[torch.dtype]:
+        """The types that the model computes in."""
+        return frozenset(p.dtype for p in model.parameters() if p.is_floating_point())
+
+    def check_call(self, given: Iterable[Any]) -> None:
+        """Refuse a call that ranks make together, each with a part of every row, if they may decide each for itself.
+
+        Args:
+            given: the call's arguments.
+
+        Raises:
+            ValueError: if a process group is among them.
+        """
+        if self.ranks.tensor_parallel or not (dist.is_available() and dist.is_initialized()):
+            return
+        for value in given:
+            if isinstance(value, dist.ProcessGroup) and (size := dist.get_world_size(value)) > 1:
+                raise ValueError(
+                    f"gated: the call is given a process group of {size} ranks (ring attention, sequence or context "
+                    "parallelism?): they run each row together, so they must take one decision. Name them: "
+                    "gated(..., tensor_parallel_group=group), or leave that parallelism away."
+                )
 
     def syncs(self) -> bool:
         """Whether the host means the coming backward to reduce gradients: the end of its accumulation."""

@@ -172,8 +172,11 @@ def _places(inputs: Sequence[Tensor], layout: Sequence[Rows | None], length: int
     A feature may be as long by chance, or another sequence (an encoder's), so each input may also be left as it is.
     """
     found: dict[tuple[Axes, int], None] = {}
+    both = (length, length + 1)
     for more in (0, 1):
-        for sizes in ((length + more,), (length, length + 1)):
+        alike = (length + more,)
+        # A mask of actions beside ids, which are one longer: rows that begin with either are positions.
+        for sizes in (both, alike) if _begin_with(inputs, layout) >= {*both} else (alike, both):
             every = [
                 tuple(a for a, n in enumerate(leaf.shape) if n in sizes and (where is None or a != where.axis))
                 for leaf, where in zip(inputs, layout, strict=True)
@@ -189,6 +192,12 @@ def _places(inputs: Sequence[Tensor], layout: Sequence[Rows | None], length: int
                     if any(has and axes for has, axes in zip(has_rows, left, strict=True)):
                         found[tuple(left), more] = None
     return list(found)
+
+
+def _begin_with(inputs: Sequence[Tensor], layout: Sequence[Rows | None]) -> set[int]:
+    """The sizes of the first axis of the inputs' rows."""
+    axes = [(leaf, position_axis(where)) for leaf, where in zip(inputs, layout, strict=True) if where is not None]
+    return {leaf.shape[axis] for leaf, axis in axes if leaf.dim() > axis}
 
 
 def _is_first(whole: Tensor, part: Tensor, length: int, where: Rows | None, autocast: Autocast) -> bool:

@@ -155,6 +155,7 @@ class Forward:
                 original(*args, **kwargs)
             self._step.shared.state.read()
         self._check_call()
+        self._step.shared.engine.check_call((*args, *kwargs.values()))
         step = self._step
         call = Call(
             original, (args, kwargs), step.shared.state, step.receive, self.pairs, self.shared_loss, step.checks

@@ -181,7 +181,10 @@ def _compare(group: list[Part], i: int, output: Tensor) -> Iterator[_Compared]:
 
 def _limit(call: Call, i: int, output: Tensor, wait: bool = True) -> Limit:
     """What may differ in an output; log-probs that nobody has told are seen by their values if there is time."""
-    lowest, usual = call.scene.autocast.lowest(output), call.scene.autocast.tolerance(output)
+    # An output may have been made more precise at the end. A control would tell; where none can run the model's own
+    # types do.
+    types = () if call.checks.reruns else call.checks.types
+    lowest, usual = call.scene.autocast.lowest(output, types), call.scene.autocast.tolerance(output, types)
     holds = "log-probs" if i in call.picked else "logits" if i in call.policy else ""
     if wait and holds == "logits" and bool(((values := call.outputs[i]) <= 0).all() or (values >= 0).all()):
         holds = "log-probs"

@@ -6,6 +6,7 @@ has a graph down to them, and the replay sends their rows' gradient to the same 
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -271,7 +272,7 @@ class InnerLoss:
 def _plain(path: str) -> str:
     if path.startswith("the attribute "):
         return path.removeprefix("the attribute ")
-    return path.strip("[]'.") if path else "output"
+    return next(reversed(re.findall(r"\w+", path)), "output")
 
 
 def find_losses(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -126,6 +127,11 @@ class FSDP1(OnRanks):
     takes_gradients = False
     swaps_parameters = True
 
+    def types(self, model: nn.Module) -> frozenset[torch.dtype]:
+        """With those of its mixed precision."""
+        lower = {wrapper.mixed_precision.param_dtype for wrapper in self.wrappers}
+        return super().types(model) | {dtype for dtype in lower if dtype is not None}
+
     def syncs(self) -> bool:
         """What ``no_sync`` sets."""
         return all(private.fsdp1_syncs(wrapper) for wrapper in self.wrappers)
@@ -147,6 +153,11 @@ class FSDP2(OnRanks):
     communicates = True
     takes_gradients = False
     swaps_parameters = True
+
+    def types(self, model: nn.Module) -> frozenset[torch.dtype]:
+        """With those of its mixed precision."""
+        lower = {group.mp_policy.param_dtype for wrapper in self.wrappers for group in _fsdp2_groups(wrapper)}
+        return super().types(model) | {dtype for dtype in lower if dtype is not None}
 
     def syncs(self) -> bool:
         """What ``set_requires_gradient_sync`` last set."""

@@ -145,9 +145,11 @@ def _common_reading(group: list[Part], learned: Learned) -> Layout:
     """The reading of a group's calls, which have one structure; refuses what else they differ in."""
     first = group[0]
     layout = held_layout(group) or reading(first, learned)
+    # Outputs without a gradient (a router's logits) may hold their rows as they like: nobody takes any.
+    used = [any(part.grads[i] is not None for part in group) for i in range(len(first.call.rows))]
     for part in group[1:]:
         differs = None
-        if part.call.rows != first.call.rows:
+        if any(u and a != b for u, a, b in zip(used, part.call.rows, first.call.rows, strict=True)):
             differs = "return rows of different lengths, flattened into one axis"
         elif not same_constants(part.call.args, first.call.args):
             differs = "were given different arguments that are no tensors"

@@ -18,11 +18,13 @@ class Checks:
     Attributes:
         tolerance: largest relative difference, as the user gave it; None to go by the type and by controls.
         reruns: whether a control may run. Not where a pass has collectives in it, which other ranks would not make.
+        types: that the model computes in.
         noise: by the output's path, the relative difference that controls have shown to be rounding.
     """
 
     tolerance: float | None = None
     reruns: bool = True
+    types: frozenset[torch.dtype] = frozenset()
     noise: dict[str, float] = field(default_factory=dict)
 
     def limit(self, path: str, dtype: torch.dtype, usual: float, holds: str) -> "Limit":

@@ -434,14 +434,15 @@ class Autocast:
         """The same, switched off."""
         return Autocast(tuple((kind, False, dtype) for kind, _, dtype in self.states), self.cache)
 
-    def lowest(self, output: Tensor) -> torch.dtype:
-        """The least precise type that an output was computed in, by what is known of it."""
-        used = [output.real.dtype if output.is_complex() else output.dtype] + [d for _, on, d in self.states if on]
+    def lowest(self, output: Tensor, others: Iterable[torch.dtype] = ()) -> torch.dtype:
+        """The least precise type that an output was computed in, by what is known of it, and of ``others``."""
+        used = [output.real.dtype if output.is_complex() else output.dtype, *others]
+        used += [dtype for _, on, dtype in self.states if on]
         return max((dtype for dtype in used if dtype in _TOLERANCE), key=_TOLERANCE.__getitem__)
 
-    def tolerance(self, output: Tensor) -> float:
+    def tolerance(self, output: Tensor, others: Iterable[torch.dtype] = ()) -> float:
         """How far a row may come out otherwise in a batch of another size, relative to the largest value."""
-        lowest = self.lowest(output)
+        lowest = self.lowest(output, others)
         if lowest is torch.float32:
             return max(_TOLERANCE[lowest], _PRODUCTS.get(products(output.device), 0.0))
         return _TOLERANCE[lowest]

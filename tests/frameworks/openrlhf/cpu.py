@@ -13,13 +13,16 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent / "stubs"))
 
 from openrlhf.models import Actor
+from openrlhf.models.ring_attn_utils import set_ring_attn_group
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from openrlhf.utils.deepspeed import deepspeed as strategies
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.forks import compile_nothing
+
+__all__ = ["ActorPPOTrainer", "Strategy", "made", "set_ring_attn_group", "strategies", "without_cuda"]
 
 V = 31
 
@@ -112,14 +115,22 @@ def arguments(**options):
     )
 
 
+SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3, "use_cache": False}
+
+
 def llama():
     torch.manual_seed(0)
-    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "initializer_range": 0.3, "use_cache": False}
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
-def made(trainer=ActorPPOTrainer, model=None, max_norm=0.0, **options):
+def mixtral():
+    """As the actor has it: its router's logits are returned, too."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True))
+
+
+def made(trainer=ActorPPOTrainer, model=llama, max_norm=0.0, **options):
     """A trainer with its actor in a DeepSpeed engine, and experiences in its buffer."""
     args = arguments(**options)
     strategy = Strategy(
@@ -129,7 +140,8 @@ def made(trainer=ActorPPOTrainer, model=None, max_norm=0.0, **options):
         args=args,
     )
     strategy.setup_distributed()
-    actor = Actor(llama() if model is None else model, packing_samples=args.ds.packing_samples, temperature=0.9)
+    how = {"attn_implementation": "sdpa", "param_dtype": args.ds.param_dtype}
+    actor = Actor(model(), packing_samples=args.ds.packing_samples, temperature=0.9, **how)
     actor.packing_samples = args.ds.packing_samples  # which it sets where it loads a model from a folder
     adam = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     prepared = strategy.prepare(

@@ -11,10 +11,8 @@ pytest.importorskip("openrlhf", reason="make frameworks ONLY=openrlhf")
 
 import kondo_hooks as kondo
 from tests.frameworks.openrlhf import cpu
-from tests.frameworks.openrlhf.cpu import ActorPPOTrainer
-from tests.reference import Runs
-
-KL = 0.3
+from tests.frameworks.openrlhf.trainers import compared
+from tests.ranks.launch import launch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,64 +27,13 @@ def _one_rank():
         torch.distributed.destroy_process_group()
 
 
-class Gated(ActorPPOTrainer):
-    """The recipe, and the factor of each row that a micro-batch had."""
+def checkpointed(**options):
+    def made():
+        model = cpu.llama()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return model
 
-    def ppo_train(self, kl_ctl):
-        self.factors, self.sizes = [], []
-        with kondo.gated(self.actor, logp=0, **{"window": "auto"} | self.options) as self.gate:
-            return super().ppo_train(kl_ctl)
-
-    def training_step(self, experience, *args):
-        before = self.gate.stats.steps
-        self.sizes.append(len(experience.sequences))
-        status = super().training_step(experience, *args)
-        if self.gate.stats.steps > before:
-            self.factors += self.gate.last.factors().split(self.sizes)
-            self.sizes.clear()
-        return status
-
-
-class Masked(ActorPPOTrainer):
-    """All rows, with the gradients at the actor's outputs multiplied by each row's factor."""
-
-    def ppo_train(self, kl_ctl):
-        factors = iter(self.factors)
-
-        def mask(actor, given, outputs):
-            mine = next(factors)
-            for tensor in (outputs[0], getattr(outputs[1], "entropy", None)):
-                if tensor is not None:
-                    tensor.register_hook(lambda grad: grad * mine.view(-1, 1).to(grad))
-
-        hook = self.actor.register_forward_hook(mask)
-        try:
-            return super().ppo_train(kl_ctl)
-        finally:
-            hook.remove()
-
-
-def parameters(trainer):
-    mine = list(trainer.actor.named_parameters())
-    with cpu.strategies.deepspeed.zero.GatheredParameters([p for _, p in mine]):
-        return {name: p.detach().float().clone() for name, p in mine}
-
-
-def difference(found, wanted, start):
-    """Of what training changed, relative to the largest change."""
-    moved = max((wanted[name] - start[name]).abs().max() for name in wanted)
-    assert moved > 1e-3
-    return max(((found[name] - wanted[name]).abs().max() / moved).item() for name in wanted)
-
-
-def run(kind, rule=None, factors=None, **options):
-    """Train; the trainer, what it logged, its parameters before and after, and the sizes of its runs with a graph."""
-    trainer = cpu.made(kind, **options)
-    trainer.options, trainer.factors = rule, factors
-    runs, start = Runs(trainer.actor, cpu.V), parameters(trainer)
-    torch.manual_seed(0)
-    status = trainer.ppo_train(KL)
-    return trainer, status, start, parameters(trainer), runs.tokens
+    return made
 
 
 CONFIGURATIONS = {
@@ -100,27 +47,96 @@ CONFIGURATIONS = {
     "dual clip": {"dual_clip": 3.0},
     "correction": {"correction": "token"},
     "two epochs, clipped": {"epochs": 2, "max_norm": 0.05, "packing": True},
+    "checkpoints": {"model": checkpointed(use_reentrant=False), "packing": True},
+    "reentrant checkpoints": {"model": checkpointed(use_reentrant=True)},
+    "experts": {"model": cpu.mixtral},
+    "experts, packing": {"model": cpu.mixtral, "packing": True},
     "zero 0": {"stage": 0},
     "zero 1": {"stage": 1, "packing": True},
-    "zero 3": {"stage": 3},
-    "zero 3, packing": {"stage": 3, "packing": True},
+    "zero 3": {"stage": 3, "packing": True, "entropy": 0.1},
+    "dynamic": {"dynamic": True, "max_tokens": 24},
+    "dynamic, packing": {"dynamic": True, "max_tokens": 24, "packing": True, "entropy": 0.1},
+    "dynamic, zero 3": {"dynamic": True, "max_tokens": 24, "packing": True, "stage": 3},
 }
-SAME = ("policy_loss", "entropy_loss", "kl", "ppo_kl", "ppo_clip_ratio", "reward", "total_length")
+SAME = ("policy_loss", "entropy_loss", "kl", "logprobs_diff", "ppo_kl", "ppo_clip_ratio", "vllm_kl", "reward")
 
 
-@pytest.mark.parametrize("rule", [{"rate": 0.25}, {"noise": 0.7}, {"price": 0.0}], ids=str)
+def check(case, name):
+    assert case["difference"] < (1e-4 if "epochs" in name else 2e-5)
+    assert case["from plain"] > 1e-2
+    assert 0 < case["gate"].stats.kept < case["gate"].stats.rows
+    assert case["logged"]["actor_grad_norm"] == pytest.approx(case["masked"]["actor_grad_norm"], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")  # entropy and KL in the loss are told
+@pytest.mark.parametrize("rule", [{"rate": 0.25}, {"noise": 0.7}], ids=str)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_training_equals_that_with_dropped_rows_masked(name, rule):
-    options = CONFIGURATIONS[name]
-    ours, logged, start, found, tokens = run(Gated, rule, **options)
-    assert 0 < ours.gate.stats.kept < ours.gate.stats.rows and ours.gate.stats.forwarded < ours.gate.stats.rows
-    _, expected, _, wanted, full = run(Masked, factors=ours.factors, **options)
-    _, everything, _, without, _ = run(ActorPPOTrainer, **options)
-    assert difference(found, wanted, start) < (1e-4 if "epochs" in options else 2e-5)
-    assert difference(without, wanted, start) > 1e-2
-    assert sum(tokens) < sum(full)
-    for key in SAME:
-        assert (key in logged) == (key in everything)
-        if key in logged:
-            assert logged[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
-    assert logged["actor_grad_norm"] == pytest.approx(expected["actor_grad_norm"], rel=1e-4)
+    case = compared("GatedTrainer", rule, **CONFIGURATIONS[name])
+    check(case, name)
+    assert case["tokens"] < case["full"]
+    assert {*case["logged"]} == {*case["plain"]}
+    for key in SAME:  # what is logged is that of all rows
+        if key in case["logged"]:
+            assert case["logged"][key] == pytest.approx(case["masked"][key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("unit", ["token", "prefix"])
+@pytest.mark.parametrize("name", ["padded", "packing", "zero 3"])
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+def test_tokens_and_prefixes(name, unit):
+    case = compared("GatedTrainer", {"noise": 0.7, "unit": unit}, **CONFIGURATIONS[name])
+    check(case, name)
+    assert case["tokens"] < case["full"]
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+@pytest.mark.parametrize("rule", [{"rate": 0.25}, {"noise": 0.7}], ids=str)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_decided_before_the_forward_from_the_old_log_probs(name, rule):
+    case = compared("ScreenFirstTrainer", rule, **CONFIGURATIONS[name])
+    check(case, name)
+    assert case["tokens"] < case["full"]
+    assert not case["screened"]
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+@pytest.mark.parametrize("name", ["GatedTrainer", "ScreenFirstTrainer"])
+def test_half_precision_of_a_model_from_a_folder(name, tmp_path):
+    cpu.llama().save_pretrained(tmp_path)
+    case = compared(name, {"rate": 0.25}, model=lambda: str(tmp_path), packing=True, dtype="bf16")
+    assert case["difference"] < case["from plain"] / 3 < 0.2
+
+
+@pytest.mark.filterwarnings("ignore::kondo_hooks.KondoWarning")
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_routers_balancing_loss_is_refused(packing):
+    with pytest.raises(RuntimeError, match="aux_loss of has no row"):
+        compared("GatedTrainer", {"rate": 0.25}, model=cpu.mixtral, aux=0.01, packing=packing)
+    with pytest.raises(AttributeError, match="aux_loss"):
+        compared("ScreenFirstTrainer", {"rate": 0.25}, model=cpu.mixtral, aux=0.01, packing=packing)
+
+
+def test_a_window_that_deepspeed_never_ends_is_refused():
+    with pytest.raises(ValueError, match="DeepSpeed reads none"):
+        kondo.gated(cpu.made().actor, window="step")
+
+
+ON_RANKS = [
+    ("GatedTrainer", {"rate": 0.25}, {"packing": True, "batch": 16}),
+    ("GatedTrainer", {"noise": 0.7, "scope": "global"}, {"entropy": 0.1, "batch": 16}),
+    ("GatedTrainer", {"rate": 0.25, "scope": "global", "balance": True}, {"packing": True}),
+    ("GatedTrainer", {"rate": 0.25}, {"stage": 3, "packing": True}),
+    ("GatedTrainer", {"price": 0.0}, {"dynamic": True, "max_tokens": 24, "packing": True, "stage": 3}),
+    ("ScreenFirstTrainer", {"rate": 0.25}, {"packing": True, "entropy": 0.1, "batch": 16}),
+    ("ScreenFirstTrainer", {"rate": 0.25}, {"dynamic": True, "max_tokens": 24, "stage": 3, "max_norm": 1.0}),
+]
+
+
+def test_two_ranks():
+    for found in launch("tests.frameworks.openrlhf.ranks", 2, ON_RANKS, 200, fresh=True):
+        assert "tensor_parallel_group" in found.pop()  # ring attention
+        for case, (_, _, options) in zip(found, ON_RANKS, strict=True):
+            assert case["difference"] < 2e-5 < 1e-2 < case["from plain"], options
+            assert 0 < case["kept"] < case["rows"] and case["tokens"] < case["full"], options
+            assert case["norms"][0] == pytest.approx(case["norms"][1], rel=1e-4), options
