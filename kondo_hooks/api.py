@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from kondo_hooks import private
 from kondo_hooks.core.attach import Method
 from kondo_hooks.core.screen import Name, Reading
 from kondo_hooks.core.texts import Named
+from kondo_hooks.errors import WarnOnce
 from kondo_hooks.handle import Gated
 from kondo_hooks.ranks.engines import find_engine
 from kondo_hooks.routes.window import Size, Spread
@@ -25,6 +27,7 @@ from kondo_hooks.rules.config import (
 from kondo_hooks.same.rounding import Checks
 
 DEFAULT_RATE = 0.03
+_warn = WarnOnce()
 
 
 def gated(
@@ -174,6 +177,8 @@ def gated(
     if audit is not None and (isinstance(audit, bool) or not isinstance(audit, int) or audit < 0):
         raise ValueError(f"audit must be a number of decisions >= 0, got {audit!r}")
     spread = Spread(1 if window is None else window, scope, balance, micro_batch_size)
+    if (untested := private.untested_version()) is not None:
+        _warn("version", untested)
     return Gated(
         model,
         config,

@@ -1,6 +1,6 @@
-"""What is private in torch and no public way leads to, each behind one function.
+"""What is private in torch and no public way leads to, each behind one function, and what versions differ in.
 
-Each looks for its name when it is first used, and says which versions are known where it is gone. Known: torch 2.13.
+Each looks for its name when it is first used, and says which versions are known where it is gone.
 ``tests/test_private.py`` calls all of them, so it fails loudly when torch changes.
 """
 
@@ -14,9 +14,27 @@ from torch import nn
 # Decorates what Dynamo must not trace. ``torch.compiler.disable`` would import the compiler to do it.
 from torch._compile import _disable_dynamo as uncompiled
 
-_KNOWN = "2.13"
+_OLDEST, _NEWEST = (2, 8), (2, 15)
+_KNOWN = f"{'.'.join(map(str, _OLDEST))} to {'.'.join(map(str, _NEWEST))}"
 
 __all__ = ["uncompiled"]
+
+
+def _version() -> tuple[int, int]:
+    """Of torch."""
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
+
+
+@functools.cache
+def untested_version() -> str | None:
+    """What to say of a torch that the gate's tests do not run on; None of one that they do."""
+    if _OLDEST <= _version() <= _NEWEST:
+        return None
+    return (
+        f"gated: torch {torch.__version__} is none of the versions that the gate is tested with, {_KNOWN}. It goes on; "
+        "if something of torch is missing, it says so."
+    )
 
 
 @functools.cache
@@ -40,6 +58,35 @@ def _of(owner: Any, name: str) -> Any:
 
 
 # Autograd.
+
+
+_watching: list[Callable[..., Any]] = []
+"""``torch.autograd.backward`` as it was, once for each who has something stand in for it."""
+
+
+def watch_backwards() -> Callable[[], None]:
+    """Have modes see ``torch.autograd.backward``, which before torch 2.11 asks none; returns what ends that."""
+    original = _watching[0] if _watching else torch.autograd.backward
+    if "has_torch_function" in original.__code__.co_names:
+        return lambda: None
+
+    @functools.wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        every = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+        if torch.overrides.has_torch_function(every):
+            torch.overrides.handle_torch_function(original, every, tensors, *args, **kwargs)
+        else:
+            original(tensors, *args, **kwargs)
+
+    _watching.append(original)
+    torch.autograd.backward = backward
+
+    def end() -> None:
+        _watching.pop()
+        if not _watching:
+            torch.autograd.backward = original
+
+    return end
 
 
 def graph_task() -> int:
@@ -135,7 +182,11 @@ def fsdp1_syncs(wrapper: Any) -> bool:
 
 def fsdp2_groups(module: Any) -> list[Any]:
     """Parameter groups of a ``fully_shard`` module, which alone have its flags, and its mesh without others' axes."""
-    return list(_of(_of(module, "_get_fsdp_state")(), "_fsdp_param_groups"))
+    state = _of(module, "_get_fsdp_state")()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    group = _of(state, "_fsdp_param_group")  # one for each module, until torch 2.11
+    return [] if group is None else [group]
 
 
 # Modules.
@@ -149,6 +200,29 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
 
 CALLED_FIRST = "_compiled_call_impl"
 """The attribute of a module that its call looks at before anything else."""
+
+
+def make_dynamo_call(module: nn.Module, mark: Any) -> Callable[[], None]:
+    """Have compiled code go through ``module(...)`` and what stands in ``CALLED_FIRST``; returns what ends that.
+
+    Dynamo goes straight to ``forward`` where a module has no hooks: an entry that belongs to no hook and does nothing
+    sends it through the call. Before torch 2.11 it goes on inside of that call, past the attribute, up to a hook that
+    it must not trace.
+    """
+    hooks_with_kwargs(module)[mark] = True
+    if _version() < (2, 11):
+        _of(module, "_forward_pre_hooks")[mark] = _nothing
+
+    def end() -> None:
+        hooks_with_kwargs(module).pop(mark, None)
+        _of(module, "_forward_pre_hooks").pop(mark, None)
+
+    return end
+
+
+@uncompiled
+def _nothing(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook."""
 
 
 def hooks_with_kwargs(module: nn.Module) -> dict[Any, bool]:

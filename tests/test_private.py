@@ -1,6 +1,7 @@
 """Every private name that the gate uses is there, does what it is used for, and is told where it is gone."""
 
 import inspect
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from kondo_hooks import private
+from kondo_hooks import api, private
+from kondo_hooks.errors import KondoWarning, WarnOnce
 
 
 def test_a_backward_tells_its_number_its_end_and_where_it_goes():
@@ -59,6 +61,57 @@ def test_modes_are_taken_off_and_put_on():
         private.push_mode(mode)
         torch.ones(1)
     assert mode.seen == 1
+
+
+def test_modes_see_a_backward_that_is_no_method():
+    class Seeing(TorchFunctionMode):
+        seen = ()
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen += (func,)
+            return func(*args, **(kwargs or {}))
+
+    original = torch.autograd.backward
+    x = torch.ones(2, requires_grad=True)
+    ends = [private.watch_backwards(), private.watch_backwards()]
+    loss = x.sum()
+    with Seeing() as mode:
+        torch.autograd.backward(loss, retain_graph=True)
+        torch.autograd.backward([loss], inputs=[x])
+    assert mode.seen.count(original) == 2 and x.grad.tolist() == [2, 2]
+    ends[0]()
+    torch.autograd.backward(x.sum())
+    ends[1]()
+    assert torch.autograd.backward is original and x.grad.tolist() == [3, 3]
+
+
+def test_compiled_code_meets_what_is_called_first():
+    layer = nn.Linear(2, 2)
+    before = dict(layer.__dict__, _forward_pre_hooks={**layer._forward_pre_hooks})
+    met = []
+    call = private.call_of(layer)
+    setattr(layer, private.CALLED_FIRST, private.uncompiled(lambda x: met.append(x) or call(x)))
+    end = private.make_dynamo_call(layer, "mark")
+    torch.compile(lambda x: layer(x) + 1, backend="eager")(torch.ones(1, 2))
+    assert len(met) == 1
+    end()
+    delattr(layer, private.CALLED_FIRST)
+    assert layer.__dict__ == before
+
+
+def test_a_version_that_is_not_tested_is_told_once(monkeypatch):
+    assert private.untested_version() is None
+    for version in ("2.7.1", "2.99.0+cpu"):
+        private.untested_version.cache_clear()
+        monkeypatch.setattr(torch, "__version__", version)
+        assert version in private.untested_version()
+    monkeypatch.setattr(api, "_warn", WarnOnce())
+    with pytest.warns(KondoWarning, match=r"torch 2\.99\.0\+cpu is none of the versions"):
+        api.gated(nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        api.gated(nn.Linear(2, 2))
+    private.untested_version.cache_clear()
 
 
 def test_transforms_and_cached_parametrizations():
@@ -114,14 +167,14 @@ def test_all_of_them_were_called():
     }
     source = Path(__file__).read_text()
     called = {name for name in functions if f"private.{name}(" in source}
-    assert functions - called == {"_of"}
+    assert functions - called == {"_of", "_version", "_nothing"}
 
 
 def test_what_is_gone_is_told_with_the_versions_that_are_known(monkeypatch):
     private._named.cache_clear()
     monkeypatch.delattr(torch._C, "_current_graph_task_id")
     with pytest.raises(
-        RuntimeError, match=r"has no _current_graph_task_id in torch._C.*known to work with torch 2\.13"
+        RuntimeError, match=r"has no _current_graph_task_id in torch._C.*known to work with torch 2\.8 to 2\.15"
     ):
         private.graph_task()
     private._named.cache_clear()

@@ -61,13 +61,11 @@ def attach(module: nn.Module, method: Method | None, intercept: Callable[..., An
         original = getattr(owner, called)
     ours = _Interceptor(intercept, original, name, owner)
     held[name] = ours
-    if called is None:
-        # Dynamo goes straight to `forward` where a module has no hooks; this entry, which belongs to no hook and
-        # does nothing, sends it through `__call__`, so that a compiled training step meets the gate.
-        private.hooks_with_kwargs(module)[_MARK] = True
+    # So that a compiled training step meets the gate.
+    ends = private.make_dynamo_call(module, _MARK) if called is None else lambda: None
 
     def detach() -> bool:
-        private.hooks_with_kwargs(module).pop(_MARK, None)
+        ends()
         if held.get(name) is not ours:
             return False
         if before is missing:

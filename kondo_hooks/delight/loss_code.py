@@ -218,19 +218,22 @@ class LossWatcher(TorchFunctionMode):
         self.paused = self.asleep = False
         self.on_grad: Callable[[Tensor], None] | None = None
         self._put_off: list[Callable[[], None]] = []
-        self._end: Callable[[], None] = lambda: None
+        self._ends: list[Callable[[], None]] = []
 
     def open(self) -> None:
         """Begin to watch."""
         self.__enter__()
-        self._on, self._end = True, listen(self._see_log_prob)
+        self._on = True
+        self._ends = [listen(self._see_log_prob), private.watch_backwards()]
 
     def close(self) -> None:
         """Leave no trace."""
         take_off(self)
         self.paused = self.asleep = False
         self._on = False
-        self._end()
+        for end in self._ends:
+            end()
+        self._ends = []
 
     def sleep(self) -> None:
         """See nothing at all for a while, backwards neither."""
