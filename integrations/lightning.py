@@ -1,7 +1,7 @@
 """Lightning's ``Trainer``: a callback that gates the module that ``training_step`` calls; metrics, schedules, state.
 
-``Trainer(callbacks=[KondoCallback(rate=0.1)])`` needs no context. Lightning's Fabric needs no callback: gate what
-``fabric.setup`` returned, on one rank or several.
+``Trainer(callbacks=[KondoCallback(rate=0.1)])`` needs no context, on one rank or with DDP on several. Lightning's
+Fabric needs no callback: gate what ``fabric.setup`` returned.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import kondo_hooks as kondo
@@ -43,7 +44,7 @@ class KondoCallback(Callback):
 
     Raises:
         ValueError, TypeError: here, on an option that cannot be right; when the fit starts, on a module or a method
-            that is not there, and where Lightning trains on several ranks.
+            that is not there, and where the strategy wraps the module in something else than DDP.
     """
 
     def __init__(self, module: str | None = None, *, rate: Rate | None = None, **options: Any):
@@ -70,26 +71,19 @@ class KondoCallback(Callback):
 
     # The gate, and where it goes on and off.
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several ranks."""
-        if stage == "fit" and trainer.world_size > 1:
-            self._refuse(f"the Trainer trains on {trainer.world_size} ranks")
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the module, which ``configure_model`` may have made only now."""
-        if trainer.model is not pl_module:
-            self._refuse(f"the strategy has put a {type(trainer.model).__name__} around the LightningModule")
-        self._make(pl_module).discard()
-
-    def _refuse(self, reason: str) -> None:
-        if self._enabled:
+        """Look for the module, which ``configure_model`` may have made only now, and at what is around it."""
+        wrapped = trainer.model is not pl_module
+        if self._enabled and wrapped and not isinstance(trainer.model, DistributedDataParallel):
             raise ValueError(
-                f"KondoCallback: {reason}. Lightning runs training_step inside of such a wrapper, which reduces the "
-                "gradients and would not see the replay of a gate within. Train with devices=1 and strategy='auto', "
-                "or use Lightning's Fabric and gate what fabric.setup returned: with kondo.gated(model, rate=...): ..."
+                f"KondoCallback: the strategy has put a {type(trainer.model).__name__} around the LightningModule. "
+                "Lightning runs training_step inside of its forward, where parameters are gathered for that pass "
+                "alone, so the kept rows could not run again. Train with strategy='ddp' or 'auto', or use Lightning's "
+                "Fabric and gate what fabric.setup returned: with kondo.gated(model, rate=...): ..."
             )
+        self._make(trainer, pl_module).discard()
 
-    def _make(self, pl_module: LightningModule) -> kondo.Gated:
+    def _make(self, trainer: Trainer, pl_module: LightningModule) -> kondo.Gated:
         try:
             found = pl_module if self.module is None else pl_module.get_submodule(self.module)
         except AttributeError as error:
@@ -98,7 +92,12 @@ class KondoCallback(Callback):
                 f"KondoCallback: module={self.module!r} names no submodule of {type(pl_module).__name__} ({error}); it "
                 f"has {names or 'none'}"
             ) from error
-        return kondo.gated(found, rate=self._at if callable(self._rate) else self._rate, **self._options)
+        rate: Any = self._at if callable(self._rate) else self._rate
+        if not isinstance(trainer.model, DistributedDataParallel):
+            return kondo.gated(found, rate=rate, **self._options)
+        # Within DDP's forward: what is called is the module, and DDP's are the parameters and the ranks.
+        called = self._options.get("method") or "forward"
+        return kondo.gated(trainer.model, rate=rate, **{**self._options, "method": (found, called)})
 
     def _at(self, _step: int) -> float:
         return self._now
@@ -106,7 +105,7 @@ class KondoCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the gate on, with the state of the checkpoint that the fit resumes from."""
         self._close(RuntimeError)
-        gate = self._make(pl_module)
+        gate = self._make(trainer, pl_module)
         if self._state:
             gate.load_state_dict(self._state)
         self._window = 1

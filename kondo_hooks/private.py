@@ -175,6 +175,11 @@ def rebuild_buckets(wrapper: Any) -> None:
     _of(_of(wrapper, "reducer"), "_rebuild_buckets")()
 
 
+def is_in_forward(wrapper: Any) -> bool:
+    """Whether the forward of a ``DistributedDataParallel`` runs now."""
+    return _of(_named("nn.parallel.DistributedDataParallel"), "_active_ddp_module") is wrapper
+
+
 def fsdp1_syncs(wrapper: Any) -> bool:
     """What ``FullyShardedDataParallel.no_sync`` sets."""
     return bool(_of(wrapper, "_sync_gradients"))

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 import kondo_hooks as kondo  # noqa: E402
 from kondo_hooks.integrations.lightning import KondoCallback  # noqa: E402
+from tests.ranks.launch import launch  # noqa: E402
 
 B, ACTIONS = 8, 4
 METRICS = {f"kondo/{name}" for name in "rate kept skipped delight_kept delight_dropped price".split()}
@@ -410,14 +411,20 @@ def test_a_module_that_is_not_called_is_told_at_the_first_step():
         trainer_of(KondoCallback("net", rate=0.25, warmup_steps=2)).fit(Policy("net"), batches())
 
 
-def test_several_ranks_and_wrappers_are_refused_by_name():
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_several_ranks_give_the_masked_gradient(accumulation):
+    for found in launch("tests.ranks.behaviours", 2, ["lightning_ddp", accumulation], 200):
+        for case, difference in found["differences"]:
+            assert difference < 1e-5, case
+        assert 0 < found["kept"][0] < found["kept"][3]
+
+
+def test_wrappers_that_gather_parameters_are_refused_by_name():
     model = Policy()
-    with pytest.raises(ValueError, match=r"trains on 2 ranks.*fabric\.setup"):
-        KondoCallback(rate=0.25).setup(SimpleNamespace(world_size=2), model, "fit")
-    with pytest.raises(ValueError, match=r"a Sequential around the LightningModule.*fabric\.setup"):
+    with pytest.raises(ValueError, match=r"a Sequential around the LightningModule.*strategy='ddp'.*fabric\.setup"):
         KondoCallback(rate=0.25).on_fit_start(SimpleNamespace(model=nn.Sequential(model)), model)
-    KondoCallback(rate=0.25).setup(SimpleNamespace(world_size=2), model, "test")
-    KondoCallback(rate=0.25, enabled=False).setup(SimpleNamespace(world_size=2), model, "fit")
+    KondoCallback(rate=0.25, enabled=False).on_fit_start(SimpleNamespace(model=nn.Sequential(model)), model)
 
 
 def test_a_gate_that_is_off_changes_nothing(monkeypatch):

@@ -143,11 +143,15 @@ def test_process_groups_and_sharded_modules(tmp_path):
         assert private.default_store().get("a") == b"b"
         assert private.collective_device(dist.group.WORLD) == "cpu"
         assert "cpu" in private.carried_devices(dist.group.WORLD)
-        replica = DistributedDataParallel(nn.Linear(2, 2))
+        layer, seen = nn.Linear(2, 2), []
+        replica = DistributedDataParallel(layer)
+        layer.register_forward_hook(lambda *_: seen.append(private.is_in_forward(replica)))
         replica(torch.ones(1, 2)).sum().backward()
         private.rebuild_buckets(replica)
         replica(torch.ones(1, 2)).sum().backward()
         assert not replica._has_rebuilt_buckets  # there was nothing left to do
+        layer(torch.ones(1, 2))
+        assert seen == [True, True, False]
         module = fully_shard(nn.Linear(2, 2), mesh=dist.init_device_mesh("cpu", (1,)))
         (group,) = private.fsdp2_groups(module)
         assert group.reduce_grads

@@ -72,6 +72,7 @@ class Engine:
         swaps_parameters: whether parameters are other objects, or hold other values, between passes.
         takes_gradients: whether ``torch.autograd.grad`` gives the parameters' gradients of a pass on this rank.
         reduces_later: whether gradients are reduced only after ``loss.backward()`` has returned.
+        inside: whether the gated call is made within the wrapper's own forward, which then counts on one backward.
     """
 
     name = "PyTorch"
@@ -79,6 +80,7 @@ class Engine:
     swaps_parameters = False
     takes_gradients = True
     reduces_later = False
+    inside = False
     together = False
     balance = False
 

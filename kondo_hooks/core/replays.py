@@ -106,6 +106,8 @@ class Replays:
 
     def _one_at_a_time(self, planned: passes.Plan) -> bool:
         """Whether each pass has a backward of its own."""
+        if self.shared.engine.inside:
+            return False
         return bool(
             self.shared.engine.wrappers
             or self.shared.micro_batch_size is not None

@@ -90,6 +90,7 @@ class DDP(OnRanks):
 
     def before_call(self) -> None:
         """Buckets are rebuilt by a collective in the first forward with grad, which may be one of a rank's own."""
+        self.inside = any(map(private.is_in_forward, self.wrappers))
         for wrapper in self.wrappers:
             private.rebuild_buckets(wrapper)
 

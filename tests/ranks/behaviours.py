@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -754,3 +755,72 @@ def main(argument: list[Any]) -> Any:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     return globals()[argument[0]](*argument[1:])
+
+
+def lightning_ddp(accumulation: int) -> dict[str, Any]:
+    """Lightning's own DDP strategy, whose forward is the training step, gated by the callback and masked."""
+    import lightning
+    from torch.utils.data import DataLoader
+
+    from kondo_hooks.integrations.lightning import KondoCallback
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    batches = [random_batch(10 * i + rank, 6 + (i + rank) % 3) for i in range(4)]
+
+    class Policy(lightning.LightningModule):
+        def __init__(self, factors: Any = None):
+            super().__init__()
+            self.net, self.factors = make_net(), factors
+
+        def training_step(self, b, i):
+            return loss_of(self.net(b.x), b, None if self.factors is None else next(self.factors))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    class Noting(lightning.Callback):
+        def __init__(self, callback: Any = None):
+            self.callback, self.decisions = callback, []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            last = None if self.callback is None else self.callback.gate.last
+            if last is not None and not any(last is known for known in self.decisions):
+                self.decisions.append(last)
+
+    def fit(model: Any, *callbacks: Any) -> None:
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy="ddp",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            accumulate_grad_batches=accumulation,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(model, DataLoader(batches, batch_size=None))
+
+    cases: list[dict[str, Any]] = [
+        {"rate": 0.25},
+        {"rate": 0.25, "scope": "global", "balance": True},
+        {"noise": 0.7, "scope": "global"},
+        {"rate": 0.4, "micro_batch_size": 1},
+        {"price": 1e6},
+    ]
+    found: dict[str, Any] = {"differences": [], "kept": []}
+    for case in cases:
+        at(f"rank {rank}, {case}")
+        callback = KondoCallback("net", **case)
+        noting = Noting(callback)
+        model = Policy()
+        fit(model, callback, noting)
+        factors = torch.cat([decision.factors() for decision in noting.decisions])
+        reference = Policy(iter(factors.split([len(b.x) for b in batches])))
+        fit(reference, Noting())
+        ours, theirs = ({n: p.detach() for n, p in m.named_parameters()} for m in (model, reference))
+        found["differences"].append((str(case), difference(ours, theirs)))
+        found["kept"].append(int((factors != 0).sum()))
+    return found
