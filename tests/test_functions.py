@@ -80,6 +80,20 @@ def test_a_function_that_calls_the_model_inside(rule, checkpointed):
     assert actor.largest <= B * 2 * V  # nobody held the logits of all tokens
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_head_outside_of_the_gated_call_is_told(checkpointed):
+    """The gradient of its weight has the dropped rows, too; gated around both, as above, it has not."""
+    torch.manual_seed(0)
+    model = Body().double()
+    actor, given = Actor(model, checkpointed), batch()
+    with (
+        pytest.warns(kondo.KondoWarning, match=r"parameter head\.(weight|bias) together with its outputs"),
+        kondo.gated(model, rate=0.34) as gate,
+    ):
+        logp = gate.logp(actor.log_probs(given)[0])
+        (-given["u"] * logp).mean().backward()
+
+
 def test_tokens_and_preselect_of_a_function():
     torch.manual_seed(0)
     ours, theirs = copies(Body().double())

@@ -1199,3 +1199,34 @@ def test_a_head_that_texts_reach_which_were_not_run_is_refused():
         gate.preselect(kept=torch.arange(6) == 2)
         out = head(model(pack.ids, seq_lens=pack.lengths)[pack.text == 2])
         out.sum().backward()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["screened", "decided first"])
+@pytest.mark.parametrize("written", ["slice", "whole", "masked"])
+@pytest.mark.parametrize("rows", [[(5, 7, 4, 9)], [(5, 7, 4), (8, 8), (3, 3, 10)]], ids=["one row", "three rows"])
+def test_loss_code_may_write_to_the_logits(rows, written, first):
+    ours, theirs = copies(made("llama"))
+    pack = Pack(*rows)
+
+    def loss(model, factors=None):
+        logits = logits_of(model, "llama", pack)
+        if written == "slice":
+            logits = logits[:, :-1]
+            logits.div_(0.9)
+        elif written == "whole":
+            logits.div_(0.9)
+            logits = logits[:, :-1]
+        else:
+            logits = logits[:, :-1]
+            logits[..., 0] = -1e4
+        u = pack.u if factors is None else pack.u * factors
+        logp = logits.log_softmax(-1).gather(-1, pack.ids[:, 1:, None]).squeeze(-1)
+        return -(u[pack.text[:, :-1]] * logp * pack.labelled).sum()
+
+    with kondo.gated(ours, rate=0.34) as gate:
+        if first:
+            gate.preselect(delight=pack.u)
+        loss(ours).backward()
+    loss(theirs, gate.last.factors()).backward()
+    assert 0 < gate.stats.kept < gate.stats.rows
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10

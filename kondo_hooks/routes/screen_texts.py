@@ -31,7 +31,7 @@ class _Scatter(torch.autograd.Function):
     ) -> Tensor:
         ctx.tokens, ctx.weights, ctx.before_padding, ctx.path = tokens, weights, before_padding, path
         ctx.kondo_rows = True
-        return kept[0].index_select(0, source).view(shape)
+        return kept[0][source.view(shape[:2])]  # no view, so that the loss code may write to it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
