@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kondo_hooks.integrations.transformers import KondoCallback
 
+_OF_PAIRS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
 _IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
 
 
@@ -115,4 +116,4 @@ class KondoMixin:
 
 def makes_pairs(trainer: Any) -> bool:
     """Whether a trainer concatenates chosen and rejected answers to one batch, so that row i and i + B/2 are a pair."""
-    return any(kind.__name__ == "DPOTrainer" for kind in type(trainer).__mro__)
+    return any(kind.__name__ in _OF_PAIRS for kind in type(trainer).__mro__)

@@ -102,7 +102,8 @@ def gated(
             function of the call's arguments that gives their lengths. By default known by its name (``position_ids``
             that start again, ``cu_seqlens``, ``seq_lens``, ``seq_idx``, a block mask); False: rows are the samples.
         pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
-            answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, and nowhere else.
+            answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, ``CPOTrainer`` and
+            ``ORPOTrainer``, and nowhere else.
         shared_loss: what to do with a term of a loss computed inside the model that is no sum over rows (a router's
             balancing loss): "refuse" it, or take it on the "kept" rows alone, which is another term.
         window: how many backwards form one population, whose kept rows are replayed together at the end of the last:
