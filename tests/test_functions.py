@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import types
 
 import pytest
@@ -170,3 +171,24 @@ def test_check_takes_a_function():
         model, given, loss=lambda out: (-given["u"] * out[0]).mean(), options={"method": (actor, "log_probs")}
     )
     assert found.problem is None and found.rows == B and found.model == "Body.log_probs"
+
+
+def test_rows_that_ranks_share_are_refused_where_they_are_in_parts(monkeypatch):
+    """verl's Ulysses, which is only known to be on while its engine trains; a function of whole rows is gated."""
+    ulysses = types.ModuleType("verl.utils.ulysses")
+    ulysses.get_ulysses_sequence_parallel_world_size = lambda: 2
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", ulysses)
+    model = Body().double()
+    actor, given = Actor(model), batch()
+    for method in (None, "forward"):
+        with (
+            pytest.raises(RuntimeError, match=r"ulysses_sequence_parallel_size .* method=.* tensor_parallel_group="),
+            kondo.gated(model, method=method, rate=0.34),
+        ):
+            (model(given["ids"]) if method is None else model.forward(given["ids"])).sum().backward()
+    with kondo.gated(model, method=(actor, "log_probs"), logp=0, rate=0.34) as gate:
+        loss_of(actor, given).backward()
+    assert gate.stats.kept == 2
+    ulysses.get_ulysses_sequence_parallel_world_size = lambda: 1
+    with kondo.gated(model, rate=0.34, logits=0) as gate:
+        model.head(model(given["ids"])).log_softmax(-1)[:, -1, 0].sum().backward()
