@@ -50,17 +50,16 @@ def worker(path, *, model=None, engine=None, actor=None, dtype="fp64", strategy=
                 path=path, load_tokenizer=False, override_config={"attn_implementation": attention}, **(model or {})
             ),
             engine_config=FSDPEngineConfig(
-                strategy=strategy,
-                model_dtype=dtype,
-                mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), dtype),
                 **{
+                    "strategy": strategy,
+                    "model_dtype": dtype,
+                    "mixed_precision": dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), dtype),
                     "use_torch_compile": False,
                     "use_dynamic_bsz": False,
                     "micro_batch_size_per_gpu": 4,
+                    "infer_micro_batch_size_per_gpu": 4,
                     **(engine or {}),
-                },
-                infer_micro_batch_size_per_gpu=4,
-                infer_max_token_len_per_gpu=64,
+                }
             ),
             optimizer_config=FSDPOptimizerConfig(
                 optimizer="SGD", lr=lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=8

@@ -156,6 +156,16 @@ def test_configurations(path, route, name):
     check(path, route, said={"calculate_entropy": True}, actor=LOSSES, **CONFIGURATIONS[name])
 
 
+@pytest.mark.parametrize("types, bar", [("fp32", 1e-5), ("bf16", 5e-2)])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("route", TEXTS)
+def test_types(path, route, packed, types, bar):
+    """float32; and parameters in float32 that run in bfloat16, as verl does by default."""
+    mixed = None if types == "bf16" else dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+    options = {"dtype": "fp32", "engine": {"mixed_precision": mixed}, "model": {"use_remove_padding": packed}}
+    check(path, route, bar=bar, said={"dtype": torch.float32}, **options)
+
+
 RULES = ["noise=0.5", "price=0.0", 'rate="lossless"', "rate=0.25, history=32"]
 
 
