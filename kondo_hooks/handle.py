@@ -26,7 +26,7 @@ from kondo_hooks.core.screen import Forward, Reading
 from kondo_hooks.core.step import AtOnce, Step
 from kondo_hooks.delight.loss_code import observe_logp
 from kondo_hooks.errors import DelightError, WarnOnce
-from kondo_hooks.hosts import adopt
+from kondo_hooks.hosts import adopt, parts_of_rows
 from kondo_hooks.ranks.engines import refuse_outer_wrapper
 from kondo_hooks.report import report
 from kondo_hooks.routes.screen_first import Screened
@@ -84,7 +84,7 @@ class Gated:
             _window(spread.window),
             spread.micro_batch_size,
         )
-        self._forward = Forward(model, self._step, reading, self._warn, refuse_outer_wrapper)
+        self._forward = Forward(model, self._step, reading, self._warn, self._refuse)
         self._selector.reseed(self._stream())
         self._detach: Callable[[], bool] | None = None
         self._entered = False
@@ -177,6 +177,21 @@ class Gated:
 
     def _state(self) -> ModuleState:
         return ModuleState(self.model, self._step.shared.engine.swaps_parameters)
+
+    def _refuse(self, model: nn.Module) -> None:
+        """What cannot be gated and shows when the model is first called.
+
+        Raises:
+            ValueError, RuntimeError: naming what it is.
+        """
+        if not self._step.shared.engine.wrappers:
+            refuse_outer_wrapper(model)
+        if owner_of(model, self._method)[0] is model and (option := parts_of_rows()) is not None:
+            raise RuntimeError(
+                f"gated: by {option} each rank is given a part of every text, and the ranks meet inside of the model, "
+                "so no rank can run some texts alone. Gate what is given whole texts, method=(object, 'name'), with "
+                "tensor_parallel_group= the ranks that share them."
+            )
 
     def _target(self) -> str:
         owner, name = owner_of(self.model, self._method)
@@ -452,9 +467,8 @@ class Gated:
             return log_probs
         if log_probs.is_nested:
             jagged: Any = log_probs
-            return torch.nested.nested_tensor_from_jagged(
-                self.logp(jagged.values()), jagged.offsets(), jagged.lengths()
-            )
+            values = self.logp(jagged.values())
+            return torch.nested.nested_tensor_from_jagged(values, jagged.offsets(), jagged.lengths())
         marked = log_probs.view_as(log_probs)
         if observe_logp(marked, told=True) is None and self._forward.calls and not self._forward.passes_through():
             raise DelightError(

@@ -25,3 +25,12 @@ def accelerate_syncs() -> bool | None:
     from kondo_hooks.integrations.accelerate import accelerate_syncs
 
     return accelerate_syncs()
+
+
+def parts_of_rows() -> str | None:
+    """By which of a host's options a rank is now given a part of each row's tokens; None where rows are whole."""
+    if "verl.utils.ulysses" not in sys.modules:
+        return None
+    from kondo_hooks.integrations.verl import parts_of_rows
+
+    return parts_of_rows()

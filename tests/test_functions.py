@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import sys
 import types
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kondo_hooks as kondo
@@ -111,6 +113,51 @@ def test_tokens_and_preselect_of_a_function():
         assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
 
 
+class Ragged(Actor):
+    """Takes rows of several lengths, as a jagged tensor among others."""
+
+    def log_probs(self, micro_batch, padded=True):
+        lengths = micro_batch["ids"].offsets().diff()
+        ids = torch.nested.to_padded_tensor(micro_batch["ids"], 0)
+        logp, entropy = super().log_probs({"ids": ids})
+        real = torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1
+        logp = logp * real
+        if padded:
+            return F.pad(logp, (0, T - 1 - logp.shape[1])), F.pad(entropy * real, (0, T - 1 - logp.shape[1]))
+        return torch.nested.as_nested_tensor(
+            [row[:n] for row, n in zip(logp, lengths, strict=True)], layout=torch.jagged
+        )
+
+
+@pytest.mark.parametrize("decided_first", [False, True])
+def test_jagged_rows_among_others_of_a_dictionary(decided_first):
+    torch.manual_seed(0)
+    ours, theirs = copies(Body().double())
+    actor, reference, u = Ragged(ours), Ragged(theirs), batch()["u"]
+    ids = torch.nested.as_nested_tensor([row[: 3 + i] for i, row in enumerate(batch()["ids"])], layout=torch.jagged)
+    given = {"ids": ids, "u": u, "name": "micro-batch"}
+    with kondo.gated(ours, method=(actor, "log_probs"), logp=0, rate=0.34) as gate:
+        if decided_first:
+            with torch.no_grad():
+                gate.preselect(logp=actor.log_probs(given)[0], advantages=u)
+        logp, entropy = actor.log_probs(given)
+        (-u * logp - 0.01 * entropy).mean().backward()
+    logp, entropy = reference.log_probs(given)
+    ((-u * logp - 0.01 * entropy) * gate.last.factors()[:, None]).mean().backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+    assert gate.stats.kept == 2
+
+
+def test_jagged_outputs_after_preselect_are_refused_by_name():
+    model = Body().double()
+    actor, u = Ragged(model), batch()["u"]
+    ids = torch.nested.as_nested_tensor([row[: 3 + i] for i, row in enumerate(batch()["ids"])], layout=torch.jagged)
+    with kondo.gated(model, method=(actor, "log_probs"), rate=0.34) as gate:
+        gate.preselect(delight=u[:, 0])
+        with pytest.raises(RuntimeError, match="packed or jagged, where the dropped rows have no place"):
+            actor.log_probs({"ids": ids}, padded=False)
+
+
 def test_a_function_of_a_python_module_that_is_given_the_model():
     library = types.ModuleType("library")
 
@@ -184,3 +231,24 @@ def test_check_takes_a_function():
         model, given, loss=lambda out: (-given["u"] * out[0]).mean(), options={"method": (actor, "log_probs")}
     )
     assert found.problem is None and found.rows == B and found.model == "Body.log_probs"
+
+
+def test_rows_that_ranks_share_are_refused_where_they_are_in_parts(monkeypatch):
+    """verl's Ulysses, which is only known to be on while its engine trains; a function of whole rows is gated."""
+    ulysses = types.ModuleType("verl.utils.ulysses")
+    ulysses.get_ulysses_sequence_parallel_world_size = lambda: 2
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", ulysses)
+    model = Body().double()
+    actor, given = Actor(model), batch()
+    for method in (None, "forward"):
+        with (
+            pytest.raises(RuntimeError, match=r"ulysses_sequence_parallel_size .* method=.* tensor_parallel_group="),
+            kondo.gated(model, method=method, rate=0.34),
+        ):
+            (model(given["ids"]) if method is None else model.forward(given["ids"])).sum().backward()
+    with kondo.gated(model, method=(actor, "log_probs"), logp=0, rate=0.34) as gate:
+        loss_of(actor, given).backward()
+    assert gate.stats.kept == 2
+    ulysses.get_ulysses_sequence_parallel_world_size = lambda: 1
+    with kondo.gated(model, rate=0.34, logits=0) as gate:
+        model.head(model(given["ids"])).log_softmax(-1)[:, -1, 0].sum().backward()

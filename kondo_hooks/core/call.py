@@ -108,6 +108,7 @@ class Call:
         self.inputs: list[Tensor] = []
         self._given: Tree = self.args
         self._ids: set[int] = set()
+        self._encoded: list[str] = []
         self._rowwise: Set[str] = _NONE
         self._has_lists = False
         self._rowwise_outputs: Set[str] = _NONE
@@ -163,6 +164,7 @@ class Call:
             self._has_lists = True
         encoded = encode_input(value) or encode_block_mask(value)
         if encoded is not None:
+            self._encoded.append(path)
             self._ids.update(map(id, flatten(value)[1]))
         return encoded
 
@@ -455,10 +457,11 @@ class Call:
         """Run the model on the kept rows alone, after ``preselect()``; refuses one that writes into its arguments."""
         result, args = self.run_again(inputs)
         known = {id(leaf) for leaf in inputs}
+        made = (*self._rowwise, *self._encoded)  # for this run, so that they are no tensors of ours either
         written = [
             path
             for path, leaf in zip(*flatten(args), strict=True)
-            if id(leaf) not in known and not path.startswith(tuple(self._rowwise))
+            if id(leaf) not in known and not path.startswith(made)
         ]
         if self._may_write and written:
             raise RuntimeError(

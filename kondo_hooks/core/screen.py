@@ -141,7 +141,7 @@ class Forward:
     def _call_with_grad(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tree, Call | None, Sequence[Tensor]]:
-        if self.calls == 1 and not self._step.shared.engine.wrappers:
+        if self.calls == 1:
             self._refuse(self.model)
         if not self._step.shared.state.trainable() and not any(
             leaf.requires_grad for leaf in flatten((args, kwargs))[1]

@@ -38,7 +38,7 @@ def saved_model(folder, **sizes):
     return str(folder)
 
 
-def worker(path, *, model=None, engine=None, actor=None, dtype="fp64", strategy="fsdp2", lr=1.0):
+def worker(path, *, model=None, engine=None, actor=None, dtype="fp64", strategy="fsdp2", lr=1.0, attention="sdpa"):
     """A TrainingWorker as verl's ActorRolloutRefWorker makes it for the actor, with plain SGD."""
     actor = FSDPActorConfig(
         strategy=strategy, rollout_n=1, ppo_micro_batch_size_per_gpu=4, use_torch_compile=False, **(actor or {})
@@ -47,20 +47,19 @@ def worker(path, *, model=None, engine=None, actor=None, dtype="fp64", strategy=
         TrainingWorkerConfig(
             model_type="language_model",
             model_config=HFModelConfig(
-                path=path, load_tokenizer=False, override_config={"attn_implementation": "sdpa"}, **(model or {})
+                path=path, load_tokenizer=False, override_config={"attn_implementation": attention}, **(model or {})
             ),
             engine_config=FSDPEngineConfig(
-                strategy=strategy,
-                model_dtype=dtype,
-                mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), dtype),
                 **{
+                    "strategy": strategy,
+                    "model_dtype": dtype,
+                    "mixed_precision": dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), dtype),
                     "use_torch_compile": False,
                     "use_dynamic_bsz": False,
                     "micro_batch_size_per_gpu": 4,
+                    "infer_micro_batch_size_per_gpu": 4,
                     **(engine or {}),
-                },
-                infer_micro_batch_size_per_gpu=4,
-                infer_max_token_len_per_gpu=64,
+                }
             ),
             optimizer_config=FSDPOptimizerConfig(
                 optimizer="SGD", lr=lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=8

@@ -2,43 +2,35 @@
 
 import copy
 import itertools
-import re
-from pathlib import Path
+import sys
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 pytest.importorskip("verl", reason="make frameworks ONLY=verl")
 
 from transformers import LlamaForCausalLM
-from verl.utils import tensordict_utils as tu
 from verl.workers.config import PolicyLossConfig
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
-from tests.frameworks.verl.actor import V, add_log_probs, allow_float64, batch, saved_model, worker
+from tests.frameworks.verl.actor import allow_float64, saved_model, worker
+from tests.frameworks.verl.engines import (
+    ROWS,
+    TEXTS,
+    Masked,
+    Unsynced,
+    difference,
+    made,
+    parameters,
+    recipe,
+    recorded,
+    rollouts,
+    updated,
+)
 from tests.kernels import cross_entropy
-from tests.reference import Runs
-
-PAGE = (Path(__file__).parents[3] / "docs" / "frameworks" / "verl.md").read_text()
-GATED, SCREEN_FIRST = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-MODULE = """
-import kondo_hooks as kondo
-from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-
-@EngineRegistry.register("language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
-class ModuleEngine(FSDPEngineWithLMHead):
-    def train_batch(self, data, loss_function):
-        self.gate = vars(self).get("gate") or kondo.gated(self.module, rate=0.1, window="step")
-        with self.gate:
-            return super().train_batch(data, loss_function)
-"""
-TEXTS = {"log-probs": GATED, "module": MODULE, "screen-first": SCREEN_FIRST}
-ROWS = 16
+from tests.ranks.launch import launch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,13 +49,6 @@ def _forward_is_put_back(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", LlamaForCausalLM.forward)
 
 
-class Unsynced(FullyShardedDataParallel):
-    """FSDP1 makes ranks alike at its start on an accelerator alone; here they load one file."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{**kwargs, "sync_module_states": False})
-
-
 @pytest.fixture(autouse=True)
 def _fsdp1_on_a_cpu(monkeypatch):
     monkeypatch.setattr("verl.workers.engine.fsdp.transformer_impl.FSDP", Unsynced)
@@ -72,96 +57,6 @@ def _fsdp1_on_a_cpu(monkeypatch):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return saved_model(tmp_path_factory.mktemp("model"))
-
-
-def recipe(text, rule="rate=0.25"):
-    """The engine of a snippet, as verl finds it after its registration."""
-    assert "rate=0.1" in text
-    with mock.patch.object(EngineRegistry, "_engines", copy.deepcopy(EngineRegistry._engines)):
-        exec(text.replace("rate=0.1", rule), {})
-        return EngineRegistry.get_engine_cls("language_model", "fsdp2")
-
-
-def recorded(kind):
-    """The same engine, that notes each step's factors by the samples' numbers in the batch."""
-
-    class Recorded(kind):
-        def train_batch(self, data, loss_function):
-            self.order = []
-            output = super().train_batch(data, loss_function)
-            order = data["index"] if self.chooses_first else torch.cat(self.order)
-            found = self.gate.last.factors().double()
-            found = found if len(found) == len(order) else found.view(len(order), -1)
-            self.factors = [*getattr(self, "factors", []), torch.zeros(ROWS + 1, *found.shape[1:], dtype=found.dtype)]
-            self.factors[-1][order] = found
-            return output
-
-        def forward_step(self, micro_batch, loss_function, forward_only):
-            self.chooses_first = "kept" in micro_batch
-            if not forward_only:
-                padding = (
-                    self._get_packed_pad_size(micro_batch["input_ids"].values().numel())
-                    and kind.__name__ == "ModuleEngine"
-                )
-                self.order.append(F.pad(micro_batch["index"], (0, bool(padding)), value=ROWS))  # a text of its own
-            return super().forward_step(micro_batch, loss_function, forward_only)
-
-    return Recorded
-
-
-class Masked(FSDPEngineWithLMHead):
-    """verl's engine, in which the gradient at all that the loss is given is multiplied by each sample's factor."""
-
-    def train_batch(self, data, loss_function):
-        self.mask = next(self.masks)
-        return super().train_batch(data, loss_function)
-
-    def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
-        found = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        return {name: self.masked(nested, micro_batch["index"]) for name, nested in found.items()}
-
-    def masked(self, nested, index):
-        values, offsets = nested.values(), nested.offsets()
-        if values.requires_grad:
-            factors = self.mask[index]
-            if factors.dim() == 1:
-                factors = factors[:, None].expand(-1, int(offsets.diff().max()))
-            each = [mine[:n] for mine, n in zip(factors, offsets.diff().tolist(), strict=True)]
-            values.register_hook(lambda grad: grad * torch.cat(each).to(grad))
-        return torch.nested.nested_tensor_from_jagged(values, offsets)
-
-
-def made(path, kind, **options):
-    with mock.patch.object(EngineRegistry, "get_engine_cls", lambda *_: kind):
-        return worker(path, **options)
-
-
-def parameters(trained):
-    whole = (
-        (name, p.full_tensor() if isinstance(p, DTensor) else p) for name, p in trained.engine.module.named_parameters()
-    )
-    return {name: p.detach().clone() for name, p in whole}
-
-
-def difference(ours, theirs, start):
-    """The largest, of any parameter, relative to how far the parameters moved."""
-    moved = max((theirs[name] - start[name]).abs().max() for name in theirs)
-    assert moved > 1e-3
-    return max((ours[name] - theirs[name]).abs().max() for name in theirs) / moved
-
-
-def updated(path, kind, data, masks=(), **options):
-    """An actor update; the worker, its metrics, its parameters, how many tokens each run with a graph had."""
-    trained = made(path, kind, **options)
-    trained.engine.masks = iter(masks)
-    runs = Runs(trained.engine.module, V)
-    metrics = tu.get(trained.train_mini_batch(copy.deepcopy(data)), "metrics")
-    return trained, metrics, parameters(trained), runs.tokens
-
-
-def rollouts(path, **said):
-    plain = made(path, FSDPEngineWithLMHead)
-    return add_log_probs(batch(ROWS, **said), plain), parameters(plain)
 
 
 LOSSES = {"entropy_coeff": 0.01, "use_kl_loss": True, "kl_loss_coef": 0.1}
@@ -261,6 +156,16 @@ def test_configurations(path, route, name):
     check(path, route, said={"calculate_entropy": True}, actor=LOSSES, **CONFIGURATIONS[name])
 
 
+@pytest.mark.parametrize("types, bar", [("fp32", 1e-5), ("bf16", 5e-2)])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("route", TEXTS)
+def test_types(path, route, packed, types, bar):
+    """float32; and parameters in float32 that run in bfloat16, as verl does by default."""
+    mixed = None if types == "bf16" else dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+    options = {"dtype": "fp32", "engine": {"mixed_precision": mixed}, "model": {"use_remove_padding": packed}}
+    check(path, route, bar=bar, said={"dtype": torch.float32}, **options)
+
+
 RULES = ["noise=0.5", "price=0.0", 'rate="lossless"', "rate=0.25, history=32"]
 
 
@@ -324,3 +229,49 @@ def _flash_attention(monkeypatch):
 def test_flash_attentions_cross_entropy(path, route, packed, temperature):
     said = {"temperature": temperature, "mini_batch_size": 8}
     check(path, route, said=said, steps=2, lr=0.1, model={"use_remove_padding": packed})
+
+
+RANKS = [
+    {},
+    {"engine": DYNAMIC},
+    {"model": {"use_remove_padding": False}},
+    {"strategy": "fsdp"},
+    {"rule": "scope='global', rate=0.25"},
+]
+ULYSSES = {"same_rows": True, "attention": "ulysses", "engine": {"ulysses_sequence_parallel_size": 2}}
+
+
+@pytest.mark.parametrize("route", TEXTS)
+def test_two_ranks(path, route):
+    """Each with texts of its own, and at last with a part of the tokens and of the heads of each text (Ulysses)."""
+    argument = {"path": path, "route": route, "cases": [*RANKS, ULYSSES]}
+    *cases, parts = zip(*launch("tests.frameworks.verl.ranks", 2, argument, 200, fresh=True), strict=True)
+    for told in cases:
+        assert all(rank["exact"] < 1e-10 and rank["full"] > 1e-2 for rank in told)
+        assert all(rank["tokens"][0] < rank["tokens"][1] for rank in told)
+        assert told[0]["kept"] != told[1]["kept"]
+    if route == "log-probs":
+        a, b = parts
+        assert a["exact"] < 1e-10 and b["exact"] < 1e-10 and a["full"] > 1e-2
+        assert a["kept"] == b["kept"] and a["tokens"][0] < a["tokens"][1]
+    else:
+        assert all("verl's ulysses_sequence_parallel_size" in rank["refused"] for rank in parts)
+
+
+def test_screen_first_refuses_a_pack_that_verl_has_made_longer(path):
+    with pytest.raises(ValueError, match="given 4 samples, and the rows of the call hold 5 texts"):
+        check(path, "screen-first", engine={"pad_to_length": True, "pad_to_length_bucket": 64})
+
+
+@pytest.mark.parametrize("route", ["log-probs", "screen-first"])
+def test_the_page_as_it_stands(path, route, tmp_path, monkeypatch):
+    """The module that verl is told to import in each worker."""
+    (tmp_path / "kondo_actor.py").write_text(TEXTS[route])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kondo_actor", raising=False)
+    monkeypatch.setattr(EngineRegistry, "_engines", copy.deepcopy(EngineRegistry._engines))
+    data, start = rollouts(path)
+    plain = worker(path, model={"external_lib": "kondo_actor"})
+    assert type(plain.engine).__module__ == "kondo_actor"
+    plain.train_mini_batch(copy.deepcopy(data))
+    assert plain.engine.gate.stats.kept == 2 and parameters(plain).keys() == start.keys()
