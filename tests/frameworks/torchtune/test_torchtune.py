@@ -1,8 +1,5 @@
 """torchtune's own GRPO recipe, gated, holds the parameters that it gets where the dropped answers' terms are masked."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,8 +8,6 @@ pytest.importorskip("torchtune", reason="make frameworks ONLY=torchtune")
 import kondo_hooks as kondo
 from tests.frameworks.torchtune import grpo, others, sft
 from tests.ranks.launch import launch
-
-PAGE = Path(__file__).parents[3] / "docs" / "frameworks" / "torchtune.md"
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +75,9 @@ def test_on_two_ranks_with_fsdp(options):
 
 
 def test_the_page_s_recipe(tmp_path):
-    block = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     recipe = grpo.load_recipe(grpo.RECIPE).FullGRPOFinetuneRecipeDistributed
     names = {"FullGRPOFinetuneRecipeDistributed": recipe, "cfg": grpo.configured(tmp_path)}
-    exec(block, names)
+    exec(grpo.BLOCKS[0], names)
     assert isinstance(names["gate"], kondo.Gated) and names["gate"].stats.forwarded == 16
 
 
