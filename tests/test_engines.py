@@ -240,6 +240,12 @@ def test_all_ranks_as_one_batch_without_a_wrapper():
     assert not math.isnan(found[0]["difference"])
 
 
+def test_stages_of_a_pipeline_are_refused_by_name():
+    for found in behaviour("stages"):
+        assert found.keys() == {"late", "stage", "whole"}
+        assert all("a stage of a pipeline (torch.distributed.pipelining)" in told for told in found.values())
+
+
 def test_pipeline_engines_are_refused_by_name():
     for found in behaviour("refused_engines"):
         assert "PipelineEngine" in found["pipeline"] and "train_batch" in found["pipeline"]

@@ -232,6 +232,7 @@ def find_engine(
 
 
 def _find_engine(model: nn.Module, tensor_parallel: Any, global_scope: bool) -> Engine:
+    _refuse_pipeline(model)
     if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
         raise ValueError(
             "gated: nn.DataParallel runs replicas of the model in threads of their own, where calls cannot be seen. "
@@ -266,6 +267,7 @@ def refuse_outer_wrapper(model: nn.Module) -> None:
     Raises:
         ValueError: naming the engine.
     """
+    _refuse_pipeline(model)
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     for found in gc.get_objects():
@@ -276,6 +278,20 @@ def refuse_outer_wrapper(model: nn.Module) -> None:
                 f"gated: {type(model).__name__} is run by a {type(found).__name__} around it, which reduces its "
                 "gradients and would not see the replay. Gate what the host returned (the wrapper); in a Trainer, "
                 "gate trainer.model or use its KondoCallback."
+            )
+
+
+def _refuse_pipeline(model: nn.Module) -> None:
+    pipelining = sys.modules.get("torch.distributed.pipelining")
+    if pipelining is None:
+        return
+    mine = set(model.modules())
+    for found in gc.get_objects():
+        if issubclass(type(found), pipelining.PipelineStage) and not mine.isdisjoint(found.submod.modules()):
+            raise ValueError(
+                f"gated: {type(model).__name__} is in a stage of a pipeline (torch.distributed.pipelining). Each stage "
+                "has backwards of its own and all but the last see no loss, so they would choose other rows. Train "
+                "without pipeline parallelism, with FSDP for one."
             )
 
 

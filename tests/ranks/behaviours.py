@@ -744,6 +744,30 @@ def refused_engines() -> dict[str, str]:
     return {}
 
 
+def stages() -> dict[str, str]:
+    """Pipelines of torch: a stage that is there before the gate is, the model that it was cut from, one made later."""
+    from torch.distributed.pipelining import PipelineStage
+
+    dist.init_process_group("gloo")
+    net, rank = make_net(), dist.get_rank()
+    found = {}
+    late = nn.Sequential(nn.Linear(FEATURES, 8), nn.Linear(8, K))
+    with kondo.gated(late, rate=0.5):
+        stage = PipelineStage(late, rank, dist.get_world_size(), torch.device("cpu"))
+        try:
+            stage.submod(torch.randn(4, FEATURES))
+        except ValueError as error:
+            found["late"] = str(error)
+    stage = PipelineStage(net.blocks[rank], rank, dist.get_world_size(), torch.device("cpu"))
+    for name, module in {"stage": stage.submod, "whole": net}.items():
+        try:
+            kondo.gated(module)
+        except ValueError as error:
+            found[name] = str(error)
+    kondo.gated(make_net()).discard()  # another model is nobody's stage
+    return found
+
+
 def several(name: str, *behaviours: str) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", kondo.KondoWarning)

@@ -84,6 +84,12 @@ def delight_of(batch):
     return torch.zeros(int(text[-1]) + 1).index_add(0, text, each)
 
 
+def norm_of(batch):
+    """(S,) of each text the size of its gradient, about."""
+    text = texts_of(batch).flatten()
+    return torch.zeros(int(text[-1]) + 1).index_add(0, text, batch.advantages.square().flatten()).sqrt()
+
+
 def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -115,7 +121,7 @@ def main(argument):
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     options, rule = dict(argument["options"]), dict(argument.get("rule") or {})
     count, rows, longest = options.pop("count", 2), options.pop("rows", 1), options.pop("longest", True)
-    first, waits = rule.pop("first", False), rule.get("window", 1) != 1
+    first, waits, weighs = rule.pop("first", False), rule.get("window", 1) != 1, "noise" in rule
     found = {"gradients": [], "metrics": [], "decided": [], "asked": 0}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -138,8 +144,10 @@ def main(argument):
                     if masks is not None:
                         batches[rank] = masked(batches[rank], torch.tensor(next(masks)))
                     if first:
-                        decision = gate.preselect(delight=delight_of(batches[rank]))
-                        batches[rank] = masked(batches[rank], decision.factors())
+                        factors = gate.select(norm=norm_of(batches[rank])).factors() if weighs else None
+                        given = {"delight": delight_of(batches[rank])} if factors is None else {"kept": factors != 0}
+                        decision = gate.preselect(**given)
+                        batches[rank] = masked(batches[rank], decision.factors() if decision else factors)
                     found["metrics"].append(asyncio.run(trainer.forward_backward(batches, 30 * count)))
                     if rule and not waits:
                         found["decided"].append(gate.last.factors().tolist())

@@ -63,6 +63,7 @@ CASES = [
     ({}, {"rate": 0.3, "unit": "prefix"}),
     ({}, {"rate": 0.3, "first": True}),
     ({"chunks": 3}, {"rate": 0.3, "first": True}),
+    ({"chunks": 3}, {"noise": 0.9, "first": True}),
     ({"chunks": 4, "rows": 2, "model": "qwen3", "ac": "full"}, {"rate": 0.3, "first": True}),
 ]
 

@@ -1,6 +1,7 @@
 """The GRPO recipe on as many ranks as there are: gated, or masked by what a gate decided, or as it is."""
 
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.frameworks.torchtune.parts import VOCABULARY, load_recipe, masked
 from tests.reference import Runs
 
 HERE = "tests.frameworks.torchtune.parts"
+PAGE = Path(__file__).parents[3] / "docs" / "frameworks" / "torchtune.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 RECIPE = "dev/grpo_full_finetune_distributed.py"
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -86,15 +89,8 @@ def parameters(recipe):
 
 
 def screened_first(recipe, gate):
-    """Decide by the log-probs of the generation: the learner runs the kept answers alone."""
-    step = recipe.grpo_step
-
-    def grpo_step(trajectory, context_length):
-        mask = ~trajectory.response_padding_masks
-        gate.preselect(logp=trajectory.logprobs, advantages=trajectory.advantages[:, None] * mask, mask=mask)
-        return step(trajectory, context_length)
-
-    recipe.grpo_step = grpo_step
+    """Decide by the log-probs of the generation, as the page has it: the learner runs the kept answers alone."""
+    exec(BLOCKS[1], {"recipe": recipe, "gate": gate})
 
 
 def mask_loss(recipe, masks):

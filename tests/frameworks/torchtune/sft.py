@@ -45,7 +45,13 @@ def main(options, rule=None, masks=None):
         runs = Runs(model, VOCABULARY)
         step = recipe._loss_step
 
+        def note(*_):
+            if gate.last is not None:
+                decided.append(gate.last.factors())
+
         def noted(batch):
+            if recipe._optimizer is None and asked:  # it steps in the backward
+                note()
             asked.append({name: value.clone() for name, value in batch.items()})
             return step(batch)
 
@@ -54,10 +60,11 @@ def main(options, rule=None, masks=None):
             left = iter(masks)
             model.register_forward_hook(lambda model, given, output: masked_logits(output, next(left)))
         with kondo.gated(model, enabled=rule is not None, **(rule or {})) as gate:
-            recipe._optimizer.register_step_post_hook(
-                lambda *_: decided.append(gate.last.factors() if gate.last is not None else None)
-            )
+            if recipe._optimizer is not None:
+                recipe._optimizer.register_step_post_hook(note)
             recipe.train()
+            if recipe._optimizer is None:
+                note()
         return {
             "start": start,
             "end": [p.detach().clone() for p in model.parameters()],

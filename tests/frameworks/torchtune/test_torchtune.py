@@ -1,8 +1,5 @@
 """torchtune's own GRPO recipe, gated, holds the parameters that it gets where the dropped answers' terms are masked."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,8 +8,6 @@ pytest.importorskip("torchtune", reason="make frameworks ONLY=torchtune")
 import kondo_hooks as kondo
 from tests.frameworks.torchtune import grpo, others, sft
 from tests.ranks.launch import launch
-
-PAGE = Path(__file__).parents[3] / "docs" / "frameworks" / "torchtune.md"
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +75,9 @@ def test_on_two_ranks_with_fsdp(options):
 
 
 def test_the_page_s_recipe(tmp_path):
-    block = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     recipe = grpo.load_recipe(grpo.RECIPE).FullGRPOFinetuneRecipeDistributed
     names = {"FullGRPOFinetuneRecipeDistributed": recipe, "cfg": grpo.configured(tmp_path)}
-    exec(block, names)
+    exec(grpo.BLOCKS[0], names)
     assert isinstance(names["gate"], kondo.Gated) and names["gate"].stats.forwarded == 16
 
 
@@ -105,6 +99,11 @@ SFT = [
     ({"loss": "chunks"}, {"rate": 0.25, "window": "step"}, False),
     ({"loss": "whole"}, {"rate": 0.25, "window": "step"}, False),
     ({"loss": "chunks", "enable_activation_checkpointing": True}, {"rate": 0.25, "window": 2}, False),
+    (
+        {"loss": "whole", "optimizer_in_bwd": True, "gradient_accumulation_steps": 1, "clip_grad_norm": None},
+        {"rate": 0.25},
+        False,
+    ),
     ({"loss": "whole", "packed": True}, {"rate": 0.25, "window": "step", "segments": "input_pos"}, True),
     ({"loss": "whole", "packed": True, "batch_size": 2}, {"rate": 0.2, "window": 2, "segments": "input_pos"}, True),
 ]
@@ -119,7 +118,8 @@ def test_supervised_fine_tuning_in_chunks_and_in_packs(options, rule, packed):
     asked = sum(batch["tokens"].numel() for batch in gated["asked"])
     assert not gated["told"] and gated["tokens"] < 0.6 * asked and masked["tokens"] == asked
     for ours, theirs in zip(gated["logged"], masked["logged"], strict=True):
-        assert [ours[name] for name in ("loss", "grad_norm")] == pytest.approx([theirs["loss"], theirs["grad_norm"]])
+        names = ours.keys() & {"loss", "grad_norm"}
+        assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names})
 
 
 def test_packs_whose_head_runs_in_chunks_are_refused():
