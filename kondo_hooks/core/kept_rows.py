@@ -492,7 +492,10 @@ def _same_constants(
     if isinstance(a, Encoded):
         return _same_constants(a.constant, b.constant, seen, longest)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same_constants(x, y, seen, longest) for x, y in zip(a, b, strict=True))
+        names = getattr(a, "_fields", range(len(a)))
+        return len(a) == len(b) and all(
+            _same_constants(x, y, seen, longest, item) for item, x, y in zip(names, a, b, strict=True)
+        )
     if isinstance(a, dict) or is_entered(a):
         mine, theirs = (x if isinstance(x, dict) else dict(attributes(x)) for x in (a, b))
         return mine.keys() == theirs.keys() and all(

@@ -4,11 +4,15 @@ import functools
 import re
 from typing import Any
 
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
+BOUNDS = (
+    *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens"),
+    *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
+    *("cu_seq_q", "cu_seq_k"),
+)
 LENGTHS = ("seq_lens", "seqlens", "doc_lens")
 IDS = ("seq_idx", "sequence_ids", "document_ids", "segment_ids")
 POSITIONS = ("position_ids", "positions")
-_LONGEST = re.compile(r"max_(length|seq_?len)s?(_[qk]|_kv)?$")
+_LONGEST = re.compile(r"max_((length|seq_?len)s?(_[qk]|_kv)?|[qk])$")
 
 
 @functools.lru_cache(1024)
