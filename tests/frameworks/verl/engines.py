@@ -33,7 +33,7 @@ ROWS = 16
 
 
 class Unsynced(FullyShardedDataParallel):
-    """FSDP1 makes ranks alike at its start on an accelerator alone; here they load one file."""
+    """FSDP1 makes ranks alike at its start on an accelerator alone; one rank needs none of it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{**kwargs, "sync_module_states": False})

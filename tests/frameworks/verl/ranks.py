@@ -5,7 +5,6 @@ import torch.distributed as dist
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from verl.models.transformers import monkey_patch
-from verl.workers.engine.fsdp import transformer_impl
 
 from tests.frameworks.verl import engines
 from tests.frameworks.verl.actor import allow_float64
@@ -32,7 +31,6 @@ def main(argument):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     allow_float64()
-    transformer_impl.FSDP = engines.Unsynced
     monkey_patch._flash_attention_forward = _attend
     AttentionInterface.register("ulysses", _ulysses)
     AttentionMaskInterface.register("ulysses", lambda *_, **__: None)
