@@ -6,8 +6,11 @@ the context.
 """
 
 import copy
+import functools
 import gc
 import os
+import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -15,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
 
 import kondo_hooks as kondo
 
@@ -56,7 +60,7 @@ class KondoCallback(TrainerCallback):
             kondo.gated(nn.Identity(), rate=None if callable(rate) else rate, **early).discard()
 
     def close(self) -> None:
-        """Take an own gate off; only needed when ``train()`` failed outside of a training step."""
+        """Take an own gate off; only needed where a callback that was added late met an error outside of a step."""
         if self._own and self.gate is not None:
             self.gate.__exit__(RuntimeError, None, None)
             self.gate = None
@@ -65,10 +69,16 @@ class KondoCallback(TrainerCallback):
 
     # Events of the Trainer.
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have an error anywhere in ``train()`` take an own gate off."""
+        if self._own and (trainer := _calling_trainer(self)) is not None:
+            _closing_on_error(trainer, "train", self.close)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Gate what the Trainer trains, wrapped as it is now."""
-        mine = (trainer for trainer in _trainers() if self in trainer.callback_handler.callbacks)
-        trainer = next(trainer for trainer in mine if trainer.model is model)
+        trainer = _calling_trainer(self)
+        if trainer is None:
+            raise RuntimeError("KondoCallback: on_train_begin is an event of a Trainer, which calls it in train()")
         _first(trainer, self)
         self._restore()
         if self._own:
@@ -84,7 +94,7 @@ class KondoCallback(TrainerCallback):
             self.gate.host_defaults(**_defaults(trainer))
             self.gate.__enter__()
             _open.add(self)
-            self._unguard = _closing_on_error(trainer, self.close)
+            self._unguard = _closing_on_error(trainer, "training_step", self.close)
         else:
             assert self.gate is not None
             self.gate.follow(trainer.model_wrapped)
@@ -140,34 +150,77 @@ class KondoCallback(TrainerCallback):
 
 
 def adopt(gate: kondo.Gated) -> Callable[[], None]:
-    """Give the trainers of the gate's model a callback that reports for it; returns what takes it back."""
-    added: list[tuple[Any, KondoCallback]] = []
+    """Give the trainers of the gate's model a callback that reports for it; returns what takes it back.
+
+    Those that are there, and those that are made while the context is open.
+    """
+    newcomers = _Newcomers(gate)
     for trainer in _trainers():
-        if gate.model not in (trainer.model, trainer.model_wrapped):
-            continue
-        gate.host_defaults(**_defaults(trainer))
-        if not any(isinstance(callback, KondoCallback) for callback in trainer.callback_handler.callbacks):
-            callback = KondoCallback(gate)
-            trainer.add_callback(callback)
-            added.append((trainer, callback))
+        newcomers.adopt(trainer)
+    every: list[Any] = DEFAULT_CALLBACKS
+    every.append(newcomers)
 
     def close() -> None:
-        for trainer, callback in added:
-            callback.close()
-            trainer.remove_callback(callback)
+        every[:] = [each for each in every if each is not newcomers]
+        newcomers.close()
 
     return close
+
+
+class _Newcomers(TrainerCallback):
+    """Stands among the callbacks that every Trainer starts with, while a context is open, and has its gate adopted."""
+
+    def __init__(self, gate: kondo.Gated):
+        self._gate = gate
+        self._met: list[Any] = []
+        self._added: list[tuple[Any, KondoCallback]] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (trainer := _calling_trainer(self)) is not None:
+            self._met.append(trainer)
+            self.adopt(trainer)
+
+    def adopt(self, trainer: Any) -> None:
+        """Have a trainer report for the gate, if it is its model's."""
+        if self._gate.model not in (trainer.model, trainer.model_wrapped):
+            return
+        self._gate.host_defaults(**_defaults(trainer))
+        if not any(isinstance(callback, KondoCallback) for callback in trainer.callback_handler.callbacks):
+            callback = KondoCallback(self._gate)
+            trainer.add_callback(callback)
+            self._added.append((trainer, callback))
+
+    def close(self) -> None:
+        """Leave no trace in the trainers."""
+        for trainer, callback in self._added:
+            callback.close()
+            trainer.remove_callback(callback)
+        for trainer in self._met:
+            trainer.remove_callback(self)
+        self._added, self._met = [], []
 
 
 def _nothing() -> None:
     pass
 
 
-def _closing_on_error(trainer: Any, close: Callable[[], None]) -> Callable[[], None]:
-    """Have an error in a training step take the gate off, of which no event tells; returns what undoes that."""
-    own = trainer.training_step
+def _calling_trainer(callback: TrainerCallback) -> Any:
+    """The Trainer that calls a callback now. It tells callbacks nothing of itself, but stands in the frames above."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
 
-    def training_step(*args: Any, **kwargs: Any) -> Any:
+
+def _closing_on_error(trainer: Any, name: str, close: Callable[[], None]) -> Callable[[], None]:
+    """Have an error in a method of a trainer take the gate off, of which no event tells; returns what undoes that."""
+    own = getattr(trainer, name)
+
+    @functools.wraps(own)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return own(*args, **kwargs)
         except BaseException:
@@ -175,13 +228,13 @@ def _closing_on_error(trainer: Any, close: Callable[[], None]) -> Callable[[], N
             raise
 
     def undo() -> None:
-        if vars(trainer).get("training_step") is training_step:
-            if own == type(trainer).training_step.__get__(trainer):
-                del trainer.training_step
+        if vars(trainer).get(name) is guarded:
+            if own == getattr(type(trainer), name).__get__(trainer):
+                delattr(trainer, name)
             else:
-                trainer.training_step = own
+                setattr(trainer, name, own)
 
-    trainer.training_step = training_step
+    setattr(trainer, name, guarded)
     return undo
 
 
@@ -212,9 +265,7 @@ def _defaults(trainer: Any) -> dict[str, Any]:
 
 
 def _trainers() -> list[Any]:
-    """Every Trainer that is alive. transformers keeps no list of them, and tells callbacks nothing of theirs."""
-    from transformers import Trainer
-
+    """Every Trainer that is alive: transformers keeps no list of them, and a model does not know its own."""
     kinds = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
     return [found for found in kinds if "callback_handler" in vars(found)]
 

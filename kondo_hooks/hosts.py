@@ -11,7 +11,7 @@ from typing import Any
 
 def adopt(gate: Any) -> Callable[[], None]:
     """Let the trainers of the gate's model adopt it; returns what undoes that."""
-    if "transformers.trainer" not in sys.modules or accelerate_syncs() is None:
+    if "transformers.trainer" not in sys.modules:
         return lambda: None
     from kondo_hooks.integrations.transformers import adopt
 

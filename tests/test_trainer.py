@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_CALLBACKS
 
 import kondo_hooks as kondo
 from kondo_hooks.integrations.transformers import KondoCallback
@@ -211,6 +212,55 @@ def test_an_error_in_training_leaves_nothing_behind(tmp_path):
     trainer.remove_callback(stop)
     trainer.train()  # takes the old gate off and opens its own
     assert "_compiled_call_impl" not in vars(trainer.model) and alone.gate is None
+
+
+@pytest.mark.parametrize("where", ["data", "a callback", "evaluation"])
+def test_an_error_outside_of_a_step_leaves_no_gate(where, tmp_path):
+    class Failing(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if where == "a callback":
+                raise ZeroDivisionError
+
+        def on_evaluate(self, *_, **__):
+            raise ZeroDivisionError
+
+    class Rows(list):
+        def __getitem__(self, i):
+            if where == "data" and not isinstance(i, slice):
+                raise ZeroDivisionError
+            return super().__getitem__(i)
+
+    options = {"eval_strategy": "steps", "eval_steps": 1} if where == "evaluation" else {}
+    callback = KondoCallback(rate=RATE)
+    trainer = make(tmp_path, callbacks=[callback, Failing()], data=Rows(hf.rows()), **options)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert callback.gate is None
+    assert not any("_compiled_call_impl" in vars(module) for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("scope", ["made inside", "made inside beside others"])
+def test_a_trainer_that_is_made_in_the_context_adopts_its_gate(scope, tmp_path):
+    model, before = hf.llama(), list(DEFAULT_CALLBACKS)
+    with kondo.gated(model, rate=RATE) as gate:
+        others = [make(tmp_path / "other", hf.llama())] if "beside" in scope else []
+        trainer = make(tmp_path, model)
+        start = hf.parameters(trainer)
+        recorder = hf.Recorder(gate)
+        trainer.add_callback(recorder)
+        for each in [*others, trainer]:
+            each.train()
+    assert list(DEFAULT_CALLBACKS) == before
+    for each in [*others, trainer]:
+        kinds = [type(callback).__name__ for callback in each.callback_handler.callbacks]
+        assert "_Newcomers" not in kinds and "KondoCallback" not in kinds
+    assert [len(decision.delight) for decision in recorder.decisions] == [2 * BATCH] * STEPS  # one accumulation each
+    assert all("kondo/kept" in log for log in trainer.state.log_history if "loss" in log)
+    reference = make(tmp_path)
+    hf.mask_head(reference, recorder.masks(BATCH))
+    reference.train()
+    hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start)
+    assert all(not any("kondo" in name for log in each.state.log_history for name in log) for each in others)
 
 
 def test_the_callback_gates_the_trainer_that_trains(tmp_path):
