@@ -907,6 +907,29 @@ def test_a_mapping_that_checks_the_batch_size_of_what_is_written_into_it():
     assert_dict_in_dict_out_is_exact(IntoMapping(F, K), lambda: Sized({"next": Sized({"obs": x}, [N])}, [N]))
 
 
+@pytest.mark.parametrize("kind", [int, lambda n: torch.Size([n])], ids=["int", "size"])
+def test_objects_that_count_their_rows_go_together(kind):
+    class Rows:
+        def __init__(self, x):
+            self.x, self._batch_size = x, kind(len(x))
+
+    runs = []
+
+    class Model(nn.Linear):
+        def forward(self, rows):
+            assert rows._batch_size == kind(len(rows.x))
+            if torch.is_grad_enabled():
+                runs.append(len(rows.x))
+            return super().forward(rows.x)
+
+    model = Model(3, 4)
+    with kondo.gated(model, rate=0.5, window=2, audit=0) as gate:
+        for n in (4, 6):
+            logp = model(Rows(torch.randn(n, 3))).log_softmax(-1)[:, 0]
+            (-torch.randn(n) * logp).sum().backward()
+    assert gate.stats.kept == 5 and runs[-1] == 5
+
+
 def test_tensordict():
     tensordict = pytest.importorskip("tensordict")
     from tensordict.nn import TensorDictModule

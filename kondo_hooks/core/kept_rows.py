@@ -14,7 +14,7 @@ from kondo_hooks.errors import DelightError
 from kondo_hooks.rows.axes import Layout, Rows, at_positions, carried_over
 from kondo_hooks.rows.conventions import says_longest
 from kondo_hooks.rows.encoded import Encoded
-from kondo_hooks.rows.tree import Tree, attributes, is_entered
+from kondo_hooks.rows.tree import Tree, attributes, counts_rows, is_entered
 from kondo_hooks.same.attributes import same_facts
 from kondo_hooks.same.rounding import by_column, measure
 
@@ -498,8 +498,9 @@ def _same_constants(
         )
     if isinstance(a, dict) or is_entered(a):
         mine, theirs = (x if isinstance(x, dict) else dict(attributes(x)) for x in (a, b))
+        counts = set() if isinstance(a, dict) else {key for key in mine if counts_rows(key, mine[key])}
         return mine.keys() == theirs.keys() and all(
-            _same_constants(mine[key], theirs[key], seen, longest, key) for key in mine
+            _same_constants(mine[key], theirs[key], seen, longest, key) for key in mine if key not in counts
         )
     try:
         return a is b or bool(a == b)

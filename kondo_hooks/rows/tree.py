@@ -305,10 +305,15 @@ def resized(size: torch.Size, before: Mapping[str, Any], after: Mapping[str, Any
     return size
 
 
+def counts_rows(name: str, value: Any) -> bool:
+    """Whether an object's attribute says how many rows its tensors have, as a TensorDict's does."""
+    return name.endswith("batch_size") and isinstance(value, (int, torch.Size))
+
+
 def _resize(tree: Any, result: Any) -> None:
-    """Let an object that says how many rows its tensors have (a TensorDict, say) say it of the new ones."""
+    """Let an object that says how many rows its tensors have say it of the new ones."""
     for name, value in attributes(tree):
-        if not (name.endswith("batch_size") and isinstance(value, (int, torch.Size))):
+        if not counts_rows(name, value):
             continue
         size = torch.Size([value]) if isinstance(value, int) else value
         for old, new in zip(flatten(tree)[1], flatten(result)[1], strict=False):
