@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test fuzz oldest frameworks figures evidence clean
+.PHONY: demo test fuzz versions frameworks figures evidence clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -24,14 +24,18 @@ fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal \
-		tests/test_inner_loss.py tests/test_trainer.py tests/test_trl.py tests/test_lightning.py tests/test_integrations.py
+# The suite on other versions of torch, with the oldest hosts on the oldest: make versions VERSIONS=2.8.0
+VERSIONS ?= 2.8.0 2.11.0 2.15.0
+versions: .venv/installed $(VERSIONS:%=.venv-versions/%/installed)
+	$(BIN)/python -m tests.versions $(VERSIONS)
 
-.venv-oldest/installed: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]' requests
+# On Linux the package index has CUDA builds alone. Where PIP_EXTRA_INDEX_URL names CPU builds, YES=1 goes on without asking.
+.venv-versions/%/installed: pyproject.toml constraints-%.txt
+	@[ -n "$(YES)" ] || { printf 'torch $* takes about 7 GB with the NVIDIA libraries that it needs. Install it? [y/N] '; \
+		read answer; [ "$$answer" = y ]; }
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt --editable '.[dev]'
 	touch $@
 
 # Other people's trainers, each in an environment of its own: make frameworks ONLY=verl
@@ -65,4 +69,4 @@ evidence: .venv/installed
 	done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-frameworks build dist *.egg-info
+	rm -rf .venv .venv-versions .venv-frameworks build dist *.egg-info
