@@ -152,6 +152,21 @@ def caches_parametrizations() -> bool:
     return bool(_of(_named("nn.utils.parametrize"), "_cache_enabled"))
 
 
+def product_precision(kind: str) -> str:
+    """What float32 products are made of on a kind of device.
+
+    ``allow_tf32`` and ``set_float32_matmul_precision`` set this switch, too; to read them raises once it was used.
+    Before torch 2.9 there is none, and they are all there is.
+    """
+    backend: Any = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
+    matmul: Any = getattr(backend, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):
+        return str(matmul.fp32_precision)
+    if kind == "cuda":
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "bf16" if torch.get_float32_matmul_precision() == "medium" else "ieee"
+
+
 # Several ranks.
 
 

@@ -123,6 +123,17 @@ def test_transforms_and_cached_parametrizations():
         assert private.caches_parametrizations()
 
 
+def test_what_products_are_made_of():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for said, found in (("highest", {"ieee", "none"}), ("medium", {"bf16"})):
+            torch.set_float32_matmul_precision(said)
+            assert private.product_precision("cpu") in found
+            assert private.product_precision("cuda") in ({"tf32"} if said == "medium" else found)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_what_a_module_calls():
     layer = nn.Linear(2, 2)
     x = torch.ones(1, 2)

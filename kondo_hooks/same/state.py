@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from kondo_hooks import private
 from kondo_hooks.same.attributes import Attributes, version_of
 
 
@@ -403,12 +404,8 @@ _PRODUCTS = {"tf32": 1e-2, "bf16": _TOLERANCE[torch.bfloat16]}
 
 
 def products(device: torch.device) -> str:
-    """What float32 products are made of on a device: "tf32", "bf16", or else float32 itself.
-
-    ``allow_tf32`` and ``set_float32_matmul_precision`` set this switch, too; to read them raises once it was used.
-    """
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    return backend.matmul.fp32_precision
+    """What float32 products are made of on a device: "tf32", "bf16", or else float32 itself."""
+    return private.product_precision(device.type)
 
 
 @dataclass(frozen=True)
