@@ -52,7 +52,8 @@ def masked(model, factors):
         mine = next(factors)
         for output in outputs:
             weights = mine.repeat_interleave(len(output) // len(mine))
-            output.register_hook(lambda grad, weights=weights: grad * weights.view(-1, *[1] * (grad.dim() - 1)))
+            weights = weights.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
+            output.register_hook(lambda grad, weights=weights: grad * weights)
         return outputs
 
     model.policy.evaluate_actions = evaluate_actions
