@@ -1,7 +1,8 @@
 """CleanRL's scripts, run as they are installed but for the line that gates them, in environments of random numbers.
 
-The scripts import gym 0.23, stable-baselines3's Atari wrappers and TensorBoard, which do not install beside this torch or
-are not needed. Tiny modules stand in for them: a vector of environments, names that are only imported, and a writer that keeps scalars.
+The scripts import gym 0.23, stable-baselines3's Atari wrappers and TensorBoard, which do not install beside this torch
+or are not needed. Tiny modules stand in for them: a vector of environments, names that are only imported, and a writer
+that keeps scalars.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""CleanRL's own PPO scripts, gated by one line, hold the parameters of those in which dropped rows' terms are masked."""
+"""CleanRL's own PPO scripts, gated by one line, hold the parameters of those where dropped rows' terms are masked."""
 
 import re
 from pathlib import Path
