@@ -205,6 +205,15 @@ def test_off_policy_there_is_no_delight(kind, environment, name):
         off_policy(kind, environment).learn(60, callback=KondoCallback(rate=0.25))
 
 
+def test_an_actor_that_learns_through_its_sample_has_no_delight():
+    model = off_policy(SAC, "pendulum")
+    with (
+        pytest.raises(kondo.DelightError, match="no policy gradient"),
+        kondo.gated(model.actor, method="action_log_prob", rate=0.25),
+    ):
+        model.learn(60)
+
+
 def test_the_page_s_recipes():
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
