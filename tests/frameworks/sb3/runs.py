@@ -8,6 +8,23 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 ENVIRONMENTS = {"cart": "CartPole-v1", "pendulum": "Pendulum-v1"}
 
 
+class Spaces(gymnasium.Env):
+    """Observations and rewards without a meaning, of any space, in episodes of seven steps."""
+
+    def __init__(self, observations, actions):
+        self.observation_space, self.action_space, self.steps = observations, actions, 0
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), float(np.sum(action)), self.steps >= 7, False, {}
+
+
 class Double(FlattenExtractor):
     """Makes float64 of observations: the library's own are float32."""
 
@@ -50,7 +67,7 @@ def masked(model, factors):
     def evaluate_actions(*args, **kwargs):
         outputs = evaluate(*args, **kwargs)
         mine = next(factors)
-        for output in outputs:
+        for output in (each for each in outputs if each is not None and each.requires_grad):
             weights = mine.repeat_interleave(len(output) // len(mine))
             weights = weights.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
             output.register_hook(lambda grad, weights=weights: grad * weights)

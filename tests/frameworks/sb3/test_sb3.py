@@ -1,13 +1,16 @@
 """stable-baselines3's own algorithms, gated, hold the parameters of those in which dropped rows' terms are masked."""
 
+import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("stable_baselines3", reason="make frameworks ONLY=sb3")
 
+from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
@@ -147,6 +150,45 @@ def test_a_callback_that_is_used_again_goes_on():
 def test_bad_options_fail_when_the_callback_is_made():
     with pytest.raises(ValueError, match="rate"):
         KondoCallback(rate=1.5)
+
+
+PLANE = spaces.Box(-1, 1, (4,))
+KINDS = {
+    "dictionaries": ("MultiInputPolicy", spaces.Dict({"a": PLANE, "b": spaces.Discrete(3)}), spaces.Discrete(3), {}),
+    "images": ("CnnPolicy", spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Discrete(3), {}),
+    "several actions": ("MlpPolicy", PLANE, spaces.MultiDiscrete([3, 4]), {"ent_coef": 0.01}),
+    "bits": ("MlpPolicy", PLANE, spaces.MultiBinary(3), {"ent_coef": 0.01}),
+    "noise of the state": ("MlpPolicy", PLANE, spaces.Box(-1, 1, (2,)), {"use_sde": True}),
+    "squashed": (
+        "MlpPolicy",
+        PLANE,
+        spaces.Box(-1, 1, (2,)),
+        {"use_sde": True, "policy_kwargs": {"squash_output": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", [{"noise": 0.5}, {"rate": 0.25}], ids=str)
+@pytest.mark.parametrize("screen_first", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_spaces_and_policies(name, screen_first, rule):
+    policy, observations, actions, options = KINDS[name]
+
+    def make():
+        environment = runs.Spaces(copy.deepcopy(observations), copy.deepcopy(actions))
+        return PPO(policy, environment, n_steps=32, seed=0, device="cpu", **SMALL, **options)
+
+    ours, callback = make(), KondoCallback(**rule, screen_first=screen_first)
+    decided = runs.noted(lambda: callback.gate, ours)
+    ours.learn(64, callback=callback)
+    theirs = make()
+    runs.masked(theirs, decided)
+    theirs.learn(64)
+    full = make()
+    full.learn(64)
+    a, b, c = (runs.parameters(model) for model in (ours, theirs, full))
+    assert runs.distance(a, b) < 1e-6 < 1e-4 < runs.distance(b, c)
+    assert 0 < callback.gate.stats.forwarded < callback.gate.stats.rows_screened
 
 
 OFF_POLICY = [(DQN, "cart", "q_net"), (SAC, "pendulum", "critic"), (TD3, "pendulum", "critic")]
