@@ -213,3 +213,16 @@ def test_sequences_on_an_axis_of_their_own_are_rows_as_ever(batch_first, t):
     factors = gate.last.factors().double()
     loss(theirs, factors[:, None] if batch_first else factors).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10 and gate.stats.forwarded == 2
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_heads_that_are_still_zero_hide_no_order(by_step):
+    given = batch()
+    model = Policy(by_step).double()
+    for head in (model.pi, model.value):
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    ours, theirs = copies(model)
+    with kondo.gated(ours, logp=0, rate=0.34, priority="norm", audit=0) as gate:
+        loss_of(ours, given).backward()
+    loss_of(theirs, given, steps_of(gate.last.factors().double(), by_step)).backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10 and gate.stats.forwarded == 2

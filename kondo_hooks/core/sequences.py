@@ -2,11 +2,12 @@
 
 The steps of a sequence belong together, so the sequences are the samples. The gate is shown every input with the
 sequences on its first axis, (n, T, F), and the model still gets what it was given. That is in one of two orders: the
-steps of a sequence follow each other, or the sequences of a step do. One run of the last sequence alone tells which.
+steps of a sequence follow each other, or the sequences of a step do. One run of the last sequence alone tells which,
+by the outputs and by what recurrent layers return: a head that is still zero hides the difference.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class Sequences:
             if isinstance(layer, nn.RNNBase)
             for size in (layer.hidden_size, layer.proj_size)
         }
+        self._layers = [m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
         self._orders: _Orders = {}
 
     def read(self, call: Call, alone: bool) -> Call:
@@ -97,7 +99,7 @@ class Sequences:
         for by_step in (False, True):
             mine = _unfolded(call, n, rows, by_step)
             if n > 1 and alone:
-                mine.layout = _layout_of_one(mine, n)
+                mine.layout = _layout_of_one(mine, n, self._layers)
             if mine.layout is not None or n == 1 or not alone:
                 self._orders[key] = by_step, mine.layout
                 return mine
@@ -167,25 +169,31 @@ def _unfolded(call: Call, n: int, rows: int, by_step: bool) -> Call:
     return mine
 
 
-def _layout_of_one(call: Call, n: int) -> Layout | None:
+def _layout_of_one(call: Call, n: int, layers: Sequence[nn.Module]) -> Layout | None:
     """How inputs are read where the last sequence alone gives what it gives among the others; None if it does not."""
     last = torch.tensor([n - 1], device="cpu")
-    full = _outputs(call, call.inputs)
+    full = _outputs(call, call.inputs, layers)
     for layout in layouts(call.inputs, n, 0) if full else ():
         some = [leaf if at is None else at.take(leaf, last) for leaf, at in zip(call.inputs, layout, strict=True)]
-        part = _outputs(call, some)
+        part = _outputs(call, some, layers)
         if part is not None and has_rows(full or [], part, n, call.parts):
             return layout
     return None
 
 
-def _outputs(call: Call, inputs: list[Tensor]) -> list[Tensor] | None:
+def _outputs(call: Call, inputs: list[Tensor], layers: Sequence[nn.Module]) -> list[Tensor] | None:
+    found: list[Any] = []
+    hooks = [layer.register_forward_hook(lambda _module, _given, output: found.append(output)) for layer in layers]
     training, requires_grad = call.scene.flags
     flags = (False,) * len(training), requires_grad
     with torch.no_grad(), forked_rng(call.scene.rng), call.state.restored_flags(flags), call.state.untouched():
         try:
-            return [leaf for leaf in flatten(call.run_again(inputs)[0])[1] if differentiable(leaf)]
+            found.append(call.run_again(inputs)[0])
+            return [leaf for leaf in flatten(found)[1] if differentiable(leaf)]
         except torch.OutOfMemoryError:
             raise
         except Exception:  # read otherwise than the model does
             return None
+        finally:
+            for hook in hooks:
+                hook.remove()
