@@ -50,7 +50,7 @@ frameworks: $(ONLY:%=.venv-frameworks/%/installed)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(@D)/bin/python -m pip install --quiet --requirement $< pytest pytest-timeout
-	if [ -f $(<D)/no-deps.txt ]; then $(@D)/bin/python -m pip install --quiet --no-deps --requirement $(<D)/no-deps.txt; fi
+	if [ -f $(<D)/no-deps.txt ]; then $(@D)/bin/python -m pip install --quiet --no-deps --ignore-requires-python --requirement $(<D)/no-deps.txt; fi
 	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

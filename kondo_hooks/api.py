@@ -8,6 +8,7 @@ from torch import nn
 from kondo_hooks import private
 from kondo_hooks.core.attach import Method
 from kondo_hooks.core.screen import Name, Reading
+from kondo_hooks.core.sequences import Named as Counted
 from kondo_hooks.core.texts import Named
 from kondo_hooks.errors import WarnOnce
 from kondo_hooks.handle import Gated
@@ -57,6 +58,7 @@ def gated(
     probs: Name | None = None,
     batch_dim: int = 0,
     segments: Named = None,
+    sequences: Counted = None,
     pairs: bool | None = None,
     shared_loss: Literal["refuse", "kept"] = "refuse",
     window: Size | None = None,
@@ -101,6 +103,9 @@ def gated(
         segments: where rows hold many texts, which then are the samples: the input that tells where they begin, or a
             function of the call's arguments that gives their lengths. By default known by its name (``position_ids``
             that start again, ``cu_seqlens``, ``seq_lens``, ``seq_idx``, a block mask); False: rows are the samples.
+        sequences: where rows are the steps of sequences, (n * T, F) with a recurrent state of (layers, n, H), which
+            then are the samples: a function of the call's arguments that gives n. By default the state tells; False:
+            rows are the samples.
         pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
             answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, ``CPOTrainer`` and
             ``ORPOTrainer``, and nowhere else.
@@ -163,6 +168,12 @@ def gated(
         raise ValueError(f"pairs must be True or False, got {pairs!r}")
     if not (segments is None or segments is False or isinstance(segments, str) or callable(segments)):
         raise ValueError(f"segments must be the name of an input, a function of the call, or False, got {segments!r}")
+    if not (sequences is None or sequences is False or callable(sequences)):
+        raise ValueError(
+            f"sequences must be a function of the call that gives their number, or False, got {sequences!r}"
+        )
+    if sequences and (pairs or batch_dim or segments):
+        raise ValueError("sequences are of rows on axis 0, one a sample: leave pairs, segments and batch_dim away")
     if segments and (pairs or batch_dim):
         raise ValueError("segments are of rows on axis 0, one a sample: leave pairs and batch_dim away")
     if pairs and config.tokens:
@@ -190,7 +201,13 @@ def gated(
         enabled=enabled,
         method=method,
         reading=Reading(
-            named[0] if named else None, batch_dim, bool(pairs), shared_loss == "kept", warmup_steps, segments
+            named[0] if named else None,
+            batch_dim,
+            bool(pairs),
+            shared_loss == "kept",
+            warmup_steps,
+            segments,
+            False if pairs or segments else sequences,
         ),
         unsaid={name for name, value in (("pairs", pairs), ("window", window)) if value is None},
     )

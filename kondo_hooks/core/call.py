@@ -70,6 +70,9 @@ class Call:
         rows: where each output keeps its rows; None for an output without a batch axis.
         batch: number of rows.
         inner: the losses that the model computed.
+        sequences: whether a row is a sequence, whose steps stand on an axis of the outputs with those of all others.
+        steps: of a sequence, where the sequences of a step follow each other on that axis; else 1.
+        layout: where the arguments keep their rows, if that was found out before the call.
         whole: why only a replay of the whole batch can be exact, if so.
         scene: what the replay has to find as the screen did. Tensors with rows that the screen replaced in attributes
             are inputs, too, after the arguments: a state that it may have read.
@@ -100,6 +103,9 @@ class Call:
     syncs: bool = True
     lets_go: bool = False
     inner: InnerLoss | None = None
+    sequences: bool = False
+    steps: int = 1
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         self.serial = next(_serial)
@@ -139,6 +145,23 @@ class Call:
     def size(self) -> int:
         """Of the axis that holds the rows."""
         return self.batch * (2 if self.pairs else 1)
+
+    def anew(self) -> "Call":
+        """The same call, not yet run."""
+        made = Call(
+            *(self.run, self.args, self.state, self.receive, self.pairs, self.shared_loss, self.checks),
+            sequences=self.sequences,
+            steps=self.steps,
+            layout=self.layout,
+        )
+        if self.sequences:
+            made.expect(self.batch, self.batch_dim)
+        return made
+
+    @property
+    def parts(self) -> int:
+        """Of an axis with more than one entry of each row, each of which has a share of every row."""
+        return 2 if self.pairs else self.steps
 
     @property
     def arguments(self) -> list[Tensor]:
@@ -258,7 +281,8 @@ class Call:
         self.returned = [leaf.data for _, leaf in kept]
         self.outputs = [leaf.clone() if copy else leaf.detach() for leaf in self.returned]
         self.rows = [
-            output_rows(leaf, self.batch, self.batch_dim, self.pairs) for leaf in self.outputs[: self._returned]
+            output_rows(leaf, self.batch, self.batch_dim, self.pairs, self.parts)
+            for leaf in self.outputs[: self._returned]
         ]
         self.rows += [self._loss_rows(leaf) for leaf in self.outputs[self._returned :]]
         self._output_versions = [version_of(leaf) for leaf in self.outputs]
@@ -294,7 +318,7 @@ class Call:
 
     def _loss_rows(self, tensor: Tensor) -> Rows | None:
         """Where a tensor that a loss was made of keeps its rows; stricter, for nobody has seen it come out."""
-        rows = output_rows(tensor, self.batch, self.batch_dim, self.pairs)
+        rows = output_rows(tensor, self.batch, self.batch_dim, self.pairs, self.parts)
         if rows is None or (rows.axis != self.batch_dim and rows.repeat == 1):
             return None
         if self.whole is None:
@@ -585,6 +609,9 @@ class Call:
         """Which inputs hold rows, the likeliest reading first; a state is cut as is likeliest, or at last not."""
         arguments, states = self.inputs[: self._arguments], self.inputs[self._arguments :]
         cut = [candidate_rows(leaf, self.batch, self.batch_dim, self.pairs)[0] for leaf in states]
+        if self.layout is not None:
+            yield [*self.layout, *cut]
+            return
         for layout in layouts(arguments, self.batch, self.batch_dim, self.pairs):
             yield [*layout, *cut]
         if states:

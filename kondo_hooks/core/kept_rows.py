@@ -426,7 +426,7 @@ def stands_alone(call: Call) -> bool:
     """Whether its rows cannot go through the model together with another call's."""
     scene = call.scene
     changes = scene.buffers.entries or scene.change.changes_state
-    return bool(scene.random or call.whole or changes or call.decides_at_once)
+    return bool(scene.random or call.whole or changes or call.decides_at_once or call.steps > 1)
 
 
 def _fits(first: Part, second: Part) -> bool:

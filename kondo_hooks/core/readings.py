@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kondo_hooks.core.call import Call, differentiable
 from kondo_hooks.errors import WarnOnce, rows_not_in_blocks, unknown_axis
-from kondo_hooks.rows.axes import Layout, Rows, fits, layouts, rows_between
+from kondo_hooks.rows.axes import Layout, Rows, blocks, fits, layouts, rows_between
 from kondo_hooks.rows.tree import flatten
 from kondo_hooks.same.scene import no_fast_path, uncompiled
 from kondo_hooks.same.state import Autocast, forked_rng
@@ -110,14 +110,14 @@ def _anchor(call: Call, layout: Layout, flags: Any, full: list[Tensor], batch: i
         uses = Uses(*(taken[i] for i in there))
         part = _outputs(call, taken, flags, uses, everything=True)
     used = [i for i, found in zip(there, uses.each, strict=True) if found]
-    return used[0] if part is not None and used and _has_rows(full, part, batch, call.pairs) else None
+    return used[0] if part is not None and used and has_rows(full, part, batch, call.parts) else None
 
 
-def _has_rows(full: Sequence[Tensor], part: Sequence[Tensor], batch: int, pairs: bool) -> bool:
+def has_rows(full: Sequence[Tensor], part: Sequence[Tensor], batch: int, parts: int) -> bool:
     """Whether every output changes with the number of rows, but for constants, and the last row stays as it is."""
     several, last = 0, torch.tensor([batch - 1], device="cpu")
     for a, b in zip(full, part, strict=False):
-        where = rows_between(a.shape, b.shape, batch, 1, pairs)
+        where = rows_between(a.shape, b.shape, batch, 1, parts)
         if where is None and a.shape != b.shape:
             return False
         if where is not None:
@@ -156,7 +156,7 @@ def settle_outputs(call: Call, settled: dict[str, Rows], unchecked: bool, warn: 
     for i in rows:
         where = settled.get(keys[i])
         if where is not None and call.outputs[i].shape[where.axis] % call.batch == 0:
-            call.rows[i] = Rows(where.axis, call.outputs[i].shape[where.axis] // call.batch, call.pairs)
+            call.rows[i] = blocks(where.axis, call.outputs[i].shape[where.axis] // call.batch, call.parts)
 
 
 def _is_doubtful(call: Call, i: int, unchecked: bool, alone: bool) -> bool:
@@ -253,7 +253,7 @@ def _unexpected(call: Call, layout: Layout) -> int:
 
 
 def _place(call: Call, i: int, full: Tensor, part: Tensor, n: int) -> Rows | ValueError | None:
-    where = rows_between(full.shape, part.shape, call.batch, n, call.pairs)
+    where = rows_between(full.shape, part.shape, call.batch, n, call.parts)
     if where is None or where.repeat <= (2 if call.pairs else 1):
         return where
     first = torch.arange(n, device=full.device)

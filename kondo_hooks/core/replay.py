@@ -428,7 +428,7 @@ def _gradient(group: list[Part], i: int, output: Tensor) -> Tensor:
 def taking_draws(group: Iterable[Part]) -> Iterator[None]:
     """Hand out the rows' share of the random numbers that the screen drew."""
     parts = [part for part in group if part.call.scene.draws.shapes and not part.all_rows]
-    calls = [(part.call.scene.draws, part.call.batch, part.rows, part.call.pairs) for part in parts]
+    calls = [(part.call.scene.draws, part.call.batch, part.rows, part.call.pairs, part.call.parts) for part in parts]
     if not calls:
         yield
         return

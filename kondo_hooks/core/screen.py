@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from kondo_hooks import private
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.readings import Learned, find_anchor, settle_outputs, sizes_of_inputs
+from kondo_hooks.core.sequences import Named as Counted
+from kondo_hooks.core.sequences import Sequences
 from kondo_hooks.core.step import Step
 from kondo_hooks.core.texts import Named, find_texts
 from kondo_hooks.delight.graph import find_sources
@@ -36,6 +38,7 @@ class Reading:
         shared_loss: a term without rows of the model's own loss is taken on the kept rows.
         warmup_steps: backwards that pass straight through at first.
         segments: what tells the texts that a row holds, where the user named it.
+        sequences: how many sequences a call's rows are the steps of, where the user said so.
     """
 
     named: tuple[str, Name] | None
@@ -44,6 +47,7 @@ class Reading:
     shared_loss: bool
     warmup_steps: int
     segments: Named = None
+    sequences: Counted = None
 
 
 class DecidedFirst(Protocol):
@@ -82,6 +86,7 @@ class Forward:
         self._named = reading.named
         step.shared.segments = reading.segments
         self._batch_dim = reading.batch_dim
+        self._sequences = Sequences(model, False if reading.batch_dim else reading.sequences)
         self._warmup_steps = reading.warmup_steps
         self._warn = warn
         self._outputs_learned: dict[str, Rows | None] = {}
@@ -160,6 +165,9 @@ class Forward:
         call = Call(
             original, (args, kwargs), step.shared.state, step.receive, self.pairs, self.shared_loss, step.checks
         )
+        call = self._sequences.read(call, not step.shared.engine.communicates)
+        if call.layout is not None:
+            step.shared.learned.learn(call, call.layout)
         if self.screened is not None:
             self._step.shared.idle.ran()
             return self._run_screened(call), None, ()
@@ -196,12 +204,12 @@ class Forward:
 
     def _screen_call(self, call: Call) -> tuple[Tree, Call | None, Sequence[Tensor]]:
         call.syncs = self._step.shared.engine.syncs()
-        texts = None if self._batch_dim else find_texts(call, self._step.shared.segments)
+        texts = None if self._batch_dim or call.sequences else find_texts(call, self._step.shared.segments)
         if texts is not None:
             call.expect(texts.segments.rows, 0)
         self._step.shared.engine.before_call()
         key = tuple(call.input_paths)
-        if (anchor := self._anchors.get(key)) is not None:
+        if not call.sequences and (anchor := self._anchors.get(key)) is not None:
             call.expect(call.inputs[anchor].shape[self._batch_dim], self._batch_dim)
         result = self._screen(call, self._record, self.tape)
         state = self._step.shared.state
@@ -210,7 +218,7 @@ class Forward:
             call.scene.undo()
             state.read()
         if made or (call.scene.change.changes_state and state.has_new_hooks()):
-            call = Call(call.run, call.args, call.state, call.receive, call.pairs, call.shared_loss, call.checks)
+            call = call.anew()
             result = self._screen(call, self._record, self.tape)
         scalars = [*flatten(result)[1], *call.left_with_graph()]
         returns_loss = any(leaf.dim() == 0 and leaf.is_floating_point() for leaf in scalars)
@@ -219,7 +227,8 @@ class Forward:
         if not self._learned_tape or returns_loss:
             self.tape, self._learned_tape = returns_loss, True
         call.texts = texts
-        if texts is None and key not in self._anchors and call.outputs and len(sizes_of_inputs(call)) > 1:
+        several = texts is None and not call.sequences and key not in self._anchors
+        if several and call.outputs and len(sizes_of_inputs(call)) > 1:
             anchor = self._anchors[key] = self._find_anchor(call)
             if anchor is not None and (rows := call.inputs[anchor].shape[self._batch_dim]) != call.size:
                 call.expect(rows, self._batch_dim)

@@ -45,7 +45,7 @@ class Meeting:
         """Whether each row's share can be told from the others'."""
         sources = self.sources or []
         alone = len(sources) == 1 or not any(source.call.decides_at_once for source in sources)
-        return bool(sources) and alone and all(source.repeat == 1 and not source.halves for source in sources)
+        return bool(sources) and alone and all(source.repeat == 1 and source.parts == 1 for source in sources)
 
     def hold(self) -> Any:
         """Keep back what the coming backward sends to the parameters; returns the hook, to be removed after it."""

@@ -111,7 +111,8 @@ def find_policy(
             "gated: no policy was found in the loss or in the model's outputs "
             f"({described}), so delight is not known. Wrap the log-prob of the actions in gate.logp(...), "
             "or name the output that holds it with logp=, logits= or probs=. (A critic's loss alone has none: "
-            "add it to the actor's and call backward once.)"
+            "add it to the actor's and call backward once. Where there is no policy gradient at all, as in DQN, SAC, "
+            "TD3 or a regression, use a rule that needs none: noise=0.5, or rate=... with priority='norm'.)"
         )
     return found
 

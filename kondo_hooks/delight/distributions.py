@@ -2,9 +2,13 @@
 
 While a context is open, every class's ``log_prob`` tells who listens what it returned: the loss code's watcher, or the
 screen of a model that calls it inside. Only the outermost call counts, for a distribution made of others calls theirs.
+
+A log-prob of what the distribution itself has drawn by ``rsample`` is none of an action that was taken: the loss learns
+through the sample (SAC, a variational bound), and its gradient there is no advantage. Nobody is told of it.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,8 +22,10 @@ from kondo_hooks import private
 Listener = Callable[[Distribution, Tensor], None]
 
 _listeners: list[Listener] = []
-_wrapped: dict[type, Callable[..., Any]] = {}
+_wrapped: dict[tuple[type, str], Callable[..., Any]] = {}
+_drawn: "dict[int, weakref.ref[Tensor]]" = {}
 _inside = False
+_sampling = False
 
 
 def listen(listener: Listener) -> Callable[[], None]:
@@ -38,9 +44,10 @@ def listen(listener: Listener) -> Callable[[], None]:
             _listeners.remove(listener)
         if not _listeners and _wrapped:
             del Distribution.__init_subclass__
-            for kind, original in _wrapped.items():
-                kind.log_prob = original  # type: ignore[attr-defined]
+            for (kind, name), original in _wrapped.items():
+                setattr(kind, name, original)
             _wrapped.clear()
+            _drawn.clear()
 
     return end
 
@@ -62,11 +69,50 @@ def _wrap_new(kind: Any, **_: Any) -> None:
 
 
 def _wrap(kind: type) -> None:
-    original = kind.__dict__.get("log_prob")
-    if kind in _wrapped or not callable(original):
-        return
-    _wrapped[kind] = original
+    for name, around in (("log_prob", _told), ("rsample", _noted), ("sample", _not_noted)):
+        original = kind.__dict__.get(name)
+        if (kind, name) not in _wrapped and callable(original):
+            _wrapped[kind, name] = original
+            setattr(kind, name, around(original))
 
+
+def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def rsample(self: Distribution, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if isinstance(result, Tensor) and not (_sampling or torch.compiler.is_compiling()):
+            key = id(result)
+            _drawn[key] = weakref.ref(result, lambda _: _drawn.pop(key, None))
+        return result
+
+    return rsample
+
+
+def _not_noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``sample``, which may be made of ``rsample`` and sends no gradient through it."""
+
+    @functools.wraps(original)
+    def sample(self: Distribution, *args: Any, **kwargs: Any) -> Any:
+        global _sampling
+        if torch.compiler.is_compiling() or _sampling:
+            return original(self, *args, **kwargs)
+        _sampling = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _sampling = False
+
+    return sample
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a log-prob of it has a gradient through the value, too."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.requires_grad or ((ref := _drawn.get(id(value))) is not None and ref() is value)
+
+
+def _told(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def log_prob(self: Distribution, *args: Any, **kwargs: Any) -> Any:
         global _inside
@@ -77,12 +123,12 @@ def _wrap(kind: type) -> None:
             result = original(self, *args, **kwargs)
         finally:
             _inside = False
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and not _is_own(args[0] if args else kwargs.get("value")):
             for listener in list(_listeners):
                 listener(self, result)
         return result
 
-    kind.log_prob = log_prob  # type: ignore[attr-defined]
+    return log_prob
 
 
 def parameters(distribution: Distribution) -> Iterator[Tensor]:

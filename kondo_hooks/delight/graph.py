@@ -69,7 +69,7 @@ class Source:
             if they were flattened into it; None if that cannot be told.
         offset: the output's position that the tensor's first stands for.
         repeat: entries of the row axis that each row has.
-        halves: whether a row is a pair: half of its entries in the first half of the axis, half in the second.
+        parts: of the row axis, each of which has a share of every row's entries.
     """
 
     call: Any
@@ -79,7 +79,7 @@ class Source:
     position_axis: int | None
     offset: int
     repeat: int = 1
-    halves: bool = False
+    parts: int = 1
 
     @property
     def entries(self) -> int:
@@ -88,8 +88,8 @@ class Source:
 
     def rows(self, entries: Tensor) -> Tensor:
         """(B, P) of the call's own entries (B * repeat, ...), which stand on axis 0."""
-        if self.halves:
-            entries = entries.unflatten(0, (2, self.call.batch, self.repeat // 2)).transpose(0, 1)
+        if self.parts > 1:
+            entries = entries.unflatten(0, (self.parts, self.call.batch, self.repeat // self.parts)).transpose(0, 1)
         return entries.reshape(self.call.batch, -1)
 
 
@@ -218,8 +218,8 @@ class _Follower:
             return None
         if not stacked and dim == first.row_axis:
             every = [source for part in placed for source in part]
-            return every if len(placed) == len(parts) and not any(source.halves for source in every[1:]) else None
-        calls = [[(source.call, source.halves) for source in part] for part in placed]
+            return every if len(placed) == len(parts) and not any(source.parts > 1 for source in every[1:]) else None
+        calls = [[(source.call, source.parts) for source in part] for part in placed]
         if any(call != calls[0] for call in calls):
             return None
         if stacked:
@@ -278,7 +278,7 @@ def _pieces_of_a_row(node: Node, parts: Sequence[_Sources], dim: int) -> Source 
     """A call's only row put together of pieces of its positions, one after another; None if it is something else."""
     whole: Source | None = None
     for part, edge in zip(parts, node.next_functions, strict=True):
-        if part is None or len(part) != 1 or part[0].call.batch != 1 or part[0].halves:
+        if part is None or len(part) != 1 or part[0].call.batch != 1 or part[0].parts > 1:
             return None
         source, shape = part[0], edge_shape(edge)
         axis = source.row_axis if source.repeat > 1 else source.position_axis
@@ -326,7 +326,7 @@ def _place_output(call: Any, output: int) -> Source | None:
     positions: int | None = where.axis
     if where.repeat == 1:
         positions = next((axis for axis in range(rank) if axis != where.axis), None)
-    return Source(call, output, "unknown", where.axis, positions, 0, where.repeat, where.halves)
+    return Source(call, output, "unknown", where.axis, positions, 0, where.repeat, where.parts)
 
 
 def _shifted(source: Source, by: int) -> Source:
@@ -409,10 +409,10 @@ def _reshaped(edge: Edge, name: str, before: tuple[int, ...], after: tuple[int, 
     if dim == row:
         if after[row] == before[row]:
             return source
-        if positions == row and source.call.batch == 1 and not source.halves and start is not None:
+        if positions == row and source.call.batch == 1 and source.parts == 1 and start is not None:
             return replace(source, offset=source.offset + start, repeat=after[row])
-        half = source.halves and start is not None and 2 * after[row] == before[row] and start % after[row] == 0
-        return replace(source, halves=False, repeat=source.repeat // 2) if half else None
+        half = source.parts == 2 and start is not None and 2 * after[row] == before[row] and start % after[row] == 0
+        return replace(source, parts=1, repeat=source.repeat // 2) if half else None
     if dim == positions:
         return replace(source, position_axis=None) if start is None else replace(source, offset=source.offset + start)
     return source
@@ -449,7 +449,7 @@ def _viewed(before: tuple[int, ...], after: tuple[int, ...], source: Source) -> 
     if after[axis] % total:
         return None
     repeat = after[axis] // total
-    if source.halves and repeat % 2:
+    if repeat % source.parts:
         return None
     found: int | None = None
     if positions == row:

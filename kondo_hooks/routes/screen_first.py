@@ -25,6 +25,7 @@ from kondo_hooks.routes.screen_texts import find_outputs, run_texts
 from kondo_hooks.rows.axes import (
     Layout,
     Rows,
+    blocks,
     candidate_rows,
     fill_index,
     is_doubtful,
@@ -113,7 +114,7 @@ class Screened:
         """
         batch = self.batch
         call.expect(batch, batch_dim)
-        if not batch_dim and (texts := find_texts(call, self.segments)) is not None:
+        if not (batch_dim or call.sequences) and (texts := find_texts(call, self.segments)) is not None:
             if len(texts) != batch:
                 raise ValueError(
                     f"gated: preselect() was given {batch} samples, and the rows of the call hold {len(texts)} texts: "
@@ -333,10 +334,10 @@ class Screened:
             if leaf.dim() == 0 or isinstance(leaf, nn.Parameter) or (known is None and path in learned):
                 layout.append(None)
             elif known is not None and leaf.dim() > known.axis and leaf.shape[known.axis] % len(rows) == 0:
-                layout.append(Rows(known.axis, leaf.shape[known.axis] // len(rows)))
+                layout.append(blocks(known.axis, leaf.shape[known.axis] // len(rows), call.parts))
             elif self.one_pass or self.batch == 1:
                 fits_axis = leaf.dim() > batch_dim and leaf.shape[batch_dim] % len(rows) == 0
-                layout.append(Rows(batch_dim, leaf.shape[batch_dim] // len(rows)) if fits_axis else None)
+                layout.append(blocks(batch_dim, leaf.shape[batch_dim] // len(rows), call.parts) if fits_axis else None)
             else:
                 sizes = _other_sizes(call, inputs) if sizes is None else sizes
                 axes = [axis for axis, size in enumerate(leaf.shape) if size == len(rows)]
@@ -380,7 +381,7 @@ class Screened:
 
     def _rows_of(self, call: Call, path: str, leaf: Tensor, other: Tensor, rows: Tensor) -> Rows | None:
         """Where an output keeps its rows, from another number of them; refuses rows in an order of their own."""
-        where = rows_between(other.shape, leaf.shape, len(rows) + 1, len(rows))
+        where = rows_between(other.shape, leaf.shape, len(rows) + 1, len(rows), call.parts)
         drew = not same_rng_state(call.scene.rng, rng_state_now(call.scene.rng))
         if where is None or where.repeat == 1 or drew:
             return where

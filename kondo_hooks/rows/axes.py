@@ -16,12 +16,13 @@ from torch import Tensor
 class Rows:
     """Where a tensor keeps its rows: ``size[axis] == batch * repeat``, each row's block contiguous.
 
-    With ``halves`` a row is a pair: half of its block is in the tensor's first half, the other in its second.
+    With ``parts`` it is not: the axis is cut into so many parts, and each has a share of every row. A pair has one half
+    of its block in the tensor's first half and the other in its second; of (T * n, F), time first, a part is a step.
     """
 
     axis: int
     repeat: int = 1
-    halves: bool = False
+    parts: int = 1
 
     def take(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """The rows, a copy."""
@@ -41,18 +42,18 @@ class Rows:
         return full
 
     def first(self, tensor: Tensor) -> Tensor:
-        """The rows on axis 0 and, where a row is a block, the block on axis 1; a view but for pairs."""
+        """The rows on axis 0 and, where a row is a block, the block on axis 1; a view where blocks are contiguous."""
         tensor = tensor.movedim(self.axis, 0)
         if self.repeat == 1:
             return tensor
-        if not self.halves:
+        if self.parts == 1:
             return tensor.unflatten(0, (-1, self.repeat))
-        return tensor.unflatten(0, (2, -1, self.repeat // 2)).transpose(0, 1).flatten(1, 2)
+        return tensor.unflatten(0, (self.parts, -1, self.repeat // self.parts)).transpose(0, 1).flatten(1, 2)
 
     def _blocks(self, tensor: Tensor) -> tuple[Tensor, int]:
         """A view with the blocks on axes of their own, and the axis of the rows."""
-        if self.halves:
-            return tensor.unflatten(self.axis, (2, -1, self.repeat // 2)), self.axis + 1
+        if self.parts > 1:
+            return tensor.unflatten(self.axis, (self.parts, -1, self.repeat // self.parts)), self.axis + 1
         return tensor.unflatten(self.axis, (-1, self.repeat)), self.axis
 
     def weighted(self, tensor: Tensor, factors: Tensor, offset: int = 0) -> Tensor:
@@ -74,8 +75,8 @@ class Rows:
             else:
                 factors = factors.amax(1)
         rows = rows * factors.to(rows.dtype).view(*factors.shape, *[1] * (rows.dim() - factors.dim()))
-        if self.halves:
-            rows = rows.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)
+        if self.parts > 1:
+            rows = rows.unflatten(1, (self.parts, -1)).transpose(0, 1).flatten(0, 1)
         return (rows if self.repeat == 1 else rows.flatten(0, 1)).movedim(0, self.axis)
 
 
@@ -188,7 +189,7 @@ def candidate_rows(tensor: Tensor, batch: int, batch_dim: int, pairs: bool = Fal
     each = 2 if pairs else 1
     axes = [axis for axis, size in enumerate(tensor.shape) if size == batch * each]
     axes.sort(key=lambda axis: axis != batch_dim)
-    return [*(Rows(axis, each, pairs) for axis in axes), None]
+    return [*(Rows(axis, each, each) for axis in axes), None]
 
 
 def is_doubtful(candidates: Layout, batch_dim: int) -> bool:
@@ -196,25 +197,33 @@ def is_doubtful(candidates: Layout, batch_dim: int) -> bool:
     return len(candidates) > 2 or (candidates[0] is not None and candidates[0].axis != batch_dim)
 
 
-def output_rows(tensor: Tensor, batch: int, batch_dim: int, pairs: bool = False) -> Rows | None:
-    """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none."""
+def output_rows(tensor: Tensor, batch: int, batch_dim: int, pairs: bool = False, parts: int = 1) -> Rows | None:
+    """Where an output keeps its rows, also when it is flattened to (B * T, ...); None if it has none.
+
+    ``parts`` are those of an axis that holds more than one entry of each row.
+    """
     candidates = [rows for rows in candidate_rows(tensor, batch, batch_dim, pairs) if rows is not None]
     if candidates and candidates[0].axis == batch_dim:
         return candidates[0]
     if tensor.dim() and tensor.shape[0] and tensor.shape[0] % (batch * (2 if pairs else 1)) == 0:
         # (B * T, K) is likelier than (X, B), but (layers, B, H) likelier than (B * m, B, H).
-        candidates.insert(0 if tensor.dim() <= 2 else 1, Rows(0, tensor.shape[0] // batch, pairs))
+        candidates.insert(0 if tensor.dim() <= 2 else 1, blocks(0, tensor.shape[0] // batch, parts))
     return candidates[0] if candidates else None
 
 
-def rows_between(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool = False) -> Rows | None:
+def blocks(axis: int, repeat: int, parts: int) -> Rows:
+    """Rows of ``repeat`` entries in so many parts, if they can be cut so."""
+    return Rows(axis, repeat, parts if repeat % parts == 0 else 1)
+
+
+def rows_between(full: torch.Size, part: torch.Size, batch: int, rows: int, parts: int = 1) -> Rows | None:
     """Where a tensor keeps its rows, from its shape with ``batch`` rows and with fewer; None if that does not tell."""
     if len(full) != len(part):
         return None
     axes = [axis for axis, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
     if len(axes) != 1 or full[axes[0]] % batch or part[axes[0]] * batch != full[axes[0]] * rows:
         return None
-    return Rows(axes[0], full[axes[0]] // batch, pairs)
+    return blocks(axes[0], full[axes[0]] // batch, parts)
 
 
 def layouts(inputs: Sequence[Tensor], batch: int, batch_dim: int, pairs: bool = False) -> Iterator[Layout]:

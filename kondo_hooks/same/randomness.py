@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kondo_hooks.rows.axes import Rows, fill_index, rows_between
+from kondo_hooks.rows.axes import Rows, blocks, fill_index, rows_between
 from kondo_hooks.same.state import RngSource, RngState, states_of
 
 
@@ -140,13 +140,13 @@ class TakeDraws(TorchDispatchMode):
     """Repeats the random operations of a screen for the whole batch and hands out the kept rows' share.
 
     Args:
-        calls: the draws of each call in the replay, its batch size, the rows that are replayed and whether these are
-            pairs.
+        calls: the draws of each call in the replay, its batch size, the rows that are replayed, whether these are
+            pairs, and how many parts an axis with more than one entry of each row has.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, calls: Sequence[tuple[Draws, int, Tensor, bool]]):
+    def __init__(self, calls: Sequence[tuple[Draws, int, Tensor, bool, int]]):
         super().__init__()
         self._calls = calls
 
@@ -157,9 +157,9 @@ class TakeDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         source = _source(args, kwargs)
         key = _key(func, source, _state(source))
-        for draws, batch, rows, pairs in self._calls:
+        for draws, batch, rows, pairs, parts in self._calls:
             if (full := draws.shapes.get(key)) is not None:
-                return _draw_rows(func, args, kwargs, full, batch, rows, pairs)
+                return _draw_rows(func, args, kwargs, full, batch, rows, pairs, parts)
         return func(*args, **kwargs)
 
 
@@ -171,7 +171,14 @@ def _laid_out(values: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Te
 
 
 def _draw_rows(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any], full: list[Any], batch: int, rows: Tensor, pairs: bool
+    func: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    full: list[Any],
+    batch: int,
+    rows: Tensor,
+    pairs: bool,
+    parts: int,
 ) -> Any:
     whole = list(args)
     where: Rows | None = None
@@ -182,8 +189,8 @@ def _draw_rows(
         if shape is None or _shape(value)[0] == shape[0]:
             continue
         wanted = _shape(value)[0]
-        if (rows_at := rows_between(shape[0], wanted, batch, len(rows), pairs)) is None:
-            cut = _rows_cut(shape[0], wanted, batch, len(rows), pairs)
+        if (rows_at := rows_between(shape[0], wanted, batch, len(rows), parts)) is None:
+            cut = _rows_cut(shape[0], wanted, batch, len(rows), pairs, parts)
             if cut is None:
                 return func(*args, **kwargs)
             rows_at, block = cut
@@ -207,7 +214,7 @@ def _draw_rows(
     def take(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.dim():
             return tensor
-        taken = Rows(where.axis, tensor.shape[where.axis] // batch, pairs).take(tensor, rows)
+        taken = blocks(where.axis, tensor.shape[where.axis] // batch, parts).take(tensor, rows)
         if block is not None:
             taken = taken.unflatten(where.axis, (len(rows), -1)).narrow(where.axis + 1, 0, block)
             taken = taken.flatten(where.axis, where.axis + 1)
@@ -224,7 +231,9 @@ def _draw_rows(
     return tuple(map(take, result)) if isinstance(result, (tuple, list)) else take(result)
 
 
-def _rows_cut(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool) -> tuple[Rows, int | None] | None:
+def _rows_cut(
+    full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: bool, parts: int
+) -> tuple[Rows, int | None] | None:
     """Where a tensor keeps its rows if the rows of ``part`` are cut as well, and how long their blocks are there.
 
     The rows' own axis is likelier than one on which both happen to be as many times fewer; then tokens of all rows may
@@ -236,10 +245,10 @@ def _rows_cut(full: torch.Size, part: torch.Size, batch: int, rows: int, pairs: 
     sizes = list(enumerate(zip(full, part, strict=True)))
     for axis, (long, short) in sizes:
         if long == batch * each and short == rows * each:
-            return Rows(axis, each, pairs), None
+            return Rows(axis, each, each), None
     for axis, (long, short) in sizes:
         if long % batch == 0 and short * batch == long * rows:
-            return Rows(axis, long // batch, pairs), None
+            return blocks(axis, long // batch, parts), None
     for axis, (long, short) in sizes:
         if long % batch == 0 and short % rows == 0 and long != short and not pairs:
             return Rows(axis, long // batch), short // rows
