@@ -205,7 +205,7 @@ class Call:
         overwritten = [i for i, (old, new) in enumerate(zip(before, self._input_versions, strict=True)) if old != new]
         self._overwritten = {id(self.inputs[i]) for i in overwritten} if overwritten else _NONE
         self.writes_into = _argument(self.input_paths[overwritten[0]]) if overwritten else None
-        self.whole = scene.whole or self.whole
+        self.whole = scene.whole
         self._find_batch(result, batch_dim)
         scene.compare(self._is_state)
         self._add_states()
