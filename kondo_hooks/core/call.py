@@ -112,6 +112,7 @@ class Call:
         self._has_lists = False
         self._rowwise_outputs: Set[str] = _NONE
         self._ragged: Set[str] = _NONE
+        self._encoded: Set[str] = _NONE
         walk = Walk(self._note_input, fresh=True, encode=self._encode_input)
         self.args = walk(self.args)
         # The dict of keyword arguments is new in every call of a function.
@@ -163,6 +164,7 @@ class Call:
             self._has_lists = True
         encoded = encode_input(value) or encode_block_mask(value)
         if encoded is not None:
+            self._encoded |= {path}
             self._ids.update(map(id, flatten(value)[1]))
         return encoded
 
@@ -596,6 +598,10 @@ class Call:
             and (is_doubtful(options, self.batch_dim) or (several and leaf.dim() == 1 and options[0] is not None))
             for i, (leaf, options) in enumerate(zip(self.inputs, candidates, strict=True))
         ]
+
+    def is_encoded(self, i: int) -> bool:
+        """Whether input ``i`` stands for an array, or the like."""
+        return self.input_paths[i] in self._encoded
 
     def reads_several(self) -> bool:
         """Whether more than one input looks like rows, so that one of them may be shared."""
