@@ -354,13 +354,22 @@ class Extra(nn.Module):
     def forward(self, x, extra):
         y = self.layer(x)
         if self.use == "behind zero":
-            return y + self.gain * self.side(extra.to(x).mean(0))  # shared, though it looks like rows
+            return y + self.gain * self.side(torch.as_tensor(extra).to(x).mean(0))  # shared, though it looks like rows
         return y + 0 * extra.shape[0] if self.use == "shape" else y
 
 
 @pytest.mark.parametrize("use", ["none", "shape"])
 @pytest.mark.parametrize(
-    "extra", [torch.randn(B, B), torch.ones(B, B).tril().bool(), torch.randn(B)], ids=["f", "b", "v"]
+    "extra",
+    [
+        torch.randn(B, B),
+        torch.ones(B, B).tril().bool(),
+        torch.randn(B),
+        torch.randn(B).numpy(),
+        torch.randn(B, B).numpy(),
+        torch.randn(B).numpy() > 0,
+    ],
+    ids=["f", "b", "v", "array of (B,)", "array of (B, B)", "array of bool"],
 )
 def test_an_unused_input_does_not_make_replays_whole(use, extra):
     model, reference = copies(Extra(use).double())
@@ -374,9 +383,40 @@ def test_an_unused_input_does_not_make_replays_whole(use, extra):
     assert_same_gradient(model, reference)
 
 
-def test_an_input_behind_a_zero_is_told_once_and_looked_at_again():
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda a: float(a[0]),
+        lambda a: 0.0 if (a == a[0]).all() else 1.0,
+        lambda a: 1.0 if a.any() else 0.0,
+        lambda a: a.sum(),
+        lambda a: torch.from_numpy(a).sum(),
+    ],
+    ids=["float", "equal", "any", "sum", "from_numpy"],
+)
+def test_an_array_that_is_read_behind_a_zero_stays_in_doubt(look):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gain = nn.Linear(FEATURES, K), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, extra):
+            return self.layer(x) + self.gain * look(extra)
+
+    model, reference = copies(Reads().double())
+    x, extra, actions, advantages = double(B, FEATURES), double(B).numpy(), torch.randint(K, (B,)), double(B)
+    with told() as messages, kondo.gated(model, rate=0.25, audit=0) as gate:
+        policy_loss(model(x, extra), actions, advantages).backward()
+    assert gate.stats.forwarded == B and any("cannot be told" in message for message in messages)
+    policy_loss(reference(x, extra), actions, advantages, gate.last.factors()).backward()
+    assert_same_gradient(model, reference)
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_an_input_behind_a_zero_is_told_once_and_looked_at_again(is_array):
     model, reference = copies(Extra("behind zero").double())
     x, extra, actions, advantages = double(B, FEATURES), double(B, B), torch.randint(K, (B,)), double(B)
+    extra = extra.numpy() if is_array else extra
     runs = []
     model.layer.register_forward_pre_hook(lambda *_: runs.append(1))
 
@@ -388,7 +428,7 @@ def test_an_input_behind_a_zero_is_told_once_and_looked_at_again():
         for n in range(1, 7):
             step(model)
             assert gate.stats.forwarded == B * n
-        assert len(runs) < 6 * 4
+        assert len(runs) < 6 * (5 if is_array else 4)
         step(reference, gate.last.factors())
         assert_same_gradient(model, reference)
         for m in (model, reference):

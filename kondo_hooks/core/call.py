@@ -114,11 +114,11 @@ class Call:
         self.inputs: list[Tensor] = []
         self._given: Tree = self.args
         self._ids: set[int] = set()
-        self._encoded: list[str] = []
         self._rowwise: Set[str] = _NONE
         self._has_lists = False
         self._rowwise_outputs: Set[str] = _NONE
         self._ragged: Set[str] = _NONE
+        self._encoded: Set[str] = _NONE
         walk = Walk(self._note_input, fresh=True, encode=self._encode_input)
         self.args = walk(self.args)
         # The dict of keyword arguments is new in every call of a function.
@@ -187,7 +187,7 @@ class Call:
             self._has_lists = True
         encoded = encode_input(value) or encode_block_mask(value)
         if encoded is not None:
-            self._encoded.append(path)
+            self._encoded |= {path}
             self._ids.update(map(id, flatten(value)[1]))
         return encoded
 
@@ -230,7 +230,7 @@ class Call:
         overwritten = [i for i, (old, new) in enumerate(zip(before, self._input_versions, strict=True)) if old != new]
         self._overwritten = {id(self.inputs[i]) for i in overwritten} if overwritten else _NONE
         self.writes_into = _argument(self.input_paths[overwritten[0]]) if overwritten else None
-        self.whole = scene.whole or self.whole
+        self.whole = scene.whole
         self._find_batch(result, batch_dim)
         scene.compare(self._is_state)
         self._add_states()
@@ -626,6 +626,10 @@ class Call:
             and (is_doubtful(options, self.batch_dim) or (several and leaf.dim() == 1 and options[0] is not None))
             for i, (leaf, options) in enumerate(zip(self.inputs, candidates, strict=True))
         ]
+
+    def is_encoded(self, i: int) -> bool:
+        """Whether input ``i`` stands for an array, or the like."""
+        return self.input_paths[i] in self._encoded
 
     def reads_several(self) -> bool:
         """Whether more than one input looks like rows, so that one of them may be shared."""

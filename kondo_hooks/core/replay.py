@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kondo_hooks.core.verify import rows_of, verify, verify_later
 from kondo_hooks.delight.inner_loss import Tape
 from kondo_hooks.errors import ReplayMismatchError, failed_replay, overwritten_input
 from kondo_hooks.rows.axes import Layout, Rows, has_rows_on, join_rows, pad_to
+from kondo_hooks.rows.encoded import Unread
 from kondo_hooks.rows.tree import Tree, flatten
 from kondo_hooks.rules.readback import Readback
 from kondo_hooks.same.randomness import TakeDraws
@@ -243,15 +245,28 @@ def _read_otherwise(group: list[Part], layout: Layout, readings: list[Layout]) -
             inputs, leaves = assemble(group, other)
             try:
                 with uncompiled(), Uses(inputs[differs[0]]) as uses:
-                    forwarded = forward(group, inputs)
-                verify(with_gradients(group, forwarded.outputs(), leaves, other))
+                    outputs = forward(group, inputs).outputs()
+                verify(with_gradients(group, outputs, leaves, other))
             except torch.OutOfMemoryError:
                 raise
             except Exception:
                 continue
-            if uses.found:
+            if uses.found and (not call.is_encoded(differs[0]) or _is_read(group, inputs, outputs, differs[0])):
                 return differs[0]
     return None
+
+
+def _is_read(group: list[Part], inputs: list[Tensor], outputs: list[Tensor], i: int) -> bool:
+    """Whether the model fails without input ``i``, or gives something else: what it reads of an array is not seen."""
+    without: list[Any] = [Unread(leaf.shape) if j == i else leaf for j, leaf in enumerate(inputs)]
+    try:
+        with uncompiled():
+            found = forward(group, without).outputs()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return True
+    return not all(torch.equal(a, b) for a, b in zip(outputs, found, strict=True))
 
 
 def _is_anchored(group: list[Part], layout: Layout) -> bool:

@@ -91,7 +91,7 @@ class Forward:
         self._warn = warn
         self._outputs_learned: dict[str, Rows | None] = {}
         self._settled: dict[str, Rows] = {}
-        self._record = True
+        self._record, self._draws_at_times = True, False
         self._anchors: dict[tuple[str, ...], int | None] = {}
         self._with_batch: dict[tuple[str, ...], int] = {}
         self._learned_tape = False
@@ -233,12 +233,16 @@ class Forward:
             if anchor is not None and (rows := call.inputs[anchor].shape[self._batch_dim]) != call.size:
                 call.expect(rows, self._batch_dim)
                 result = self._screen_instead(call, True, self.tape)
+        if call.scene.random and not self._record:
+            self._draws_at_times = True
+            if not self._step.shared.engine.communicates:
+                result = self._screen_instead(call, True, self.tape)
         self._check_reach(call, result)
         if not call.outputs:
             return result, None, ()
-        # Recording costs time on every operation: it stops when a screen draws nothing, and comes back
-        # when one does (that one is replayed whole).
-        self._record = call.scene.random
+        # Recording costs time on every operation: it stops when a screen draws nothing, and comes back for good when
+        # one does (that one is screened again or, where ranks make the same passes, replayed whole).
+        self._record = call.scene.random or self._draws_at_times
         if not self._step.shared.engine.communicates and self._with_batch.get(tuple(call.input_paths)) != call.batch:
             if call.lacks_batch():
                 raise ReplayMismatchError(unbatched(call.batch))

@@ -36,6 +36,28 @@ class Encoded:
     constant: Any = None
 
 
+class _Untouchable:
+    """An entry that raises whatever is asked of it."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError("an array that is not to be read was read")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __hash__ = _refuse
+
+
+class Unread:
+    """Stands for the tensor of an input: a model that reads it fails. An array decodes to one of entries that raise."""
+
+    def __init__(self, shape: torch.Size):
+        self._shape = tuple(shape)
+
+    def numpy(self) -> Any:
+        """What the array is decoded to."""
+        import numpy as np
+
+        return np.full(self._shape, _Untouchable(), dtype=object)
+
+
 def encode_input(value: Any) -> Encoded | None:
     """An array, sequence or tensor of another layout; None if there is nothing to do.
 

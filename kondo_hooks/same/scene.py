@@ -67,7 +67,7 @@ class Scene:
             inputs: of the call.
         """
         state = self.state
-        self.draws = Draws() if record else NO_DRAWS
+        self.draws, self.whole = Draws() if record else NO_DRAWS, None
         self.buffers = state.buffers_before()
         self._before = state.attributes.before()
         carried = state.attributes.with_graphs(self._before)
