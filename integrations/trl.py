@@ -77,7 +77,7 @@ class KondoMixin:
             each = output["old_logps"] / mask.sum(1).clamp(min=1)
             return each.unsqueeze(1) * mask, None
         with torch.no_grad():
-            logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            logps, entropies, *_ = self._get_per_token_logps_and_entropies(
                 self.model,  # type: ignore[attr-defined]
                 torch.cat([output["prompt_ids"], output["completion_ids"]], 1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], 1),
@@ -102,7 +102,8 @@ class KondoMixin:
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         factors = inputs["kondo_factors"]
         gate.preselect(kept=factors)
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        # With a router's loss behind them, from TRL 1.0 on.
+        logps, entropies, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         dropped = (factors == 0).unsqueeze(1)
         logps = torch.where(dropped, inputs["kondo_logps"].to(logps.dtype), logps)
         if entropies is not None:
@@ -111,7 +112,7 @@ class KondoMixin:
                 kept = inputs["completion_mask"] * ~dropped
                 old = ((entropies * kept).sum() / kept.sum().clamp(min=1)).detach().expand_as(entropies)
             entropies = torch.where(dropped, old.to(entropies.dtype), entropies)
-        return logps, entropies, aux_loss
+        return logps, entropies, *others
 
 
 def makes_pairs(trainer: Any) -> bool:

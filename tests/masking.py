@@ -10,12 +10,12 @@ def masking(kind):
         masks = ()
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            logps, entropies, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            logps, entropies, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
             if torch.is_grad_enabled():
                 keep = next(self.masks).view(-1, 1)
                 for tensor in (logps, entropies):
                     if tensor is not None and tensor.requires_grad:
                         tensor.register_hook(lambda grad, keep=keep: grad * keep)
-            return logps, entropies, aux
+            return logps, entropies, *others
 
     return Masked
