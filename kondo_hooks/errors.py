@@ -174,3 +174,12 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:
         error.args = ("\n".join([*map(str, error.args[:1]), note]), *error.args[1:])
+
+
+def no_policy_in_terms(name: str) -> str:
+    """The message for a loss of the model's own that is a regression, or made of ratios."""
+    return (
+        f"gated: no policy was found in the model's own loss: {name} holds squares of errors or ratios of "
+        "probabilities, and no multiples of a log-prob, so delight is not known. Use a rule that needs none "
+        "(noise=0.5, rate='auto', rate='lossless', priority='norm'), or gate what gives the policy, by method=."
+    )

@@ -12,6 +12,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import kondo_hooks as kondo
 
+from .cases import FEATURES, K
+from .reference import copies, grads, largest_relative_difference
+
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 B, T = 8, 12
 
@@ -716,3 +719,72 @@ def test_a_term_without_rows_is_named_by_its_last_name():
     with kondo.gated(model, rate=0.25), pytest.raises(RuntimeError, match="the model's balance of has no row"):
         logits, more = model(x)
         (CE(logits, torch.zeros(B, dtype=torch.long)) + more["losses"]["balance"]).backward()
+
+
+class Own(nn.Module):
+    """A model that computes its loss itself from its outputs, as loss modules of RL libraries do."""
+
+    def __init__(self, terms):
+        super().__init__()
+        self.layer, self.terms = nn.Linear(FEATURES, K), terms
+
+    def forward(self, x, actions, advantages, w=1.0):
+        return sum((term * w).mean() for term in self.terms(self.layer(x), actions, advantages))
+
+
+def _log_prob(y, a):
+    return torch.distributions.Categorical(logits=y).log_prob(a)
+
+
+def _picked(y, a):
+    return y.gather(1, a.unsqueeze(1)).squeeze(1)
+
+
+def _ratio(y, a):
+    return (_log_prob(y, a) + 1.4).exp()
+
+
+NO_POLICY = {
+    "square": lambda y, a, adv: [(_picked(y, a) - adv).square()],
+    "square, negative": lambda y, a, adv: [-torch.neg((_picked(y, a) - adv).pow(2))],
+    "absolute": lambda y, a, adv: [(_picked(y, a) - adv).abs() * 0.5],
+    "smooth": lambda y, a, adv: [nn.functional.smooth_l1_loss(_picked(y, a), adv, reduction="none")],
+    "ratio": lambda y, a, adv: [-_ratio(y, a) * adv],
+    "clipped ratio": lambda y, a, adv: [-torch.min(_ratio(y, a) * adv, _ratio(y, a).clamp(0.8, 1.2) * adv)],
+    "stacked": lambda y, a, adv: [-torch.stack([_ratio(y, a) * adv, 2 * adv], -1).min(-1).values],
+    "ratio and entropy": lambda y, a, adv: [
+        -_ratio(y, a) * adv,
+        -torch.distributions.Categorical(logits=y).entropy(),
+    ],
+}
+
+
+@pytest.mark.parametrize("terms", NO_POLICY.values(), ids=NO_POLICY)
+def test_terms_that_hold_no_multiple_of_a_log_prob_are_told(terms):
+    torch.manual_seed(0)
+    model, reference = copies(Own(terms).double())
+    x, actions, advantages = torch.randn(12, FEATURES).double(), torch.randint(K, (12,)), torch.randn(12).double()
+    with (
+        pytest.raises(kondo.DelightError, match=r"no policy was found in the model's own loss.*priority='norm'"),
+        kondo.gated(model, rate=0.25),
+    ):
+        model(x, actions, advantages).backward()
+    with kondo.gated(model, rate=0.25, priority="norm") as gate:
+        model.zero_grad()
+        model(x, actions, advantages).backward()
+    reference(x, actions, advantages, gate.last.factors()).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "log_prob", [_log_prob, lambda y, a: torch.distributions.Normal(y, 1.0).log_prob(a[:, None]).sum(1)]
+)
+@pytest.mark.parametrize("value", [False, True])
+def test_terms_that_hold_a_log_prob_give_delight_without_those_of_a_value(log_prob, value):
+    torch.manual_seed(0)
+    model = Own(lambda y, a, adv: [-log_prob(y, a) * adv, *([(y[:, 0] - adv).square()] if value else [])]).double()
+    x, actions, advantages = torch.randn(12, FEATURES).double(), torch.randint(K, (12,)), torch.randn(12).double()
+    with warnings.catch_warnings(), kondo.gated(model, rate=0.25) as gate:
+        warnings.simplefilter("ignore")
+        model(x, actions, advantages).backward()
+    torch.testing.assert_close(gate.last.delight, -advantages * log_prob(model.layer(x), actions).detach())

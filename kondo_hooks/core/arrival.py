@@ -23,9 +23,9 @@ from kondo_hooks.delight.boundary import (
     read_terms,
     selected_outputs,
 )
-from kondo_hooks.delight.graph import Path, read_scales, scale_along
+from kondo_hooks.delight.graph import Bend, Path, read_scales, scale_along
 from kondo_hooks.delight.loss_code import join
-from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_rows_in_loss
+from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_policy_in_terms, no_rows_in_loss
 from kondo_hooks.rows.axes import Layout, Rows
 from kondo_hooks.rules.readback import Readback, to_device
 from kondo_hooks.rules.samples import Kept, Signal
@@ -281,11 +281,13 @@ class OutputProbe:
         graph: those that have a graph; the others are constants.
         selected: those that were picked from log-probs.
         seen: those that were looked at.
+        bends: those that are terms of a loss and multiples of no log-prob.
     """
 
     graph: set[int]
     selected: set[int]
     seen: set[int]
+    bends: dict[int, Bend]
 
     def is_constant(self, i: int) -> bool:
         """Whether no gradient can go through output ``i``."""
@@ -391,6 +393,11 @@ def _find(
         arrival.source = seen[0].output(call)
         return [o.signal(call) for o in seen], seen[0].offset(call), [o.paths for o in seen]
     if terms := [out for out in boundaries if call.is_summed(out.index)]:
+        bends = {} if (probed := probe(arrival)) is None else probed.bends
+        straight = [out for out in terms if out.index not in bends]
+        if not straight or any(bends.get(out.index) == "ratio" for out in terms):
+            raise DelightError(no_policy_in_terms(call.output_name(terms[0].index)))
+        terms = straight
         arrival.source = terms[0].index
         return [read_terms(out) for out in terms], 0, _paths(call, terms)
     if boundaries and not any(bool(out.grad.any()) for out in boundaries):

@@ -1,6 +1,7 @@
 """Looks that the gate takes at a model by running a row or two of it: once a structure, for what was seen stays."""
 
 import contextlib
+from typing import Any
 
 from kondo_hooks.core.arrival import Arrival, OutputProbe
 from kondo_hooks.core.audit import Audit
@@ -10,7 +11,8 @@ from kondo_hooks.core.positions import Positions, locate
 from kondo_hooks.core.readings import find_positions
 from kondo_hooks.core.replay import AmbiguousRowsError, find_graphs, have_graph, replay
 from kondo_hooks.core.shared import Shared
-from kondo_hooks.delight.graph import selects_log_prob
+from kondo_hooks.delight.distributions import listen
+from kondo_hooks.delight.graph import find_bend, selects_log_prob
 from kondo_hooks.errors import ReplayMismatchError, unknown_positions
 
 _AUDITED = 0.1  # share of the rows that a look takes where the user gave a price
@@ -52,13 +54,19 @@ class Looks:
             return None  # one more pass, that other ranks might not make
         key = tuple(arrival.call.paths)
         if key not in self._probed:
-            with self.shared.looking():
-                replayed = run_checked([arrival.stand_in()], self.shared.learned)
+            ends: set[Any] = set()
+            stop = listen(lambda _, log_probs: ends.add(log_probs.grad_fn))
+            try:
+                with self.shared.looking():
+                    replayed = run_checked([arrival.stand_in()], self.shared.learned)
+            finally:
+                stop()
             outputs = {i: output for r in replayed for i, output in r.all_outputs.items()}
             self._probed[key] = OutputProbe(
                 {i for i, output in outputs.items() if output.requires_grad},
                 {i for i, output in outputs.items() if output.requires_grad and selects_log_prob(output)},
                 set(outputs),
+                {i: bend for i, output in outputs.items() if (bend := find_bend(output, ends)) is not None},
             )
         return self._probed[key]
 

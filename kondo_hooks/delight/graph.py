@@ -35,11 +35,20 @@ _ALONG = _nodes(
     "LinalgVectorNorm"
 )
 _ALONG |= _nodes("Max Min", (0,)) | _nodes("Sum Mean Prod Norm", (1, 2))
+# What makes of a log-prob something else, and of a value a regression's term.
+_BENDS: dict[str, Literal["ratio", "regression"]] = {
+    **dict.fromkeys(_nodes("Exp Expm1"), "ratio"),
+    **dict.fromkeys(_nodes("Pow Abs MseLoss SmoothL1Loss HuberLoss"), "regression"),
+}
 # Operations on axes alone.
 _SHAPE = _nodes(
     "View UnsafeView ReshapeAlias Unsqueeze Squeeze Expand Slice Select Unbind Transpose T Permute Split SplitWithSizes"
 )
 _JOINS = ("CatBackward0", "StackBackward0")
+# What leaves a multiple of a log-prob one.
+_STRAIGHT = {*_SHAPE, *_JOINS, *_nodes("Max Min", (0,)), *_nodes("Sum Mean", (1,))} | _nodes(
+    "Add Sub Rsub Mul Div Neg Where MaskedFill Clamp ClampMin ClampMax Maximum Minimum Fmax Fmin ToCopy Clone Alias"
+)
 # Values become a jagged tensor's, and are taken out of it again.
 _JAGGED = _nodes("NestedViewFromJagged NestedGetValues", (0,))
 # Operations that write into their first operand at places that the graph does not tell, or not in the rows' order.
@@ -543,6 +552,33 @@ def selects_log_prob(output: Tensor) -> bool:
         if name in _ELEMENTWISE or name in _SHAPE or name in ("GatherBackward0", "IndexBackward0"):
             stack.extend((parent, picked, depth + 1) for parent in parents)
     return False
+
+
+Bend = Literal["ratio", "regression"]
+
+
+def find_bend(output: Tensor, log_probs: Collection[Node]) -> Bend | None:
+    """What the terms of a model's own loss, run with a graph, are, if they are multiples of nothing like a log-prob.
+
+    A ratio's exponential or a regression's square stands on every way down. Of a way that ends elsewhere before, at a
+    log-softmax, a fused loss, or one of these nodes of log-probs, nobody knows better: then None.
+    """
+    stack, seen = [output.grad_fn], {output.grad_fn}
+    bends: set[Bend] = set()
+    while stack and len(seen) < _MOST_NODES:
+        node = stack.pop()
+        if node is None or hasattr(node, "variable"):
+            continue
+        name = node.name()
+        if node in log_probs or name not in {*_BENDS, *_STRAIGHT}:
+            return None
+        if name in _BENDS:
+            bends.add(_BENDS[name])
+            continue
+        parents = [parent for parent, _ in node.next_functions if parent not in seen]
+        stack += parents
+        seen.update(parents)
+    return "ratio" if "ratio" in bends else "regression" if bends else None
 
 
 def _origins(nodes: list[Node]) -> set[str]:

@@ -191,7 +191,7 @@ def test_torchrl_logs_all_rows_and_the_gated_gradient(kind, options, rule):
 
 WHOLE = [
     (ClipPPOLoss, {}, {"noise": 0.5}),
-    (ClipPPOLoss, {"discrete": False}, {"rate": 0.5, "priority": "norm", "unbiased": True}),
+    (ClipPPOLoss, {"discrete": False}, {"rate": 0.4, "priority": "norm", "unbiased": True}),
     (ClipPPOLoss, {"shared": True}, {"noise": 0.5}),
     (A2CLoss, {}, {"noise": 0.5}),
     (KLPENPPOLoss, {}, {"noise": 0.5}),
@@ -230,6 +230,8 @@ def test_dqn(rule):
                 found.append(None if rule is None else gate.last.factors())
         return torch.cat([p.detach().flatten() for p in net.parameters()]), found
 
+    with pytest.raises(kondo.DelightError, match="priority='norm'"):
+        run({"rate": 0.5})
     gated, factors = run(rule)
     assert torch.allclose(gated, run(factors=factors)[0], rtol=0, atol=1e-12)
     assert float((gated - run()[0]).abs().max()) > 1e-4
@@ -239,6 +241,8 @@ def test_what_cannot_be_gated_says_so():
     normalized = {"gate": "loss", "normalize_advantage": True}
     with pytest.raises(RuntimeError, match="depends on the other rows of the batch"):
         Run(ClipPPOLoss, rule={"noise": 0.5}, **normalized)
+    with pytest.raises(kondo.DelightError, match="ratios of probabilities"):
+        Run(ClipPPOLoss, rule={"rate": 0.25}, gate="loss")
     actor, critic = networks(True)
     data, loss = rollout(actor, critic), ClipPPOLoss(actor, critic)
     optimizer = torch.optim.Adam(loss.parameters())
