@@ -788,3 +788,26 @@ def test_terms_that_hold_a_log_prob_give_delight_without_those_of_a_value(log_pr
         warnings.simplefilter("ignore")
         model(x, actions, advantages).backward()
     torch.testing.assert_close(gate.last.delight, -advantages * log_prob(model.layer(x), actions).detach())
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_transform_inside_of_a_model_that_computes_its_loss(reduction):
+    torch.manual_seed(0)
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4).double()
+
+        def forward(self, x, a, u):
+            logits = torch.vmap(lambda row: self.linear(row) * 2)(x)
+            loss = u * nn.functional.cross_entropy(logits, a, reduction="none")
+            return loss if reduction == "none" else loss.mean()
+
+    x, a, u = torch.randn(8, 3).double(), torch.randint(4, (8,)), torch.randn(8).double()
+    ours, theirs = copies(Mapped())
+    with kondo.gated(ours, noise=0.5) as gate:
+        ours(x, a, u).mean().backward()
+    logits = theirs.linear(x) * 2
+    (u * nn.functional.cross_entropy(logits, a, reduction="none") * gate.last.factors()).mean().backward()
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10

@@ -101,12 +101,19 @@ def _key(tensor: Tensor) -> Any:
     """The same for a scalar and for its alias, which an engine's hooks make."""
     if tensor.layout != torch.strided:
         return id(tensor)
-    return (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # within a transform
+        address = 0
+    return (address or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _memory(tensor: Tensor) -> int:
     """Where its values are; of a tensor that has no memory of its own, something that is no address."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
+    try:
+        return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
+    except RuntimeError:  # within a transform
+        return -1
 
 
 @dataclass(frozen=True)
