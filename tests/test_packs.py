@@ -1230,3 +1230,57 @@ def test_loss_code_may_write_to_the_logits(rows, written, first):
     loss(theirs, gate.last.factors()).backward()
     assert 0 < gate.stats.kept < gate.stats.rows
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+class Alone(nn.Module):
+    """Reads each token by itself, and is told nothing of texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Embedding(V, 8), nn.Linear(8, V)
+
+    def forward(self, ids):
+        return self.head(self.token(ids))
+
+
+def lone_row(model, u, **options):
+    ids = torch.arange(len(u))[None] % V
+    with kondo.gated(model, rate=0.5, window=2, **options) as gate:
+        for _ in range(2):
+            logp = model(ids).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+            (-u * logp).sum().backward()
+    return gate
+
+
+def test_rows_of_a_window_that_look_packed_are_told():
+    u = torch.repeat_interleave(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([4, 6, 3, 5]))
+    with pytest.warns(kondo.KondoWarning, match=r"has 3 advantages, each for some tokens.*name it with segments="):
+        assert lone_row(Alone(), u).stats.rows == 2
+    for options, values in (
+        ({"segments": False}, u),
+        ({"segments": lambda ids: [4, 6, 3, 5]}, u),
+        ({}, torch.full((18,), 0.5)),
+        ({}, torch.randn(18)),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", kondo.KondoWarning)
+            lone_row(Alone(), values, **options)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_bfloat16_is_within_its_noise(window):
+    """Apart from the masked loss by less than that is from float32."""
+    ours, theirs = copies(made("llama").bfloat16())
+    exact = made("llama").float()
+    exact.load_state_dict(theirs.state_dict())
+    packs = [Pack(lengths, seed=i) for i, lengths in enumerate(THREE[:window])]
+    with kondo.gated(ours, rate=0.4, window=window) as gate:
+        for pack in packs:
+            loss_of(ours, "llama", pack).backward()
+    factors = gate.last.factors().split([len(pack.lengths) for pack in packs])
+    for pack, mine in zip(packs, factors, strict=True):
+        loss_of(theirs, "llama", pack, factors=mine).backward()
+        loss_of(exact, "llama", pack, factors=mine).backward()
+    for (name, mine), other, true in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        apart = (mine.grad.float() - other.grad.float()).norm()
+        assert apart <= 1.5 * (other.grad.float() - true.grad).norm() + 1e-6, name

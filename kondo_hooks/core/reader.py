@@ -17,6 +17,7 @@ from kondo_hooks.rules.readback import Readback
 from kondo_hooks.rules.samples import Signal
 
 _RESIDUAL = 0.1
+_BLOCK = 3  # tokens of a text, at least and on average
 _FEW = 32  # calls, whose norms are worth knowing where the rule does not need them
 
 
@@ -31,6 +32,7 @@ class Reader:
         self.shared = shared
         self._looks = looks
         self.copy_outputs = False
+        self._looked_for_packs = False
 
     def read(self, arrivals: list[Arrival], back: Readback) -> None:
         """Find each call's signal; some of what may be wrong is told when ``back`` is read."""
@@ -66,6 +68,7 @@ class Reader:
             u = a.signal.advantages
             a.signal = replace(a.signal, advantages=u / (scale.to(u.device) if isinstance(scale, Tensor) else scale))
             a.scale = scale
+            self._tell_packed(a)
         for a in arrivals:
             for observation in a.call.observations:
                 observation.release()
@@ -89,6 +92,27 @@ class Reader:
         for a in arrivals:
             if a.signal is not None and tokens:
                 a.signal = _as_samples(a.signal, a, config.tokens)
+
+    def _tell_packed(self, a: Arrival) -> None:
+        """Warn of the first lone row of a window whose advantages stand in blocks, as those of several texts do.
+
+        Without a window a lone row is told in any case.
+        """
+        assert a.signal is not None
+        lone = a.call.batch == 1 and a.texts is None and self.shared.segments is not False and self.shared.waits
+        if not lone or self._looked_for_packs or a.signal.valid.shape[1] < _BLOCK:
+            return
+        self._looked_for_packs = True
+        u = a.signal.advantages[a.signal.valid]
+        blocks = 1 + int((u[1:] != u[:-1]).sum()) if len(u) else 0
+        if 2 <= blocks <= len(u) // _BLOCK:
+            self.shared.warn(
+                "packed",
+                f"gated: the only row of a call has {blocks} advantages, each for some tokens after another, as if it "
+                "held as many texts. It counts as one sample, which is kept or dropped whole. Give the model what "
+                "tells texts apart (position_ids, cu_seqlens, ...), or name it with segments=; segments=False says "
+                "that it is one text.",
+            )
 
     def _take_in_others(self, a: Arrival) -> None:
         """Take in positions before and after the policy's, where another term has a gradient there: all count."""
