@@ -75,8 +75,8 @@ def test_the_state_tells_that_rows_are_steps(by_step, kind, layers, rule, recwar
     with kondo.gated(ours, logp=0, **rule) as gate:
         loss_of(ours, given).backward()
     factors = gate.last.factors().double()
-    assert len(factors) == N and gate.stats.forwarded == (factors != 0).sum()
-    loss_of(theirs, given, steps_of(factors, by_step)).backward()
+    assert len(factors) == N * T and gate.stats.forwarded * T == (factors != 0).sum()
+    loss_of(theirs, given, factors).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
     assert rule["rate" if "rate" in rule else "noise"] == "lossless" or gate.stats.forwarded < N
     assert not [w for w in recwarn if "holds no policy" not in str(w.message)]
@@ -105,10 +105,8 @@ def test_dropout_and_single_steps(by_step):
             (-given["u"] * ours(given["x"], given["state"], given["starts"], given["action"])[0]).mean().backward()
         torch.manual_seed(3)
         factors = gate.last.factors().double()
-        if "unit" in options:
-            factors = factors.view(N, T).t().flatten() if by_step else factors
-        else:
-            factors = steps_of(factors, by_step)
+        if "unit" in options and by_step:
+            factors = factors.view(N, T).t().flatten()
         logp = theirs(given["x"], given["state"], given["starts"], given["action"])[0]
         (-given["u"] * logp * factors).mean().backward()
         assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
@@ -123,8 +121,9 @@ def test_a_window_of_several_lengths(by_step):
     with kondo.gated(ours, logp=0, noise=0.7, window=3) as gate:
         for given in batches:
             loss_of(ours, given).backward()
-    for given, factors, t in zip(batches, gate.last.factors().double().split(N), lengths, strict=True):
-        loss_of(theirs, given, steps_of(factors, by_step, t)).backward()
+    each = gate.last.factors().double().split([N * t for t in lengths])
+    for given, factors in zip(batches, each, strict=True):
+        loss_of(theirs, given, factors).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
     assert 0 < gate.stats.forwarded < gate.stats.rows_screened == 3 * N
 
@@ -169,7 +168,7 @@ def test_the_user_says_how_many_sequences_there_are():
     ours, theirs = copies(Cell().double())
     with kondo.gated(ours, rate=0.34, sequences=lambda x, h: len(h)) as gate:
         cell_loss(ours, given).backward()
-    cell_loss(theirs, given, steps_of(gate.last.factors().double(), False)).backward()
+    cell_loss(theirs, given, gate.last.factors().double()).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10 and gate.stats.forwarded == 2
 
 
@@ -224,5 +223,5 @@ def test_heads_that_are_still_zero_hide_no_order(by_step):
     ours, theirs = copies(model)
     with kondo.gated(ours, logp=0, rate=0.34, priority="norm", audit=0) as gate:
         loss_of(ours, given).backward()
-    loss_of(theirs, given, steps_of(gate.last.factors().double(), by_step)).backward()
+    loss_of(theirs, given, gate.last.factors().double()).backward()
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10 and gate.stats.forwarded == 2

@@ -12,7 +12,7 @@ Read it after ``screen.py``, which made the calls, and before ``replay.py``, whi
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -372,6 +372,9 @@ class Step:
         if self.last is None and decision.samples == 1:
             self.reader.warn_single(arrivals)
         decision.explain([a.signal for a in arrivals if a.signal is not None])
+        leaders = [a.call for a in arrivals if a.follows is None]
+        if any(call.sequences for call in leaders) and not self.shared.selector.config.tokens:
+            decision.steps_of = _steps_of(leaders)
         self.last = decision
         self.forget_told()
         self.shared.stats.decision(decision)
@@ -498,3 +501,14 @@ def _note_scale(decision: Decision, first: Arrival, back: Readback) -> None:
         decision.scale = found[0] if limits.tiny < found[0] < limits.max else 1 / first.samples
 
     back.ask([scale], note)
+
+
+def _steps_of(calls: Iterable[Call]) -> Tensor:
+    """Of each row that the loop gave to these calls, its sample: a sequence where rows are steps, else itself."""
+    found, first = list[Tensor](), 0
+    for call in calls:
+        index = torch.arange(first, first + call.batch, device="cpu")
+        first += call.batch
+        each = max((where.repeat for where in call.rows if where is not None), default=1) if call.sequences else 1
+        found.append(index.repeat(each) if call.steps > 1 else index.repeat_interleave(each))
+    return torch.cat(found)

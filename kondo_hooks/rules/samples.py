@@ -166,6 +166,7 @@ class Decision:
         largest_factor: on a kept sample's gradient; NaN where the rule gives none.
         cost: seconds times noise of a draw that went by both, a sample and in units of ``sum n^2``; else NaN.
         signals: what is known of the samples, as it was read.
+        steps_of: (R,) the sample of each row that the model was called on, where several are steps of one sequence.
     """
 
     delight: Tensor
@@ -183,16 +184,20 @@ class Decision:
     largest_factor: float = math.nan
     cost: float = math.nan
     signals: Sequence[Signal] = ()
+    steps_of: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             self.samples = len(self.delight)
 
     def factors(self) -> Tensor:
-        """(N,) factor on each sample's gradient, 0 where it was dropped."""
+        """(N,) factor on each sample's gradient, 0 where it was dropped.
+
+        Where samples are sequences whose steps are the rows that the model is called on: of each of these rows.
+        """
         factors = self.delight.new_zeros(len(self.delight))
         factors[self.kept] = 1 if self.weights is None else self.weights.to(factors.dtype)
-        return factors
+        return factors if self.steps_of is None else factors[self.steps_of.to(factors.device)]
 
     @property
     def advantage(self) -> Tensor:
