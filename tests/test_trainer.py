@@ -64,7 +64,8 @@ def test_one_line(build, name, tmp_path):
     hf.assert_same(hf.parameters(trainer), hf.parameters(reference), start, 2e-2 if name == "bf16" else 2e-5)
     sizes = [len(d.delight) for d in recorder.decisions]
     window = BATCH * trainer.args.gradient_accumulation_steps
-    assert sizes == ([12, 12, 8] if name.startswith("a last") else [window] * STEPS)
+    short = [12, 12, 8][: trainer.state.global_step]  # older versions leave an incomplete accumulation out
+    assert sizes == (short if name.startswith("a last") else [window] * STEPS)
     assert gate.stats.kept == gate.stats.forwarded == sum(round(RATE * n) for n in sizes)
     assert not any("_compiled_call_impl" in vars(module) for module in trainer.model.modules())
     assert "_loss_function" not in vars(trainer.model)
