@@ -40,3 +40,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{link[1]}{posixpath.relpath(target, here or '.')}{link[3]}"
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name things as Sphinx does, which mkdocstrings leaves in the text."""
+    return re.sub(r":(?:class|func|meth|attr|mod):(?=<code>)", "", html)
