@@ -128,6 +128,18 @@ def gated(
         ValueError, TypeError: on an argument that cannot be right, naming it.
 
     Source: Osband 2026, "Does This Gradient Spark Joy?", arXiv 2603.20526.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, noise=0.5) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.rows, gate.stats.kept < 20, model.weight.grad.shape
+        (20, True, torch.Size([4, 8]))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

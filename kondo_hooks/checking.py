@@ -44,6 +44,17 @@ class Way:
         seconds: of a step.
         seconds_first: of a step that is decided before the forward; NaN where it cannot be.
         noise: of the gradient's second moment at the outputs; NaN where the rule is not fair.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> found = kondo.check(model, obs, loss=loss)
+        >>> found.ways[0].name, found.ways[0].kept
+        ('no gate', 1.0)
     """
 
     name: str
@@ -73,6 +84,21 @@ class Checked:
         seconds_row: of one replayed row.
         ways: rules, and what they would take.
         stands_in: whether no loss was given, and rows were taken to matter alike.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> found = kondo.check(model, obs, loss=loss)
+        >>> found.inputs, found.outputs
+        ([('args[0]', (20, 8), 0)], [('the output', (20, 4), 0)])
+        >>> print(found)  # doctest: +ELLIPSIS
+        kondo.check, Linear
+          20 rows
+        ...
     """
 
     model: str
@@ -161,6 +187,17 @@ def check(
     Raises:
         ValueError: for a model that DDP, FSDP or DeepSpeed wraps.
         Exception: what the model or the loss raises by itself, without a gate.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> found = kondo.check(model, obs, loss=loss)
+        >>> found.problem is None, found.rows, found.policy
+        (True, 20, True)
     """
     told = {name: value for name, value in (options or {}).items() if name not in _OF_THE_RULE}
     method = told.get("method")

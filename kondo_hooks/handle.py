@@ -48,6 +48,22 @@ class Gated:
     Attributes:
         model: what is gated.
         enabled: False if it was switched off, by argument or by the environment.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rate=0.1) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.last.kept.shape, gate.stats.forwarded
+        (torch.Size([2]), 2)
+        >>> with gate:  # a gate may be entered again, and counts on
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.steps
+        2
     """
 
     def __init__(

@@ -34,6 +34,20 @@ class Stats:
         imbalance: with ``scope="global"``, the busiest rank's kept rows over the ranks' mean, at the last decision; 1
             is even.
         imbalance_balanced: the same of the rows that ranks replayed, after ``balance=True`` moved some.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rate=0.1) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.rows, gate.stats.kept, gate.stats.rate
+        (20, 2, 0.1)
+        >>> sorted(gate.stats.metrics(kondo.Stats()))[:2]
+        ['kondo/delight_dropped', 'kondo/delight_kept']
     """
 
     steps: int = 0

@@ -1,4 +1,4 @@
-"""The pages: their programs run and print what they show, their links lead somewhere, every public name has an example."""
+"""The pages: programs print what they show, links lead somewhere, every public name has an example that runs."""
 
 import doctest
 import inspect

@@ -23,6 +23,12 @@ class Signal:
         draws: the samples' random scores, where these were drawn already.
         factors: on the samples' gradients, where these were decided on already, 0 where dropped; on the host.
         is_known: whether there is a policy, so that advantage and surprisal are more than zeros in their place.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> signal = kondo.Signal.of(torch.tensor([-0.5, -2.0]), advantages=torch.tensor([1.0, 1.0]))
+        >>> signal.delight
+        tensor([0.5000, 2.0000])
     """
 
     advantages: Tensor
@@ -117,6 +123,20 @@ class Rows:
         groups: (N,) which prompt each is an answer to, if ``groups`` tells.
         step: number of the decision.
         generator: to draw from, alike on all ranks that decide together.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> def largest_half(rows: kondo.Rows):
+        ...     return (rows.norm >= rows.norm.median()).float()
+        >>> with kondo.gated(model, rule=largest_half) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.kept
+        11
     """
 
     advantages: Tensor
@@ -166,6 +186,20 @@ class Decision:
         largest_factor: on a kept sample's gradient; NaN where the rule gives none.
         cost: seconds times noise of a draw that went by both, a sample and in units of ``sum n^2``; else NaN.
         signals: what is known of the samples, as it was read.
+
+    Example:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rate=0.1) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.last.delight.shape, gate.last.kept.tolist() == gate.last.delight.topk(2).indices.sort().values.tolist()
+        (torch.Size([20]), True)
+        >>> int((gate.last.factors() > 0).sum())
+        2
     """
 
     delight: Tensor
