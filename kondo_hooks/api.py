@@ -129,7 +129,7 @@ def gated(
 
     Source: Osband 2026, "Does This Gradient Spark Joy?", arXiv 2603.20526.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)

@@ -45,7 +45,7 @@ class Way:
         seconds_first: of a step that is decided before the forward; NaN where it cannot be.
         noise: of the gradient's second moment at the outputs; NaN where the rule is not fair.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -85,7 +85,7 @@ class Checked:
         ways: rules, and what they would take.
         stands_in: whether no loss was given, and rows were taken to matter alike.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -188,7 +188,7 @@ def check(
         ValueError: for a model that DDP, FSDP or DeepSpeed wraps.
         Exception: what the model or the loss raises by itself, without a gate.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)

@@ -7,7 +7,7 @@ import warnings
 class DelightError(RuntimeError):
     """Delight cannot be known from what the gate saw; the message says what to name.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> model, x = torch.nn.Linear(8, 4), torch.randn(6, 8)
         >>> with kondo.gated(model, rate=0.5):  # a regression has no policy
@@ -21,7 +21,7 @@ class DelightError(RuntimeError):
 class PackError(RuntimeError):
     """Rows hold many texts, and the gate cannot cut them into these; the message says why.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> class Pooled(torch.nn.Embedding):
         ...     def forward(self, ids, position_ids):
@@ -38,7 +38,7 @@ class PackError(RuntimeError):
 class PrefixError(RuntimeError):
     """With ``unit="prefix"``: the rows of this model cannot be cut after their last kept position.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> class LooksAhead(torch.nn.Embedding):
         ...     def forward(self, ids):
@@ -55,7 +55,7 @@ class PrefixError(RuntimeError):
 class ReplayMismatchError(RuntimeError):
     """The replay of the kept rows did not reproduce what the screen returned for them.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> class Centred(torch.nn.Linear):
         ...     def forward(self, x):
@@ -72,7 +72,7 @@ class ReplayMismatchError(RuntimeError):
 class RankError(RuntimeError):
     """Another rank could not take its step; the message names it and says why.
 
-    Example:
+    Examples:
         >>> import kondo_hooks as kondo
         >>> issubclass(kondo.RankError, RuntimeError)  # raised on every rank but the one that failed
         True
@@ -195,7 +195,7 @@ def unknown_positions(output: str, shape: tuple[int, ...], by_row: bool) -> str:
 class KondoWarning(UserWarning):
     """Something that the gate does, or cannot do, that the user should know of.
 
-    Example:
+    Examples:
         >>> import warnings, kondo_hooks as kondo
         >>> warnings.simplefilter("error", kondo.KondoWarning)  # stop where the gate would only warn
         >>> warnings.resetwarnings()

@@ -31,7 +31,7 @@ class KondoGateConfig:
         hard: binary gate; False weights by ``sigmoid((delight - price) / temperature)``.
         deterministic: exact top-k; False draws a Bernoulli gate. Only with ``hard=True``.
 
-    Example:
+    Examples:
         >>> import kondo_hooks as kondo
         >>> kondo.KondoGateConfig(gate_rate=None, price=0.0).hard
         True
@@ -57,7 +57,7 @@ class KondoGateOutput:
         gated_policy_loss: scalar loss, only from ``KondoGate.forward``.
         action_log_probs: log-probs of the actions taken, only from ``KondoGate.forward``.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> log_probs, advantages = torch.tensor([-0.5, -2.0, -1.0]), torch.ones(3)
         >>> kondo.KondoGate(kondo.KondoGateConfig(gate_rate=0.5)).compute_gate(log_probs, advantages).delight
@@ -79,7 +79,7 @@ class KondoGate(nn.Module):
     The gate only weights the loss: to skip the dropped samples' work, use :func:`kondo_hooks.gated`.
     Random draws of the Bernoulli gate come from the gate's own generator, seeded with ``seed``.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> log_probs, advantages = torch.tensor([-0.5, -2.0, -1.0]), torch.ones(3)
         >>> gate = kondo.KondoGate(kondo.KondoGateConfig(gate_rate=None, price=0.8))
@@ -191,7 +191,7 @@ def action_log_probs(logits: Tensor, actions: Tensor) -> Tensor:
 def pg_loss(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
     """REINFORCE: ``-mean(advantage * log pi(a))``; logits (..., V), actions and advantages (...).
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> logits, actions, advantages = torch.zeros(2, 4), torch.tensor([0, 3]), torch.ones(2)
         >>> kondo.pg_loss(logits, actions, advantages)  # log 4
@@ -205,7 +205,7 @@ def dg_loss(logits: Tensor, actions: Tensor, advantages: Tensor, eta: float = 1.
 
     Returns the scalar loss and the weights, which carry no graph.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> logits, actions, advantages = torch.zeros(2, 4), torch.tensor([0, 3]), torch.ones(2)
         >>> loss, weights = kondo.dg_loss(logits, actions, advantages)
@@ -220,7 +220,7 @@ def dg_loss(logits: Tensor, actions: Tensor, advantages: Tensor, eta: float = 1.
 def expected_confidence_baseline(probs: Tensor) -> Tensor:
     """The baseline ``b = sum_a pi(a)^2`` of the MNIST bandit; probs (..., A) to (...).
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> kondo.expected_confidence_baseline(torch.tensor([0.5, 0.5]))
         tensor(0.5000)
@@ -238,7 +238,7 @@ class KondoTrainer:
         lr: of the Adam optimizer that is made when ``optimizer`` is None.
         optimizer: of the model's parameters.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> from types import SimpleNamespace
         >>> class Model(torch.nn.Embedding):

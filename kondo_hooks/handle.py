@@ -49,7 +49,7 @@ class Gated:
         model: what is gated.
         enabled: False if it was switched off, by argument or by the environment.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)

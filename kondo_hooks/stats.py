@@ -35,7 +35,7 @@ class Stats:
             is even.
         imbalance_balanced: the same of the rows that ranks replayed, after ``balance=True`` moved some.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)

@@ -20,7 +20,7 @@ RuleFunction = Callable[[Any], Any]
 class additive:  # noqa: N801 - reads as a value: priority=additive(0.3)
     """The priority ``alpha * advantage + (1 - alpha) * surprisal``, a control that the paper rejects.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> signal = kondo.Signal.of(torch.tensor([-2.0]), advantages=torch.tensor([1.0]))
         >>> signal.score(kondo.additive(0.25))  # a quarter of the advantage, three of the surprisal
@@ -66,7 +66,7 @@ class SelectionConfig:
         normalize: "batch" keeps the user's denominators; "kept" rescales by samples / kept samples.
         seed: of the gate's own generator.
 
-    Example:
+    Examples:
         >>> import kondo_hooks as kondo
         >>> kondo.SelectionConfig(rate=0.1).priority
         'delight'

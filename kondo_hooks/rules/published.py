@@ -24,7 +24,7 @@ def cppo(rate: float) -> Rule:
     Args:
         rate: of each group, at least one row.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -53,7 +53,7 @@ def pods(rate: float) -> Rule:
     Args:
         rate: of each group, at least one row.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -87,7 +87,7 @@ def positive(noise: float = 0.5) -> Rule:
     Args:
         noise: of the draw among them.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -113,7 +113,7 @@ def positive(noise: float = 0.5) -> Rule:
 def random(rate: float) -> Rule:
     """Random rows, weighed for the others: the control that a rule has to beat. Unbiased.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -148,7 +148,7 @@ def surprising(rate: float) -> Rule:
     Args:
         rate: of all samples.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)

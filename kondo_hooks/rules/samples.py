@@ -24,7 +24,7 @@ class Signal:
         factors: on the samples' gradients, where these were decided on already, 0 where dropped; on the host.
         is_known: whether there is a policy, so that advantage and surprisal are more than zeros in their place.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> signal = kondo.Signal.of(torch.tensor([-0.5, -2.0]), advantages=torch.tensor([1.0, 1.0]))
         >>> signal.delight
@@ -124,7 +124,7 @@ class Rows:
         step: number of the decision.
         generator: to draw from, alike on all ranks that decide together.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)
@@ -187,7 +187,7 @@ class Decision:
         cost: seconds times noise of a draw that went by both, a sample and in units of ``sum n^2``; else NaN.
         signals: what is known of the samples, as it was read.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(8, 4)

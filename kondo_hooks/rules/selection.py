@@ -40,7 +40,7 @@ class Selector:
         groups: which prompt each sample of the next population is an answer to, if that was told.
         costs: seconds that steps were measured to take, for ``rate="auto"``.
 
-    Example:
+    Examples:
         >>> import torch, kondo_hooks as kondo
         >>> selector = kondo.Selector(kondo.SelectionConfig(rate=0.5))
         >>> delight = torch.tensor([0.1, 3.0, 2.0, 0.0])
