@@ -79,19 +79,16 @@ def use() -> None:
     )
 
 
-def label_ends(axis: Axes, size: float = 8, room: float = 0.0) -> None:
+def label_ends(axis: Axes, size: float = 8) -> None:
     """Write each labelled curve's name beside its last point, apart from each other, in its colour.
 
     Args:
         axis: whose curves they are; its limits are taken as they will be.
         size: of the letters, in points.
-        room: share of the axis to leave free on the right of the curves, inside of it.
     """
     figure = axis.get_figure()
     assert figure is not None
-    if room:
-        low, high = axis.get_xlim()
-        axis.set_xlim(low, high + room * (high - low))
+    axis.set(xlim=axis.get_xlim(), ylim=axis.get_ylim())  # what is asked for late would move the curves
     curves = [line for line in axis.get_lines() if not line.get_label().startswith("_") and len(line.get_xdata())]
     height = axis.get_window_extent().height
     step = 1.35 * size * figure.dpi / 72 / height

@@ -446,3 +446,21 @@ def test_steps_of_the_summary_are_those_of_the_committed_files(scripts, record):
 
 def test_the_summary_has_few_tables():
     assert EVIDENCE.count("\n|---") <= 8
+
+
+@pytest.mark.parametrize("name", ["mnist_bandit", "trl_reversal", "trainer_sft"])
+def test_examples_draw_a_method_in_the_colour_that_it_has_elsewhere(scripts, monkeypatch, name):
+    color = scripts("style").color
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module(name)
+    arguments = {"mnist_bandit": ([0.03, 0.1],), "trl_reversal": (0.1,), "trainer_sft": ([0.1], 40)}[name]
+    assert [method.color for method in example.methods(*arguments)] == [
+        color(method.name) for method in example.methods(*arguments)
+    ]
+
+
+def test_a_kind_of_method_has_one_hue_and_an_unknown_one_is_refused(scripts):
+    color = scripts("style").color
+    assert color("DG-K 3%") == color("delight 3%") == color("gated 3%, first") != color("DG-K 10%") != color("DG")
+    with pytest.raises(ValueError, match="has no colour"):
+        color("something new")
