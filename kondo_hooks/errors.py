@@ -160,9 +160,9 @@ def failed_replay(call: str, rows: int, batch: int, error: Exception) -> str:
     """
     return (
         f"gated: the gate's replay of {rows} of {batch} rows of {call} failed in the model: {type(error).__name__}: "
-        f"{str(error).rstrip('.')}. If an input has no batch axis, call it on a batch, x[None] (x.unsqueeze(0)); if "
-        "rows that belong together are regrouped in the model (the steps of a recurrent sequence), make a sequence one "
-        "row, (sequences, T, ...); if rows are on another axis, name it with batch_dim=. No gradient was changed."
+        f"{str(error).rstrip('.')}. Has an input no batch axis? Call the model on a batch, x[None] (x.unsqueeze(0)). "
+        "Are rows regrouped in the model (the steps of a recurrent sequence)? Make a sequence one row, "
+        "(sequences, T, ...). Are rows on another axis? Name it with batch_dim=. No gradient was changed."
     )
 
 
