@@ -18,16 +18,16 @@ class Stats:
         kept: samples kept.
         forwarded: rows run with a graph. Above the kept rows where a whole batch had to be replayed.
         rows_screened: rows that ``forwarded`` is to be compared with.
-        price: of the last decision, in advantage x nats.
+        price: the price of the last decision, in advantage x nats.
         decided: samples decided on, so without those that passed straight through.
         decided_kept: samples kept of these.
-        without_gradient: of the last decision, fraction of the samples that have no gradient, where the rule asks.
-        noise: of the last draw, ``sum n^2 / p`` over ``sum n^2``, less one: what it adds to the second moment of the
-            gradient at the model's outputs.
-        largest_factor: of the last decision, on a kept sample's gradient.
-        seconds_screen: of a gated step beside its replay: calls of the model, and what the gate adds.
-        seconds_replay: of the replay of as many rows as the last decision kept.
-        seconds_ungated: of the calls and the backward of a step that passed straight through.
+        without_gradient: fraction of the samples of the last decision that have no gradient, where the rule asks.
+        noise: what the last draw added to the second moment of the gradient at the model's outputs, relative to it:
+            ``sum n^2 / p`` over ``sum n^2``, less one.
+        largest_factor: the largest factor on a kept sample's gradient in the last decision.
+        seconds_screen: what a gated step takes beside its replay: calls of the model, and what the gate adds.
+        seconds_replay: what the replay takes of as many rows as the last decision kept.
+        seconds_ungated: what the calls and the backward take in a step that passed straight through.
         sum_delight: total delight of the samples decided on, advantage x nats.
         sum_delight_kept: total delight of the samples kept of these.
         waiting_bytes: most bytes that rows waiting for their window held.

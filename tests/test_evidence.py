@@ -162,7 +162,7 @@ def test_tables_of_the_evidence_are_those_of_the_committed_files(drawn):
 
 
 SECONDS = {
-    "the MLP above, batch 100 (10%)": ("bandit", "MLP 100, batch 100", 0.1),
+    "MLP 784-100-100-10, batch 100 (10%)": ("bandit", "MLP 100, batch 100", 0.1),
     "MLP 784-100-100-10, batch 1,000 (10%)": ("bandit", "MLP 100, batch 1000", 0.1),
     "MLP 784-512-512-10, batch 1,000 (10%)": ("bandit", "MLP 512, batch 1000", 0.1),
     "the same (8%)": ("bandit", "MLP 512, batch 1000", 0.08),
