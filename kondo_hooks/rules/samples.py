@@ -119,7 +119,7 @@ class Rows:
         surprisal: (N, P) ``-log pi(a)`` of each position.
         valid: (N, P) False on padding and masked positions.
         delight: (N,) advantage x nats.
-        norm: (N,) norm of the gradient at the model's outputs. Where several outputs have one, each counts by its share.
+        norm: (N,) norm of the gradient at the model's outputs. If several outputs have one, each counts by its share.
         groups: (N,) the prompt that each is an answer to, if ``groups`` tells.
         step: the number of the decision.
         generator: the generator to draw from, alike on all ranks that decide together.
