@@ -54,6 +54,8 @@ def test_every_page_is_in_the_menu():
 def public():
     """(name, object) of all that a user is given."""
     yield from ((name, getattr(kondo, name)) for name in kondo.__all__ if name != "rules")
+    for name in ("preselect", "select", "logp", "force", "groups", "flush", "state_dict", "report"):
+        yield f"Gated.{name}", getattr(kondo.Gated, name)
     for name in kondo.rules.__all__:
         found = getattr(kondo.rules, name)
         if inspect.isfunction(found):
