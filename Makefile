@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test fuzz versions frameworks figures evidence clean
+.PHONY: demo test fuzz versions frameworks docs figures evidence clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -54,7 +54,17 @@ frameworks: $(ONLY:%=.venv-frameworks/%/installed)
 	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# The documentation site, into site/. Look at it with: .venv-docs/bin/mkdocs serve
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 figures: .venv/installed
+	$(BIN)/python docs/flow.py
 	$(BIN)/python examples/mnist_bandit.py --out docs
 	$(BIN)/python examples/trl_reversal.py --out docs
 	$(BIN)/python examples/trainer_sft.py --out docs
@@ -69,4 +79,4 @@ evidence: .venv/installed
 	done
 
 clean:
-	rm -rf .venv .venv-versions .venv-frameworks build dist *.egg-info
+	rm -rf .venv .venv-versions .venv-frameworks .venv-docs site build dist *.egg-info

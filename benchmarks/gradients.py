@@ -23,6 +23,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import record
+import style
 import torch
 from reversal import (
     CONTROLS,
@@ -195,7 +196,7 @@ def expectation(frame: pd.DataFrame) -> pd.DataFrame:
     return told.assign(noise=means.variance.pow(0.5) / length).replace([float("inf"), -float("inf")], float("nan"))
 
 
-COLORS = dict(zip(PRIORITIES, ("tab:red", "black", "tab:blue", "tab:cyan", "tab:green", "tab:purple"), strict=True))
+DRAWN = 100  # steps: on the plateau, where the rules differ
 
 
 def report(frame: pd.DataFrame) -> None:
@@ -216,27 +217,35 @@ def report(frame: pd.DataFrame) -> None:
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> None:
-    steps, pooled = sorted(frame.step.unique()), expectation(frame)
-    size = (3.4 * len(steps), 12)
-    figure, axes = plt.subplots(4, len(steps), figsize=size, sharex=True, sharey="row", squeeze=False)
-    for column, step in zip(axes.T, steps, strict=True):
-        at = frame[frame.step == step].groupby("gate")
-        values = [(at[name].mean(), at[name].apply(record.interval)) for name in ("cos_pg", "cos_dg")]
-        values += [(pooled.loc[step][name], None) for name in ("cosine", "noise")]
-        for axis, (mean, half) in zip(column, values, strict=True):
-            for priority, color in COLORS.items():
-                gates = [f"{priority} {rate:.0%}" for rate in RATES]
-                style = {"fmt": "o:" if priority == "random" else "o-", "color": color, "ms": 4, "lw": 1.2}
-                bars = None if half is None else half[gates].to_numpy()
-                axis.errorbar([100 * rate for rate in RATES], mean[gates].to_numpy(), bars, label=priority, **style)
-            axis.grid(alpha=0.3)
-            axis.axhline(0, color="black", lw=0.5)
-        column[3].set(xlabel="rate, %", xscale="log", yscale="log")
-        column[0].set_title(f"after {step} steps (error {frame[frame.step == step].error.mean():.2f})", fontsize=10)
-    labels = ("cosine to full PG", "cosine to full DG", "expected gradient: cosine to PG's", "noise")
-    for axis, label in zip(axes[:, 0], labels, strict=True):
-        axis.set_ylabel(label)
-    axes[0, 0].legend(fontsize=7)
+    step = min(frame.step.unique(), key=lambda step: abs(step - DRAWN))
+    own, pooled = frame[frame.step == step], expectation(frame).loc[step]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True)
+    panels = {
+        "cos_pg": "batch by batch, |advantage| is nearest to PG",
+        "cos_dg": "and to DG",
+        "cosine": "on average random rows are PG, and delight is not",
+        "noise": "random rows are the noisiest",
+    }
+    labels = ("cosine to full PG", "cosine to full DG", "expected gradient: cosine to PG's", "noise, in its own norms")
+    for axis, (name, title), label in zip(axes.flat, panels.items(), labels, strict=True):
+        for priority in PRIORITIES:
+            at = own[own.gate.isin([f"{priority} {rate:.0%}" for rate in RATES])]
+            if name in pooled:
+                values = pd.Series([pooled[name][f"{priority} {rate:.0%}"] for rate in RATES])
+                record.points(axis, values, pd.Series([100 * rate for rate in RATES]), priority)
+            else:
+                record.points(axis, at[name], at.gate.str.extract(r"(\d+)%")[0].astype(float), priority)
+        axis.set(title=title, ylabel=label, xscale="log", xticks=[100 * rate for rate in RATES])
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        if name == "noise":
+            axis.set_yscale("log")
+        else:
+            axis.axhline(0, color=style.INK, lw=0.5)
+        style.label_ends(axis)
+    for axis in axes[1]:
+        axis.set_xlabel("rate, %")
+    figure.suptitle(f"Gradients of the gate after {step} steps of reversal, error {own.error.mean():.2f}", fontsize=11)
     record.save(figure, folder / "gradients.png")
 
 

@@ -38,6 +38,7 @@ import kondo_gate
 import matplotlib.pyplot as plt
 import pandas as pd
 import record
+import style
 import torch
 from step import saved_bytes
 from torch import Tensor
@@ -347,15 +348,15 @@ def draw(frame: pd.DataFrame, device: str, path: Path) -> None:
     figure, axes = plt.subplots(1, frame.setting.nunique(), figsize=(12, 4.8), sharex=True, squeeze=False)
     for axis, (_, turns) in zip(axes.flat, frame.groupby("setting", sort=False), strict=True):
         names = [*turns.step.unique()]
-        bars = {"learner": ("learner's step", "tab:red"), "all": ("with generation", "tab:blue")}
+        bars = {"learner": ("learner's step", style.color("gated")), "all": ("with generation", "#9db8d9")}
         for shift, (phase, (label, color)) in zip((-0.2, 0.2), bars.items(), strict=True):
             of_full = ratios(turns, phase, FULL)[names]
             at, low, high = of_full.median(), of_full.min(), of_full.max()
             places = [place + shift for place in range(len(names))]
             axis.barh(places, at, 0.4, xerr=(at - low, high - at), error_kw={"lw": 0.8}, label=label, color=color)
         floor = ratios(turns, "learner", FULL)[FLOOR].median()
-        axis.axvline(floor, color="black", ls=":", lw=1, label="floor of the learner")
-        axis.axvline(1, color="gray", lw=0.8)
+        axis.axvline(floor, color=style.INK, ls=":", lw=1, label="floor of the learner")
+        axis.axvline(1, color=style.GRAY, lw=0.8)
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="time, full step = 1")
         axis.set_title(title(turns), fontsize=9)
         axis.invert_yaxis()

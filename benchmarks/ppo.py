@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import record
+import style
 import torch
 from minatar import Environment
 from torch import Tensor, nn
@@ -266,23 +267,29 @@ def table(runs: pd.DataFrame) -> str:
     return "\n\n".join(tables)
 
 
+TITLES = {
+    "CartPole-v1": "pole cart: delight stays at a random policy",
+    "Acrobot-v1": "Acrobot: a lottery for every rule",
+    "Breakout, pixels": "Breakout: delight and the largest |advantage| do not learn",
+}
+
+
 def draw(runs: pd.DataFrame) -> plt.Figure:
     """Return against environment steps, and against the learner's seconds; a row of pictures a setting."""
     settings = list(runs.setting.unique())
-    figure, axes = plt.subplots(len(settings), 2, figsize=(11, 3.6 * len(settings)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(settings), 2, figsize=(12, 3.8 * len(settings)), squeeze=False, sharey="row")
     shown = ["all rows", "small batch 10%", "delight 25%", "|advantage| 25%", "random 25%", "noise 0.5", "auto"]
     for (left, right), setting in zip(axes, settings, strict=True):
         of_setting = runs[runs.setting == setting]
-        methods = [m for m in of_setting.method.unique() if "pixels" in setting or m in shown]
-        for i, method in enumerate(methods):
+        for method in [m for m in of_setting.method.unique() if "pixels" in setting or m in shown]:
             mean = of_setting[of_setting.method == method].groupby("step").mean(numeric_only=True)
-            style = {"label": method, "color": "black" if method == "all rows" else f"C{i}"}
-            left.plot(mean.index, mean["return"], **style)
-            right.plot(mean.learner_seconds, mean["return"], **style)
-        left.set(title=setting, xlabel="steps of the environment", ylabel="return")
-        right.set(xlabel="CPU seconds of the learner")
-        left.legend(fontsize=7)
-    figure.tight_layout()
+            look = {"label": method, "color": style.color(method)}
+            left.plot(mean.index, mean["return"], **look)
+            right.plot(mean.learner_seconds, mean["return"], **look)
+        left.set(title=TITLES[setting], xlabel="steps of the environment", ylabel="return")
+        right.set(xlabel="CPU seconds of the learner", title="against the learner's seconds")
+        style.label_ends(left)
+        style.label_ends(right)
     return figure
 
 
@@ -301,7 +308,7 @@ def main() -> None:
         }
     for n, (name, runs) in enumerate(record.collect_each({name: (train, each) for name, each in tasks.items()}, args)):
         print("\n" * (n > 0) + table(runs))
-        draw(runs).savefig(args.out / f"{name}.png", dpi=110)
+        record.save(draw(runs), args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
+import style
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+style.use()
+import matplotlib.pyplot as plt  # noqa: E402
 
 Rows = list[dict[str, Any]]
 
@@ -208,6 +208,22 @@ def curve(axis: Axes, runs: pd.DataFrame, x: str, y: str = "error", **style: Any
     axis.plot(across.to_numpy(), mean.to_numpy(), **style)
     low, high = (mean.to_numpy() + sign * half for sign in (-1, 1))
     axis.fill_between(across.to_numpy(), low.clip(min=0), high, color=style.get("color"), alpha=0.12, lw=0)
+
+
+def points(axis: Axes, values: "pd.Series[float]", by: "pd.Series[float]", label: str, aside: float = 1.0) -> None:
+    """The mean of ``values`` at each value of ``by``, with its 95% interval, in the method's colour.
+
+    Args:
+        axis: where.
+        values: of all runs.
+        by: what is along the x axis, alike indexed.
+        label: the method.
+        aside: factor on x, so that intervals do not hide each other.
+    """
+    at = values.groupby(by)
+    mean, color = at.mean(), style.color(label)
+    axis.plot(mean.index * aside, mean, "o-", color=color, ms=4, label=label)
+    axis.errorbar(mean.index * aside, mean, at.apply(interval), fmt="none", ecolor=color, elinewidth=1)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import record
+import style
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
@@ -450,37 +451,26 @@ def report_init(frame: pd.DataFrame) -> None:
 REPORTS = {"reversal": report, "reversal_init": report_init, "reversal_difficulty": report_difficulty}
 DRAWN = tuple(REPORTS)
 REPORTS |= {"reversal_rules": lambda frame: report(frame, RULES_TITLE)}
-COLORS = {"PG": "black", "PPO": "tab:brown", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
-COLORS |= {"DG-K 10%, screen-first": "tab:green", "random positive 10%, screen-first": "tab:pink"}
-COLORS |= {"DG, small batch 10%": "tab:purple", "random 10%": "tab:gray"}
-BY_RATE = {"DG-K": "tab:red", "random": "black", "advantage": "tab:blue", "abs_advantage": "tab:cyan"}
-BY_RATE |= {"surprisal": "tab:green", "additive": "tab:purple", "DG-K tokens": "tab:orange"}
+SHOWN = ("PG", "PPO", "DG", "DG-K 3%", "DG-K 10%", "DG-K 10%, screen-first", "DG, small batch 10%", "random 10%")
+BY_RATE = ("DG-K", "random", "advantage", "abs_advantage", "surprisal", "additive", "DG-K tokens")
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
-    frame, init, difficulty = (frames[name] for name in DRAWN)
-    figure, axes = plt.subplots(2, 3 + init.init.nunique(), figsize=(24, 9))
-    panels = [(frame, "step", "from embeddings 0.02")] + [
-        (runs, "step", f"from {name}") for name, runs in init.groupby("init", sort=False)
-    ]
-    panels += [(frame, "backward_rows", ""), (frame, "seconds", "")]
-    for axis, (runs, x, title) in zip(axes[0], panels, strict=True):
-        for method, color in COLORS.items():
-            if method in {*runs.method}:
-                record.curve(axis, runs[runs.method == method], x, color=color, label=method)
-        axis.set(xlabel=x.replace("_", " "), ylabel="error", xscale="log", ylim=(0, 0.6), title=title)
+    frame, _, difficulty = (frames[name] for name in DRAWN)
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5))
+    titles = (
+        "few rows are enough, if they are well chosen",
+        "in seconds too, most of all before the forward",
+    )
+    for axis, x, title in zip(axes[0], ("backward_rows", "seconds"), titles, strict=True):
+        for method in SHOWN:
+            record.curve(axis, frame[frame.method == method], x, color=style.color(method), label=method)
+        label = {"backward_rows": "rows with a backward", "seconds": "CPU seconds, sampling included"}[x]
+        axis.set(xlabel=label, ylabel="error", xscale="log", ylim=(0, 0.6), title=title)
         axis.set_yscale("symlog", linthresh=0.01)
-    for axis in axes[0, 1:-2]:
-        axis.minorticks_off()
-    for axis in axes[1, 4:]:
-        axis.set_axis_off()
-    axes[1, 4].legend(*axes[0, 0].get_legend_handles_labels(), title="color", loc="center")
-    draw_phases(axes[1, 0], frame)
-    draw_rates(axes[1, 1], frame)
-    draw_longest(axes[1, 2], difficulty)
-    draw_vocabularies(axes[1, 3], difficulty[difficulty.horizon == 10])
-    for axis in (*axes[0], *axes[1, 1:4]):
-        axis.grid(alpha=0.3)
+        style.label_ends(axis)
+    draw_rates(axes[1, 0], frame)
+    draw_longest(axes[1, 1], difficulty)
     record.save(figure, folder / "reversal.png")
 
 
@@ -488,51 +478,31 @@ def draw_rates(axis: Axes, frame: pd.DataFrame) -> None:
     early = frame.steps.min()
     at = frame[frame.step == early]
     by_rate(axis, 100 * at.set_index(["method", "seed"]).error)
-    axis.set(ylabel=f"error after {early} steps, %", ylim=(-2, 90))
-    axis.legend(fontsize=8)
+    axis.set(ylabel=f"error after {early} steps, %", ylim=(-2, 60), title="what is kept matters more than how much")
+    style.label_ends(axis)
 
 
 def draw_longest(axis: Axes, frame: pd.DataFrame) -> None:
     by_rate(axis, pd.concat({method: longest(own) for method, own in frame.groupby("method")}, names=["method"]))
-    for i, method in enumerate(("PG", "PPO", "DG", "DG-K 10%, screen-first", "DG, small batch 10%")):
+    for method in ("PG", "DG", "DG-K 10%, screen-first"):
         mean = longest(frame[frame.method == method]).mean()
-        axis.axhline(mean, color=COLORS[method], ls=(3 * i, (3, 9)))  # dashes apart, where two are as long
-    axis.set(ylabel=f"longest H solved in {frame.budget.max():.0f} s", ylim=(-1, 26), yticks=(0, *HORIZONS))
+        axis.plot([1, 30], [mean, mean], color=style.color(method), ls=(0, (3, 5)), lw=1.2, label=method)
+    seconds = frame.budget.max()
+    axis.set(ylabel=f"longest H solved in {seconds:.0f} s", ylim=(-1, 26), yticks=(0, *HORIZONS))
+    axis.set_title("with more to reverse in the same seconds")
+    style.label_ends(axis)
 
 
 def by_rate(axis: Axes, values: "pd.Series[float]") -> None:
     """``values`` by method and seed: a line for each kind of gate, and the interval over seeds."""
     frame = values.rename("value").reset_index()
     found = frame.join(frame.method.str.extract(r"^(?P<kind>.+) (?P<rate>\d+)%$"))
-    for i, (kind, color) in enumerate(BY_RATE.items()):
-        at = found[found.kind == kind].astype({"rate": float}).groupby("rate").value
-        beside = at.mean().index * 1.03 ** (i - 3)
-        axis.errorbar(beside, at.mean(), at.apply(record.interval), fmt="o-", color=color, ms=4, label=kind)
+    for i, kind in enumerate(BY_RATE):
+        own = found[found.kind == kind]
+        record.points(axis, own.value, own.rate.astype(float), kind, 1.03 ** (i - 3))
     axis.set(xlabel="rate, %", xscale="log", xticks=[100 * rate for rate in RATES])
     axis.minorticks_off()
     axis.xaxis.set_major_formatter("{x:.0f}")
-
-
-def draw_vocabularies(axis: Axes, frame: pd.DataFrame) -> None:
-    places = range(len(VOCABULARIES))
-    for i, (method, color) in enumerate(COLORS.items()):
-        own = frame[frame.method == method]
-        solved = own[own.solved].groupby("tokens").seed.nunique().reindex(VOCABULARIES, fill_value=0)
-        axis.bar([place + 0.09 * (i - 4) for place in places], solved, 0.09, color=color)
-    axis.set(xticks=places, xticklabels=VOCABULARIES, xlabel="M (H 10)")
-    axis.set(ylabel=f"seeds of {frame.seed.nunique()} that solved it in {frame.budget.max():.0f} s")
-
-
-def draw_phases(axis: Axes, frame: pd.DataFrame) -> None:
-    last = frame[frame.step == frame.steps]
-    ms = 1000 * last[[*PHASES]].div(last.step, axis=0).groupby(last.method).median()
-    ms = ms.loc[[method for method in COLORS if method in ms.index]]
-    left = ms.cumsum(axis=1) - ms
-    for phase in PHASES:
-        axis.barh(ms.index, ms[phase], left=left[phase], label=phase)
-    axis.invert_yaxis()
-    axis.set(xlabel="milliseconds a step")
-    axis.legend(fontsize=8)
 
 
 def main() -> None:

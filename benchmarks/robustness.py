@@ -24,6 +24,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import record
+import style
 import torch
 from gradients import cosine, gradient
 from matplotlib.axes import Axes
@@ -347,39 +348,45 @@ def report(name: str, frame: pd.DataFrame) -> None:
         record.print_table(table, f"what delight is read from: {frame.steps.max()} steps at 10%")
 
 
-COLORS = {"PG": "black", "DG": "tab:blue", "DG-K 3%": "tab:red", "DG-K 10%": "tab:orange"}
-COLORS |= {"DG-K price 0": "tab:purple", "advantage 10%": "tab:cyan", "random 10%": "tab:gray"}
-COLORS |= {"noise 0.5": "tab:green", "auto": "tab:olive"}
+SHOWN = ("PG", "DG", "DG-K 3%", "DG-K 10%", "DG-K price 0", "advantage 10%", "random 10%", "noise 0.5", "auto")
 
 
 def draw(frames: dict[str, pd.DataFrame], folder: Path) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(17, 9))
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5))
 
-    def lines(axis: Axes, frame: pd.DataFrame, x: str, title: str) -> None:
-        for method, own in frame[frame.method.isin(COLORS)].groupby("method", sort=False):
-            at = own.groupby(x).error
-            half = 100 * at.apply(record.interval)
-            axis.errorbar(at.mean().index, 100 * at.mean(), half, fmt="o-", ms=4, color=COLORS[method], label=method)
-        axis.set(xlabel=title, ylabel="error, %", ylim=(0, None))
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
+    def lines(axis: Axes, frame: pd.DataFrame, x: str, label: str, title: str) -> None:
+        for method, own in frame[frame.method.isin(SHOWN)].groupby("method", sort=False):
+            record.points(axis, 100 * own.error, own[x], str(method))
+        axis.set(xlabel=label, ylabel="error, %", ylim=(0, None), title=title)
 
-    lines(axes[0, 0], frames["robustness_noise"], "noise", "relative noise on delight")
-    for axis, noisy in zip(axes[0, 1:], NOISY, strict=True):
-        own = frames["robustness_gambling"][frames["robustness_gambling"].noisy == noisy]
-        lines(axis, own, "noise", f"sigma / gap of the reward's noise on {noisy}")
-        axis.set_xscale("symlog", linthresh=0.1)
-        axis.set_xlim(-0.01, 12)
-    lines(axes[1, 0], frames["robustness_vocabulary"], "tokens", "tokens M (reversal, H 5)")
-    axes[1, 0].set_xscale("log", base=2)
-    screens = frames["robustness_screens"][frames["robustness_screens"].signal != "full DG"].groupby(
-        "signal", sort=False
+    noise, gambling, vocabulary = axes[0, 0], axes[0, 1], axes[1, 0]
+    lines(
+        noise, frames["robustness_noise"], "noise", "relative noise on delight", "delight may be wrong by half and more"
     )
-    for axis, value in zip(axes[1, 1:], ("overlap", "error"), strict=True):
-        mean, half = screens[value].mean(), screens[value].apply(record.interval)
-        axis.barh(mean.index, 100 * mean, xerr=100 * half, color="tab:orange")
-        axis.invert_yaxis()
-        axis.set(xlabel=f"{value}, %, by what the gate saw", xlim=(0, None))
+    own = frames["robustness_gambling"][frames["robustness_gambling"].noisy == NOISY[0]]
+    lines(
+        gambling,
+        own,
+        "noise",
+        "sigma / gap of the reward's noise on one arm",
+        "a noisy bad arm: delight takes the gamble",
+    )
+    gambling.set_xscale("symlog", linthresh=0.1)
+    gambling.set_xlim(-0.01, 12)
+    frame = frames["robustness_vocabulary"]
+    lines(vocabulary, frame, "tokens", "tokens M (reversal, H 5)", "many tokens: fixed rates fall behind")
+    vocabulary.set_xscale("log", base=2)
+    for axis in (noise, gambling, vocabulary):
+        style.label_ends(axis)
+    frame = frames["robustness_screens"]
+    screens = frame[frame.signal != "full DG"].groupby("signal", sort=False).overlap
+    mean, half = screens.mean(), screens.apply(record.interval)
+    screen = axes[1, 1]
+    screen.barh(mean.index, 100 * mean, xerr=100 * half, color=style.color("DG-K 10%"))
+    screen.invert_yaxis()
+    screen.set(
+        xlabel="% of the rows that exact delight would keep", xlim=(0, None), title="a cheap or old screen will do"
+    )
     record.save(figure, folder / "robustness.png")
 
 

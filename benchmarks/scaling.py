@@ -320,26 +320,26 @@ def learners() -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+    import style
 
-    matplotlib.use("Agg")
+    style.use()
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(MODELS), figsize=(10, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 3.6), sharey=True)
     for axis, model in zip(axes, MODELS, strict=True):
-        for gpus, style in ((64, "-"), (1024, "--")):
-            for tokens, colour in ((2048, "tab:red"), (8192, "tab:orange"), (32768, "tab:blue")):
+        for gpus, dashes in ((64, "-"), (1024, "--")):
+            for tokens, colour in ((2048, "#9db8d9"), (8192, "#4c8fd6"), (32768, "#123e7c")):
                 mine = [r for r in rows if (r["model"], r["gpus"], r["tokens"]) == (model, gpus, tokens)]
-                label = f"{tokens // 1024}k tokens a GPU, {gpus} GPUs"
-                axis.plot([r["window"] for r in mine], [r["of_full"] for r in mine], style, color=colour, label=label)
-        axis.axhline(1, color="grey", lw=0.8)
+                label = f"{tokens // 1024}k tokens, {gpus} GPUs"
+                axis.plot([r["window"] for r in mine], [r["of_full"] for r in mine], dashes, color=colour, label=label)
+        axis.axhline(1, color=style.GRAY, lw=0.8)
         axis.set(title=f"{model} parameters", xlabel="window (backwards)", xscale="log", ylim=(0, 1.6))
         axis.set_xticks(WINDOWS, [str(w) for w in WINDOWS])
         axis.minorticks_off()
     axes[0].set_ylabel("gated / full step, predicted")
-    axes[-1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    style.label_ends(axes[-1], 7)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=100)
 
 
 def write(path: Path, comment: str, rows: list[dict[str, Any]]) -> None:

@@ -55,13 +55,13 @@ class Curve:
 
 def methods(rates: list[float]) -> list[Method]:
     chosen = [
-        Method("PG", "black", "-"),
-        Method("DG", "tab:blue", "-", lambda logits, a, u: kondo.dg_loss(logits, a, u)[0]),
+        Method("PG", "#222222", "-"),
+        Method("DG", "#1f6fd1", "-", lambda logits, a, u: kondo.dg_loss(logits, a, u)[0]),
     ]
-    colors = ["tab:red", "tab:orange", "tab:purple", "tab:brown"]
-    for rate, color in zip(rates, colors, strict=False):
+    colors = [("#d1342f", "#8c8c8c"), ("#dc6763", "#a9a9a9"), ("#9d2723", "#696969"), ("#e39490", "#c0c0c0")]
+    for rate, (color, gray) in zip(rates, colors, strict=False):
         chosen.append(Method(f"DG-K {rate:.0%}", color, "-", gate={"rate": rate}))
-        chosen.append(Method(f"random {rate:.0%}", color, ":", gate={"rate": rate, "priority": "uniform"}))
+        chosen.append(Method(f"random {rate:.0%}", gray, ":", gate={"rate": rate, "priority": "uniform"}))
     return chosen
 
 

@@ -56,13 +56,15 @@ class Method(NamedTuple):
 
 
 def methods(rates: list[float], batch: int) -> list[Method]:
-    chosen = [Method("full", "black", "-", batch)]
-    for rate, color in zip(rates, ("tab:red", "tab:blue", "tab:orange", "tab:green"), strict=False):
+    chosen = [Method("full", "#222222", "-", batch)]
+    colors = [("#dc6763", "#a9a9a9", "#a17cd3"), ("#d1342f", "#8c8c8c", "#8250c4")]
+    colors += [("#e39490", "#c0c0c0", "#bda3e0"), ("#9d2723", "#696969", "#623c93")]
+    for rate, (color, gray, purple) in zip(rates, colors, strict=False):
         # normalize="kept": a mean over the kept rows, as in a small batch, so that clipping treats all alike.
         gate, name = {"rate": rate, "normalize": "kept"}, f"delight {rate:.0%}"
         chosen.append(Method(name, color, "-", batch, gate))
-        chosen.append(Method(f"random {rate:.0%}", color, ":", batch, {**gate, "priority": "uniform"}))
-        chosen.append(Method(f"small batch {rate:.0%}", color, "--", max(1, round(rate * batch)), like=name))
+        chosen.append(Method(f"random {rate:.0%}", gray, ":", batch, {**gate, "priority": "uniform"}))
+        chosen.append(Method(f"small batch {rate:.0%}", purple, "--", max(1, round(rate * batch)), like=name))
     return chosen
 
 

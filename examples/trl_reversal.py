@@ -61,10 +61,10 @@ class Run:
 
 def methods(rate: float) -> list[Method]:
     return [
-        Method("all rows", "tab:blue"),
-        Method(f"gated {rate:.0%}", "tab:red", {"rate": rate}),
-        Method(f"random {rate:.0%}", "tab:gray", {"rate": rate, "priority": "uniform"}),
-        Method(f"screen-first {rate:.0%}", "tab:orange", {"rate": rate}, ScreenFirst),
+        Method("all rows", "#222222"),
+        Method(f"gated {rate:.0%}", "#dc6763", {"rate": rate}),
+        Method(f"random {rate:.0%}", "#a9a9a9", {"rate": rate, "priority": "uniform"}),
+        Method(f"screen-first {rate:.0%}", "#48a785", {"rate": rate}, ScreenFirst),
     ]
 
 
@@ -199,7 +199,7 @@ def table(runs: dict[str, list[Run]], last: int) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, runs: dict[str, list[Run]], chosen: list[Method], head: str) -> None:
+def write(folder: Path, runs: dict[str, list[Run]], head: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "trl_reversal.csv").open("w", newline="") as file:
         file.write(f"# {head}\n")
@@ -209,6 +209,9 @@ def write(folder: Path, runs: dict[str, list[Run]], chosen: list[Method], head: 
             for seed, run in enumerate(each):
                 for step, (value, clock) in enumerate(zip(run.rewards, run.clock, strict=True), 1):
                     writer.writerow([name, seed, step, f"{value:.4f}", f"{clock:.3f}"])
+
+
+def draw(path: Path, runs: dict[str, list[Run]], chosen: list[Method]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for method in chosen:
         each = runs[method.name]
@@ -226,7 +229,7 @@ def write(folder: Path, runs: dict[str, list[Run]], chosen: list[Method], head: 
         axis.grid(alpha=0.3)
     figure.suptitle("Token reversal, GRPO, an unmodified trl.GRPOTrainer")
     figure.tight_layout()
-    figure.savefig(folder / "trl_reversal.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -263,7 +266,8 @@ def main() -> None:
         f"| torch {torch.__version__} | {device}"
     )
     print(head, table(runs, max(1, args.steps // 10)), sep="\n")
-    write(args.out, runs, chosen, head)
+    write(args.out, runs, head)
+    draw(args.out / "trl_reversal.png", runs, chosen)
     print(f"wrote {args.out / 'trl_reversal.csv'} and {args.out / 'trl_reversal.png'}")
 
 

@@ -77,9 +77,9 @@ def gated(
                 loss.backward()
                 optimizer.step(); optimizer.zero_grad()
 
-    Each call of the model runs without a graph; the loss code runs as it is; every sample is scored by its
-    delight, and the kept samples alone run again, with a graph. The gradient is exactly that of the same loss
-    with the dropped samples' terms multiplied by zero, and with the user's own denominators. A dropped sample
+    Each call of the model runs without a graph. The loss code runs as it is. A rule gives every sample a factor, and
+    the kept samples alone run again, with a graph. The gradient is exactly that of the same loss with each sample's
+    terms multiplied by its factor, zero where it was dropped, and with the user's own denominators. A dropped sample
     loses all of its terms, its value loss and entropy bonus too.
 
     Args:
@@ -88,10 +88,11 @@ def gated(
             "lossless" drops exactly the samples without a gradient; "auto" draws as ``noise`` does, as many as pay.
             0.03 if nothing else says how many are kept.
         price: keep samples of more delight than this, in advantage x nats, instead of a rate.
-        noise: instead, draw the fewest samples that bound the noise of the gradient, and weigh them: unbiased.
-        rule: instead, a function of :class:`Rows` that gives each sample a factor, 0 to drop it.
+        noise: instead of a rate, draw the fewest samples that add no more noise than this, and weigh them. The
+            gradient stays right on average.
+        rule: instead of a rate, a function of :class:`Rows` that gives each sample a factor, 0 to drop it.
         priority, groups, temperature, hard, deterministic, unit, reduction, history, weight, unbiased, normalize, seed:
-            see :class:`SelectionConfig`; which rule is for what stands in docs/rules.md.
+            see :class:`SelectionConfig`. docs/choose.md says which rule is for what.
         warmup_steps: backwards that pass straight through at first.
         enabled: False, or ``KONDO_DISABLE=1`` in the environment, makes the context do nothing.
         method: gate this method instead of the call, e.g. "get_action_and_value"; or an attribute of another object
@@ -100,12 +101,13 @@ def gated(
         logp, logits, probs: the output that holds the policy, where the gate cannot tell: a field name, an
             index, or a function of the model's output. At most one.
         batch_dim: axis of the inputs and outputs that holds the samples.
-        segments: where rows hold many texts, which then are the samples: the input that tells where they begin, or a
-            function of the call's arguments that gives their lengths. By default known by its name (``position_ids``
-            that start again, ``cu_seqlens``, ``seq_lens``, ``seq_idx``, a block mask); False: rows are the samples.
-        sequences: where rows are the steps of sequences, (n * T, F) with a recurrent state of (layers, n, H), which
-            then are the samples: a function of the call's arguments that gives n. By default the state tells; False:
-            rows are the samples.
+        segments: for rows that hold many texts. The texts then are the samples. It names the input that tells where
+            they begin, or is a function of the call's arguments that gives their lengths. By default the input is
+            known by its name (``position_ids`` that start again, ``cu_seqlens``, ``seq_lens``, ``seq_idx``, a block
+            mask). False: rows are the samples.
+        sequences: for rows that are the steps of sequences, (n * T, F) with a recurrent state of (layers, n, H). The
+            sequences then are the samples. It is a function of the call's arguments that gives n. By default the state
+            tells. False: rows are the samples.
         pairs: row i and the row half a batch below it are one sample, kept or dropped as one: chosen and rejected
             answers, as DPO concatenates them. By default so in TRL's ``DPOTrainer``, ``CPOTrainer`` and
             ``ORPOTrainer``, and nowhere else.
@@ -121,18 +123,29 @@ def gated(
         balance: with ``scope="global"``, move kept rows between ranks so that each replays as many, within one.
         micro_batch_size: most rows in one pass of the replay; by default all kept rows are one pass.
         tensor_parallel_group: process group of the ranks that see the same rows as this one; they share its decisions.
-
         tolerance: how far a kept row's output may differ between screen and replay, relative to the largest in its
             column; by default it goes by the type (1e-10 in float64, 1e-4 in float32, 8e-2 in bfloat16), and a control
             run decides beyond it whether that is rounding.
-        audit: at the first decision of each structure of calls, and every so many decisions, some rows are run alone
-            and in the company of others, and the parameters' gradients compared: rows may be tied where the outputs do
-            not show it. None is the first decision alone, 0 is never.
+        audit: how many decisions apart to look for rows that are tied where the outputs do not show it. Some rows are
+            run alone and in the company of others, and the parameters' gradients are compared. None: at the first
+            decision of each structure of calls alone. 0: never.
 
     Raises:
         ValueError, TypeError: on an argument that cannot be right, naming it.
 
     Source: Osband 2026, "Does This Gradient Spark Joy?", arXiv 2603.20526.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, noise=0.5) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.rows, gate.stats.kept < 20, model.weight.grad.shape
+        (20, True, torch.Size([4, 8]))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -5,23 +5,78 @@ import warnings
 
 
 class DelightError(RuntimeError):
-    """Delight cannot be known from what the gate saw; the message says what to name."""
+    """Delight cannot be known from what the gate saw; the message says what to name.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> model, x = torch.nn.Linear(8, 4), torch.randn(6, 8)
+        >>> with kondo.gated(model, rate=0.5):  # a regression has no policy
+        ...     model(x).pow(2).mean().backward()
+        Traceback (most recent call last):
+        ...
+        kondo_hooks.errors.DelightError: ...
+    """
 
 
 class PackError(RuntimeError):
-    """Rows hold many texts, and the gate cannot cut them into these; the message says why."""
+    """Rows hold many texts, and the gate cannot cut them into these; the message says why.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> class Pooled(torch.nn.Embedding):
+        ...     def forward(self, ids, position_ids):
+        ...         return super().forward(ids).mean(1)  # one value for both texts
+        >>> model, ids, positions = Pooled(9, 4), torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+        >>> with kondo.gated(model, noise=0.5):
+        ...     model(ids, position_ids=positions).pow(2).sum().backward()
+        Traceback (most recent call last):
+        ...
+        kondo_hooks.errors.PackError: ...
+    """
 
 
 class PrefixError(RuntimeError):
-    """With ``unit="prefix"``: the rows of this model cannot be cut after their last kept position."""
+    """With ``unit="prefix"``: the rows of this model cannot be cut after their last kept position.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> class LooksAhead(torch.nn.Embedding):
+        ...     def forward(self, ids):
+        ...         return super().forward(ids).flip(1).cumsum(1).flip(1)
+        >>> model, ids = LooksAhead(9, 4), torch.randint(0, 9, (6, 8))
+        >>> with kondo.gated(model, noise=0.5, unit="prefix"):
+        ...     (-model(ids).log_softmax(-1)[..., 0] * torch.randn(6, 1)).mean().backward()
+        Traceback (most recent call last):
+        ...
+        kondo_hooks.errors.PrefixError: ...
+    """
 
 
 class ReplayMismatchError(RuntimeError):
-    """The replay of the kept rows did not reproduce what the screen returned for them."""
+    """The replay of the kept rows did not reproduce what the screen returned for them.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> class Centred(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x - x.mean(0))  # a row's output depends on the others
+        >>> model, x = Centred(8, 4), torch.randn(6, 8)
+        >>> with kondo.gated(model, rate=0.5):
+        ...     (-model(x).log_softmax(-1)[:, 0] * torch.randn(6)).mean().backward()
+        Traceback (most recent call last):
+        ...
+        kondo_hooks.errors.ReplayMismatchError: ...
+    """
 
 
 class RankError(RuntimeError):
-    """Another rank could not take its step; the message names it and says why."""
+    """Another rank could not take its step; the message names it and says why.
+
+    Examples:
+        >>> import kondo_hooks as kondo
+        >>> issubclass(kondo.RankError, RuntimeError)  # raised on every rank but the one that failed
+        True
+    """
 
 
 def no_batch_axis(path: str, batch: int) -> str:
@@ -105,9 +160,9 @@ def failed_replay(call: str, rows: int, batch: int, error: Exception) -> str:
     """
     return (
         f"gated: the gate's replay of {rows} of {batch} rows of {call} failed in the model: {type(error).__name__}: "
-        f"{str(error).rstrip('.')}. If an input has no batch axis, call it on a batch, x[None] (x.unsqueeze(0)); if "
-        "rows that belong together are regrouped in the model (the steps of a recurrent sequence), make a sequence one "
-        "row, (sequences, T, ...); if rows are on another axis, name it with batch_dim=. No gradient was changed."
+        f"{str(error).rstrip('.')}. Has an input no batch axis? Call the model on a batch, x[None] (x.unsqueeze(0)). "
+        "Are rows regrouped in the model (the steps of a recurrent sequence)? Make a sequence one row, "
+        "(sequences, T, ...). Are rows on another axis? Name it with batch_dim=. No gradient was changed."
     )
 
 
@@ -138,7 +193,13 @@ def unknown_positions(output: str, shape: tuple[int, ...], by_row: bool) -> str:
 
 
 class KondoWarning(UserWarning):
-    """Something that the gate does, or cannot do, that the user should know of."""
+    """Something that the gate does, or cannot do, that the user should know of.
+
+    Examples:
+        >>> import warnings, kondo_hooks as kondo
+        >>> warnings.simplefilter("error", kondo.KondoWarning)  # stop where the gate would only warn
+        >>> warnings.resetwarnings()
+    """
 
 
 class WarnOnce:

@@ -30,6 +30,11 @@ class KondoGateConfig:
         temperature: softness of the stochastic and soft gates, > 0.
         hard: binary gate; False weights by ``sigmoid((delight - price) / temperature)``.
         deterministic: exact top-k; False draws a Bernoulli gate. Only with ``hard=True``.
+
+    Examples:
+        >>> import kondo_hooks as kondo
+        >>> kondo.KondoGateConfig(gate_rate=None, price=0.0).hard
+        True
     """
 
     gate_rate: float | None = 0.3
@@ -51,6 +56,12 @@ class KondoGateOutput:
         actual_gate_rate: mean gate, a scalar tensor.
         gated_policy_loss: scalar loss, only from ``KondoGate.forward``.
         action_log_probs: log-probs of the actions taken, only from ``KondoGate.forward``.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> log_probs, advantages = torch.tensor([-0.5, -2.0, -1.0]), torch.ones(3)
+        >>> kondo.KondoGate(kondo.KondoGateConfig(gate_rate=0.5)).compute_gate(log_probs, advantages).delight
+        tensor([0.5000, 2.0000, 1.0000])
     """
 
     gate_weights: Tensor
@@ -67,6 +78,13 @@ class KondoGate(nn.Module):
 
     The gate only weights the loss: to skip the dropped samples' work, use :func:`kondo_hooks.gated`.
     Random draws of the Bernoulli gate come from the gate's own generator, seeded with ``seed``.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> log_probs, advantages = torch.tensor([-0.5, -2.0, -1.0]), torch.ones(3)
+        >>> gate = kondo.KondoGate(kondo.KondoGateConfig(gate_rate=None, price=0.8))
+        >>> gate.compute_gate(log_probs, advantages).gate_weights
+        tensor([0., 1., 1.])
     """
 
     def __init__(self, config: KondoGateConfig | None = None, *, seed: int = 0):
@@ -171,7 +189,14 @@ def action_log_probs(logits: Tensor, actions: Tensor) -> Tensor:
 
 
 def pg_loss(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
-    """REINFORCE: ``-mean(advantage * log pi(a))``; logits (..., V), actions and advantages (...)."""
+    """REINFORCE: ``-mean(advantage * log pi(a))``; logits (..., V), actions and advantages (...).
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> logits, actions, advantages = torch.zeros(2, 4), torch.tensor([0, 3]), torch.ones(2)
+        >>> kondo.pg_loss(logits, actions, advantages)  # log 4
+        tensor(1.3863)
+    """
     return -(action_log_probs(logits, actions) * advantages.detach()).mean()
 
 
@@ -179,6 +204,13 @@ def dg_loss(logits: Tensor, actions: Tensor, advantages: Tensor, eta: float = 1.
     """Delightful policy gradient (arXiv 2603.14608): each sample weighted by ``sigmoid(delight / eta)``.
 
     Returns the scalar loss and the weights, which carry no graph.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> logits, actions, advantages = torch.zeros(2, 4), torch.tensor([0, 3]), torch.ones(2)
+        >>> loss, weights = kondo.dg_loss(logits, actions, advantages)
+        >>> weights
+        tensor([0.8000, 0.8000])
     """
     logp = action_log_probs(logits, actions)
     weights = torch.sigmoid(advantages.detach() * -logp.detach() / eta)
@@ -186,7 +218,13 @@ def dg_loss(logits: Tensor, actions: Tensor, advantages: Tensor, eta: float = 1.
 
 
 def expected_confidence_baseline(probs: Tensor) -> Tensor:
-    """The baseline ``b = sum_a pi(a)^2`` of the MNIST bandit; probs (..., A) to (...)."""
+    """The baseline ``b = sum_a pi(a)^2`` of the MNIST bandit; probs (..., A) to (...).
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> kondo.expected_confidence_baseline(torch.tensor([0.5, 0.5]))
+        tensor(0.5000)
+    """
     return (probs**2).sum(dim=-1)
 
 
@@ -199,6 +237,17 @@ class KondoTrainer:
         temperature, price, hard, deterministic: as in :class:`KondoGateConfig`.
         lr: of the Adam optimizer that is made when ``optimizer`` is None.
         optimizer: of the model's parameters.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> from types import SimpleNamespace
+        >>> class Model(torch.nn.Embedding):
+        ...     def forward(self, input_ids, attention_mask=None):
+        ...         return SimpleNamespace(logits=super().forward(input_ids))
+        >>> ids, advantages = torch.randint(0, 9, (8, 5)), torch.randn(8, 1).expand(8, 5)
+        >>> told = kondo.KondoTrainer(Model(9, 9), gate_rate=0.25).step(ids, ids, advantages, torch.ones(8, 5))
+        >>> told["rows_forwarded"]
+        2
     """
 
     def __init__(

@@ -48,6 +48,22 @@ class Gated:
     Attributes:
         model: what is gated.
         enabled: False if it was switched off, by argument or by the environment.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rate=0.1) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.last.kept.shape, gate.stats.forwarded
+        (torch.Size([2]), 2)
+        >>> with gate:  # a gate may be entered again, and counts on
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.steps
+        2
     """
 
     def __init__(
@@ -260,7 +276,20 @@ class Gated:
         return f"Gated({type(self.model).__name__}, {self._selector.config.told()}, {state}, {self.stats})"
 
     def report(self) -> None:
-        """Print what was saved and what it cost: rows, noise, seconds, and which rule would cost least."""
+        """Print what was saved and what it cost: rows, noise, seconds, and which rule would cost least.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> with kondo.gated(model, noise=0.5) as gate:
+            ...     loss(model(obs)).backward()
+            >>> gate.report()  # doctest: +ELLIPSIS
+            kondo.gated, noise=0.5: 1 steps, 20 samples, ...
+        """
         print(report(self._selector.config.told(), self.stats, self.last))
 
     # What a host says.
@@ -316,12 +345,12 @@ class Gated:
 
         Args:
             logp: (B,) or (B, T) log-probs of the actions, from the sampler, say; of packed rows, of each text.
-            advantages: (B,) or (B, T).
+            advantages: (B,) or (B, T), one for each row or each of its tokens.
             mask: (B,) or (B, T), nonzero where a token counts.
-            delight: (B,), or (B, T) with ``unit="token"``, instead of the three above.
-            norm: (B,), or (B, T) with ``unit="token"``, how large each gradient is, instead: for rules that draw by it.
-                From log-probs it is ``|advantage| * sqrt(sum_t (1 - pi)^2)``, the norm at the logits but for what the
-                other actions add.
+            delight: (B,), or (B, T) with ``unit="token"``. Give it instead of the three above.
+            norm: (B,), or (B, T) with ``unit="token"``: how large each gradient is, for rules that draw by it. Give it
+                instead of log-probs, from which it is ``|advantage| * sqrt(sum_t (1 - pi)^2)``: the norm at the logits
+                but for what the other actions add.
             kept: (B,) the rows to keep as they were decided by :meth:`select`, instead of all of these: True or False,
                 or the factors of a decision.
 
@@ -330,6 +359,20 @@ class Gated:
 
         Raises:
             ValueError: on missing arguments, shapes that do not fit, NaN or infinity.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> old = model(obs).detach().log_softmax(-1)[torch.arange(20), actions]
+            >>> with kondo.gated(model, rate=0.1) as gate:
+            ...     decision = gate.preselect(logp=old, advantages=u)
+            ...     loss(model(obs)).backward()  # the model runs two rows
+            >>> decision.kept.shape
+            torch.Size([2])
         """
         if self._forward.pairs:
             raise ValueError("preselect: pairs=True is for rows that the gate screens itself; it takes single rows")
@@ -375,6 +418,23 @@ class Gated:
         """Decide on rows that the model will get in several calls: give each its share by ``preselect(kept=...)``.
 
         Arguments, units and errors are those of :meth:`preselect`.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> old = model(obs).detach().log_softmax(-1)[torch.arange(20), actions]
+            >>> with kondo.gated(model, rate=0.1) as gate:
+            ...     factors = gate.select(logp=old, advantages=u).factors()
+            ...     for half in (slice(0, 10), slice(10, 20)):
+            ...         _ = gate.preselect(kept=factors[half])
+            ...         logp = model(obs[half]).log_softmax(-1)[torch.arange(10), actions[half]]
+            ...         (-(logp * u[half]).sum() / 20).backward()
+            >>> int((factors > 0).sum())
+            2
         """
         signal = self._signal("select", logp, advantages, mask, delight, norm)
         if self._forward.passes_through() or not self.enabled:
@@ -455,6 +515,20 @@ class Gated:
 
         Use it where the gate cannot see the policy (a density written out, a compiled loss) or where the log-prob also
         stands in a KL term: marked inside the policy-gradient term alone, delight is that term's alone.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> chosen = torch.nn.functional.one_hot(actions, 4)
+            >>> with kondo.gated(model, rate=0.1) as gate:
+            ...     log_probs = gate.logp((model(obs).log_softmax(-1) * chosen).sum(-1))
+            ...     (-(log_probs * u).mean()).backward()
+            >>> gate.stats.kept
+            2
         """
         if self._detach is None or not torch.is_grad_enabled():
             return log_probs
@@ -478,7 +552,24 @@ class Gated:
         return marked
 
     def force(self, rows: Tensor) -> None:
-        """Keep these samples of the next population, whatever their delight: a bool mask, or indices."""
+        """Keep these samples of the next population, whatever the rule says.
+
+        Args:
+            rows: a bool mask (N,), or indices.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> with kondo.gated(model, rate=0.1) as gate:
+            ...     gate.force(torch.tensor([7]))
+            ...     loss(model(obs)).backward()
+            >>> 7 in gate.last.kept
+            True
+        """
         if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
             raise ValueError("force: give a bool mask or integer indices, as a tensor")
         self._step.forced = rows.detach().flatten()
@@ -488,6 +579,19 @@ class Gated:
 
         Args:
             ids: (N,) integers, alike for rows of one group.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> with kondo.gated(model, rule=kondo.rules.cppo(0.25)) as gate:
+            ...     gate.groups(torch.arange(20) % 5)  # five prompts, four answers to each
+            ...     loss(model(obs)).backward()
+            >>> gate.stats.kept
+            5
         """
         if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
             raise ValueError("groups: give one integer a row, as a tensor of shape (N,)")
@@ -499,15 +603,43 @@ class Gated:
         """Decide and replay what waits now; returns how many calls that were.
 
         With ``window=1`` the end of every backward does it. On several ranks, all of them must call it.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> with kondo.gated(model, rate=0.1, window=4) as gate:
+            ...     loss(model(obs)).backward()
+            ...     loss(model(obs)).backward()
+            ...     gate.flush()  # two backwards of four: decide now
+            2
         """
         return self._step.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """History, generator and counters: a run that loads them takes the same decisions."""
+        """History, generator and counters: a run that loads them takes the same decisions.
+
+        Examples:
+            >>> import torch, kondo_hooks as kondo
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(8, 4)
+            >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+            >>> def loss(logits):
+            ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+            >>> with kondo.gated(model, noise=0.5) as gate:
+            ...     loss(model(obs)).backward()
+            >>> resumed = kondo.gated(model, noise=0.5).discard()
+            >>> resumed.load_state_dict(gate.state_dict())
+            >>> resumed.stats.steps
+            1
+        """
         return {"selector": self._selector.state_dict(), "stats": dict(vars(self.stats))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken."""
+        """Go on from what :meth:`state_dict` returned: history, generator and counters."""
         self._selector.load_state_dict(state["selector"])
         self._step.shared.stats = Stats(**state["stats"])
 

@@ -18,22 +18,36 @@ class Stats:
         kept: samples kept.
         forwarded: rows run with a graph. Above the kept rows where a whole batch had to be replayed.
         rows_screened: rows that ``forwarded`` is to be compared with.
-        price: of the last decision, in advantage x nats.
+        price: the price of the last decision, in advantage x nats.
         decided: samples decided on, so without those that passed straight through.
         decided_kept: samples kept of these.
-        without_gradient: of the last decision, fraction of the samples that have no gradient, where the rule asks.
-        noise: of the last draw, ``sum n^2 / p`` over ``sum n^2``, less one: what it adds to the second moment of the
-            gradient at the model's outputs.
-        largest_factor: of the last decision, on a kept sample's gradient.
-        seconds_screen: of a gated step beside its replay: calls of the model, and what the gate adds.
-        seconds_replay: of the replay of as many rows as the last decision kept.
-        seconds_ungated: of the calls and the backward of a step that passed straight through.
+        without_gradient: fraction of the samples of the last decision that have no gradient, where the rule asks.
+        noise: what the last draw added to the second moment of the gradient at the model's outputs, relative to it:
+            ``sum n^2 / p`` over ``sum n^2``, less one.
+        largest_factor: the largest factor on a kept sample's gradient in the last decision.
+        seconds_screen: what a gated step takes beside its replay: calls of the model, and what the gate adds.
+        seconds_replay: what the replay takes of as many rows as the last decision kept.
+        seconds_ungated: what the calls and the backward take in a step that passed straight through.
         sum_delight: total delight of the samples decided on, advantage x nats.
         sum_delight_kept: total delight of the samples kept of these.
         waiting_bytes: most bytes that rows waiting for their window held.
         imbalance: with ``scope="global"``, the busiest rank's kept rows over the ranks' mean, at the last decision; 1
             is even.
         imbalance_balanced: the same of the rows that ranks replayed, after ``balance=True`` moved some.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rate=0.1) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.rows, gate.stats.kept, gate.stats.rate
+        (20, 2, 0.1)
+        >>> sorted(gate.stats.metrics(kondo.Stats()))[:2]
+        ['kondo/delight_dropped', 'kondo/delight_kept']
     """
 
     steps: int = 0

@@ -266,3 +266,10 @@ def test_what_a_loss_raises_later_is_raised():
 def test_a_frozen_model_is_named():
     with pytest.raises(ValueError, match=r"is everything frozen\?"):
         kondo.check(nn.Linear(4, 2).requires_grad_(False), torch.randn(16, 4))
+
+
+@pytest.mark.filterwarnings("error::kondo_hooks.KondoWarning")
+def test_it_warns_of_nothing_where_all_is_well():
+    model, x, mask, u = Policy(), torch.randn(12, 5), torch.ones(5), torch.randn(12)
+    loss = policy_loss(u)
+    assert kondo.check(model, x, mask, loss=loss).problem is None

@@ -14,6 +14,7 @@ import torch
 from tests.test_examples import ROOT, run
 
 RESULTS = ROOT / "benchmarks" / "results"
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 SCRIPTS = {
     "reversal": ["reversal", "reversal_init", "reversal_rules", "reversal_difficulty"],
     "bandit": ["bandit", "bandit_rules"],
@@ -151,10 +152,9 @@ def test_committed_picture_is_that_of_the_committed_files(script, drawn):
 
 @pytest.mark.slow
 def test_tables_of_the_evidence_are_those_of_the_committed_files(drawn):
-    text = (ROOT / "docs" / "evidence.md").read_text()
-    tables = [block.partition("```")[0].strip("\n").splitlines() for block in text.split("```\n")[1::2]]
-    tables = [lines for lines in tables if not lines[0].startswith("python ")]
-    assert len(tables) >= 8
+    pages = [(ROOT / "docs" / "evidence" / f"{script}.md").read_text() for script in SCRIPTS]
+    tables = [block.strip("\n").splitlines() for text in pages for block in text.split("```\n")[1::2]]
+    assert len(tables) >= 20
     printed = [block.strip("\n").splitlines() for output in drawn[1].values() for block in output.split("\n\n")]
     by_title = {lines[0].strip(): {line.rstrip() for line in lines} for lines in printed}
     for title, *lines in tables:
@@ -162,7 +162,7 @@ def test_tables_of_the_evidence_are_those_of_the_committed_files(drawn):
 
 
 SECONDS = {
-    "the MLP above, batch 100 (10%)": ("bandit", "MLP 100, batch 100", 0.1),
+    "MLP 784-100-100-10, batch 100 (10%)": ("bandit", "MLP 100, batch 100", 0.1),
     "MLP 784-100-100-10, batch 1,000 (10%)": ("bandit", "MLP 100, batch 1000", 0.1),
     "MLP 784-512-512-10, batch 1,000 (10%)": ("bandit", "MLP 512, batch 1000", 0.1),
     "the same (8%)": ("bandit", "MLP 512, batch 1000", 0.08),
@@ -172,9 +172,9 @@ SECONDS = {
 }
 
 
-def test_seconds_in_the_readme_are_those_of_the_committed_files(scripts):
+def test_seconds_of_the_summary_are_those_of_the_committed_files(scripts):
     record, reversal = scripts("record"), scripts("reversal")
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    lines = [line for line in EVIDENCE.splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     head = next(row for row in table if row[:2] == ["", "PG"])
     told = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in table if row[0] in SECONDS}
@@ -353,9 +353,9 @@ PPO = {
 }
 
 
-def test_returns_in_the_readme_are_those_of_the_committed_files(scripts):
+def test_returns_of_the_summary_are_those_of_the_committed_files(scripts):
     ppo, record = scripts("ppo"), scripts("record")
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    lines = EVIDENCE[EVIDENCE.index("| | pole cart") :].partition("\n\n")[0].splitlines()
     told = [[cell.strip().strip("*") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     rows = {row[0]: row[1:] for row in told if row[0] in PPO and len(row) == 5}
     assert rows.keys() == PPO.keys()
@@ -379,11 +379,11 @@ PRETRAINED = {
 }
 
 
-def test_what_the_readme_says_of_pre_trained_policies_is_in_the_committed_file(scripts):
+def test_what_the_summary_says_of_pre_trained_policies_is_in_the_committed_file(scripts):
     pretrained, record = scripts("pretrained"), scripts("record")
     runs = record.read(RESULTS / "pretrained.csv")
     table = pretrained.table(runs).set_index("method")
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    lines = [line for line in EVIDENCE.splitlines() if line.startswith("|")]
     told = [[cell.strip().strip("*") for cell in line.split("|")[1:-1]] for line in lines]
     rows = {row[0]: row[1:] for row in told if row[0] in PRETRAINED and len(row) == 6}
     assert rows.keys() == PRETRAINED.keys()
@@ -393,3 +393,74 @@ def test_what_the_readme_says_of_pre_trained_policies_is_in_the_committed_file(s
         costs = of_method["cost at 0"].split(" / ")
         misses = of_method["steps to half"].startswith("misses")
         assert rows[name] == [*expected, of_method.kept, *(["misses"] * 2 if misses else [costs[0], costs[-1]])], name
+
+
+def rows_of(head):
+    """The rows of the table of the summary whose first line begins so: {first cell: the others}."""
+    table = EVIDENCE[EVIDENCE.index(head) :].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    return {row[0]: [float(cell) for cell in row[1:]] for row in cells}
+
+
+METHODS = {
+    "PG, all rows": "PG",
+    "DG, all rows": "DG",
+    "delight 3%": "DG-K 3%",
+    "delight 10%": "DG-K 10%",
+    "`price=0`": "DG-K price 0",
+    "`noise=0.5`": "noise 0.5",
+    '`rate="auto"`': "auto",
+    "random rows 10%": "random 10%",
+}
+
+
+def test_vocabularies_of_the_summary_are_those_of_the_committed_file(record):
+    frame = record.read(RESULTS / "robustness_vocabulary.csv")
+    last = frame.groupby(["method", "tokens", "seed"]).error.last().groupby(["method", "tokens"]).mean()
+    told = rows_of("| | 2 tokens")
+    assert told.keys() == METHODS.keys()
+    for name, values in told.items():
+        assert values == [round(100 * last[METHODS[name], tokens], 1) for tokens in (2, 8, 32)], name
+
+
+def test_gambling_of_the_summary_is_that_of_the_committed_file(record):
+    frame = record.read(RESULTS / "robustness_gambling.csv")
+    frame = frame[frame.noisy == "one arm"]
+    last = frame.groupby(["method", "noise", "seed"]).gambles.last().groupby(["method", "noise"]).mean()
+    for name, values in rows_of("| | 0 | 1 |").items():
+        assert values == [round(100 * last[METHODS[name], noise], 1) for noise in (0, 1, 3, 10)], name
+
+
+def test_steps_of_the_summary_are_those_of_the_committed_files(scripts, record):
+    told = rows_of("| | one line | decided")
+    names = ["gated, 3%", "gated screen-first, 3%", "kondo-gate 0.1.0, 3%"]
+    for model, step in record.read(RESULTS / "step.csv").groupby("model"):
+        (values,) = [values for name, values in told.items() if name.split(",")[0] == model.split(",")[0]]
+        assert np.allclose(values, step.set_index("step").of_full[names], atol=0.00501), model
+    turns = record.read(RESULTS / "llm.csv").assign(all=lambda turns: turns.learner + turns.generation)
+    turns, names = turns[turns.setting == "batch"], ["windowed, 3%", "screen-first, 3%", "kondo-gate 0.1.0, 3%"]
+    for name, phase in (("GRPO step, learner", "learner"), ("GRPO step, with generation", "all")):
+        ratio = scripts("llm").ratios(turns, phase, "full step").median()
+        assert np.allclose(told[name], ratio[names], atol=0.00501), name
+
+
+def test_the_summary_has_few_tables():
+    assert EVIDENCE.count("\n|---") <= 8
+
+
+@pytest.mark.parametrize("name", ["mnist_bandit", "trl_reversal", "trainer_sft"])
+def test_examples_draw_a_method_in_the_colour_that_it_has_elsewhere(scripts, monkeypatch, name):
+    color = scripts("style").color
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module(name)
+    arguments = {"mnist_bandit": ([0.03, 0.1],), "trl_reversal": (0.1,), "trainer_sft": ([0.1], 40)}[name]
+    assert [method.color for method in example.methods(*arguments)] == [
+        color(method.name) for method in example.methods(*arguments)
+    ]
+
+
+def test_a_kind_of_method_has_one_hue_and_an_unknown_one_is_refused(scripts):
+    color = scripts("style").color
+    assert color("DG-K 3%") == color("delight 3%") == color("gated 3%, first") != color("DG-K 10%") != color("DG")
+    with pytest.raises(ValueError, match="has no colour"):
+        color("something new")

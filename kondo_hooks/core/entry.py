@@ -106,10 +106,10 @@ class Entry:
             if grad is not None and (grad is not old or version != old_version):
                 self.shared.warn(
                     "past",
-                    f"gated: between a gated call and its own backward another one gave {name} a gradient, past the "
-                    "gate and so from all rows. Does the loss code run a part of the model itself, on outputs that it "
-                    "detaches (a head in chunks)? Gate what does both, with method=, or leave the chunks away; after "
-                    "gate.preselect() mask the dropped rows' terms. (A penalty on parameters alone does no harm.)",
+                    f"gated: between a gated call and its own backward another one gave {name} a gradient. It went "
+                    "past the gate, so it is that of all rows. Does the loss code run a part of the model itself, on "
+                    "detached outputs (a head in chunks)? Gate both with method=, or leave the chunks away. After "
+                    "gate.preselect(), mask the dropped rows' terms. (A penalty on parameters alone does no harm.)",
                 )
                 return
 

@@ -210,9 +210,9 @@ class Reader:
         self.shared.warn(
             "single",
             f"gated: a backward here is one row, {arrivals[0].call.described()}, and of one row the gate always keeps "
-            "it: nothing is saved. Texts that are packed into one row, (1, total), are one to the gate where it does "
-            "not know what tells them apart: say it (segments=), or give each a row of its own, (B, T), padded; where "
-            "a step is several backwards, window=N chooses among their rows.",
+            "it: nothing is saved. If texts are packed into that row, (1, total), say what tells them apart "
+            "(segments=), or pad each to a row of its own, (B, T). If a step is several backwards, window=N chooses "
+            "among their rows.",
         )
 
 

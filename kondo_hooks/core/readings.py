@@ -56,9 +56,9 @@ class Learned:
         self.warn(
             "ambiguous",
             f"gated: which axis of the input {call.input_name(i)} {tuple(call.inputs[i].shape)} holds the rows, if "
-            f"any, cannot be told: {call.batch} rows come out alike by two readings (a path that is zero at first?). "
-            "All rows are replayed until it can, which is exact and saves nothing. A batch of another size tells, and "
-            "so does leaving the input out where it is not used.",
+            f"any, cannot be told: two readings give the same {call.batch} rows (a path that is zero at first?). All "
+            "rows are replayed until it can, which is exact and saves nothing. Call the model on a batch of another "
+            "size, or leave the input out where it is not used.",
         )
 
     def waits(self, call: Call) -> bool:

@@ -213,21 +213,19 @@ def _message(group: list[Part], compared: _Compared) -> str:
             f"gated: replaying {sum(part.samples for part in group)} texts of packed rows changed "
             f"{name_of(group[0].call, compared.i)} by up to {float(compared.apart[worst]):.3g}: texts of one row see "
             "each other, or the model is not deterministic. Mask attention across texts (transformers does so by "
-            "position_ids alone: without an attention_mask, and with use_cache=False), keep one text a row, or say "
-            "segments=False if these are no texts and rows are the samples. No gradient was changed."
+            "position_ids alone: without an attention_mask, and with use_cache=False), or keep one text a row. If "
+            "these are no texts and rows are the samples, say segments=False. No gradient was changed."
         )
     return (
         f"gated: replaying {sum(map(len, group))} of {sum(p.call.batch for p in group)} rows changed "
         f"{name_of(group[0].call, compared.i)} by up to {float(compared.apart[worst]):.3g} (its largest value is "
-        f"{float(compared.measure[worst]):.3g}): in this model "
+        f"{float(compared.measure[worst]):.3g}). In this model "
         + ("later positions matter to earlier ones, or " if any(part.is_cut for part in group) else "")
         + "a row's output depends on the other rows of the batch, "
-        "or the model is not deterministic. Likely: normalisation or attention over the batch axis, state that a "
-        "forward updates, randomness from outside torch, inputs that the gate cannot cut into rows, "
-        "rows of different lengths packed into one batch for a model that does not mask what "
-        "is padded, or a batch axis that is not the first one (then name it with batch_dim=). Make the layer work row "
-        "by row, or gate a part of the model that does; tolerance= allows more rounding. "
-        "No gradient was changed."
+        "or the model is not deterministic. Look for normalisation or attention over the batch axis, state that a "
+        "forward updates, randomness from outside torch, padding that is not masked, inputs that cannot be cut into "
+        "rows, or rows on another axis (name it: batch_dim=). Make that layer work row by row, or gate a part of the "
+        "model that does. If it is only rounding, tolerance= allows more. No gradient was changed."
     )
 
 

@@ -18,7 +18,14 @@ RuleFunction = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class additive:  # noqa: N801 - reads as a value: priority=additive(0.3)
-    """The priority ``alpha * advantage + (1 - alpha) * surprisal``, a control that the paper rejects."""
+    """The priority ``alpha * advantage + (1 - alpha) * surprisal``, a control that the paper rejects.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> signal = kondo.Signal.of(torch.tensor([-2.0]), advantages=torch.tensor([1.0]))
+        >>> signal.score(kondo.additive(0.25))  # a quarter of the advantage, three of the surprisal
+        tensor([1.7500])
+    """
 
     alpha: float = 0.5
 
@@ -58,6 +65,15 @@ class SelectionConfig:
             probability of that; with ``deterministic=False``, divide by the Bernoulli gate's.
         normalize: "batch" keeps the user's denominators; "kept" rescales by samples / kept samples.
         seed: of the gate's own generator.
+
+    Examples:
+        >>> import kondo_hooks as kondo
+        >>> kondo.SelectionConfig(rate=0.1).priority
+        'delight'
+        >>> kondo.SelectionConfig(rate=0.1, price=0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: ...
     """
 
     rate: Rate | None = None

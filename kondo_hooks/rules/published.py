@@ -23,6 +23,18 @@ def cppo(rate: float) -> Rule:
 
     Args:
         rate: of each group, at least one row.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rule=kondo.rules.cppo(0.25), groups=4) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.kept
+        5
     """
     check_rate(rate)
 
@@ -40,6 +52,18 @@ def pods(rate: float) -> Rule:
 
     Args:
         rate: of each group, at least one row.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rule=kondo.rules.pods(0.5), groups=4) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.kept
+        10
     """
     check_rate(rate)
 
@@ -62,6 +86,18 @@ def positive(noise: float = 0.5) -> Rule:
 
     Args:
         noise: of the draw among them.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rule=kondo.rules.positive(0.5)) as gate:
+        ...     loss(model(obs)).backward()
+        >>> bool((u[gate.last.kept] > 0).all())
+        True
     """
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a number >= 0, got {noise!r}")
@@ -75,7 +111,20 @@ def positive(noise: float = 0.5) -> Rule:
 
 
 def random(rate: float) -> Rule:
-    """Random rows, weighed for the others: the control that a rule has to beat. Unbiased."""
+    """Random rows, weighed for the others: the control that a rule has to beat. Unbiased.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rule=kondo.rules.random(0.25)) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.kept
+        5
+    """
     check_rate(rate)
 
     def draw(rows: Rows) -> Tensor:
@@ -98,6 +147,18 @@ def surprising(rate: float) -> Rule:
 
     Args:
         rate: of all samples.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rule=kondo.rules.surprising(0.2)) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.kept
+        4
     """
     check_rate(rate)
 

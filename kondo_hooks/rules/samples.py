@@ -19,10 +19,16 @@ class Signal:
     All three have the same shape, (B,) or (B, T). ``valid`` is False on padding and masked positions.
 
     Attributes:
-        norm: of each sample's gradient at the model's outputs, (B,), or (B, T) where samples are positions.
+        norm: norm of each sample's gradient at the model's outputs, (B,), or (B, T) where samples are positions.
         draws: the samples' random scores, where these were drawn already.
-        factors: on the samples' gradients, where these were decided on already, 0 where dropped; on the host.
+        factors: the factors on the samples' gradients, where these were decided on already; 0 where dropped.
         is_known: whether there is a policy, so that advantage and surprisal are more than zeros in their place.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> signal = kondo.Signal.of(torch.tensor([-0.5, -2.0]), advantages=torch.tensor([1.0, 1.0]))
+        >>> signal.delight
+        tensor([0.5000, 2.0000])
     """
 
     advantages: Tensor
@@ -109,14 +115,28 @@ class Rows:
     ``scope="global"`` they are those of all ranks, with P = 1: a row's mean advantage and total surprisal.
 
     Attributes:
-        advantages: (N, P) of each position.
-        surprisal: (N, P) ``-log pi(a)``.
+        advantages: (N, P) the advantage of each position.
+        surprisal: (N, P) ``-log pi(a)`` of each position.
         valid: (N, P) False on padding and masked positions.
         delight: (N,) advantage x nats.
-        norm: (N,) of the gradient at the model's outputs; where several outputs have one, each counts by its share.
-        groups: (N,) which prompt each is an answer to, if ``groups`` tells.
-        step: number of the decision.
-        generator: to draw from, alike on all ranks that decide together.
+        norm: (N,) norm of the gradient at the model's outputs. If several outputs have one, each counts by its share.
+        groups: (N,) the prompt that each is an answer to, if ``groups`` tells.
+        step: the number of the decision.
+        generator: the generator to draw from, alike on all ranks that decide together.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> def largest_half(rows: kondo.Rows):
+        ...     return (rows.norm >= rows.norm.median()).float()
+        >>> with kondo.gated(model, rule=largest_half) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.stats.kept
+        11
     """
 
     advantages: Tensor
@@ -159,14 +179,28 @@ class Decision:
         samples: how many were chosen from: N, less the invalid tokens.
         sum_delight: total delight of all samples.
         sum_delight_kept: total delight of the kept ones.
-        norm: (N,) of each sample's gradient at the model's outputs, with the loss's scale; None where it is not known:
-            for an episode of many calls only rules that need it have it.
-        noise: of a draw, ``sum n^2 / p`` over ``sum n^2``, less one; NaN where nothing was drawn.
+        norm: (N,) norm of each sample's gradient at the model's outputs, with the loss's scale. None where it is not
+            known: for an episode of many calls only rules that need it have it.
+        noise: what a draw adds to the second moment, ``sum n^2 / p`` over ``sum n^2``, less one; NaN if none was made.
         without_gradient: fraction of the samples that have none; NaN where the rule did not ask.
-        largest_factor: on a kept sample's gradient; NaN where the rule gives none.
+        largest_factor: the largest factor on a kept sample's gradient; NaN where the rule gives none.
         cost: seconds times noise of a draw that went by both, a sample and in units of ``sum n^2``; else NaN.
         signals: what is known of the samples, as it was read.
         steps_of: (R,) the sample of each row that the model was called on, where several are steps of one sequence.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> obs, actions, u = torch.randn(20, 8), torch.randint(0, 4, (20,)), torch.randn(20)
+        >>> def loss(logits):
+        ...     return -(logits.log_softmax(-1)[torch.arange(20), actions] * u).mean()
+        >>> with kondo.gated(model, rate=0.1) as gate:
+        ...     loss(model(obs)).backward()
+        >>> gate.last.delight.shape, gate.last.kept.tolist() == gate.last.delight.topk(2).indices.sort().values.tolist()
+        (torch.Size([20]), True)
+        >>> int((gate.last.factors() > 0).sum())
+        2
     """
 
     delight: Tensor

@@ -39,6 +39,13 @@ class Selector:
     Attributes:
         groups: which prompt each sample of the next population is an answer to, if that was told.
         costs: seconds that steps were measured to take, for ``rate="auto"``.
+
+    Examples:
+        >>> import torch, kondo_hooks as kondo
+        >>> selector = kondo.Selector(kondo.SelectionConfig(rate=0.5))
+        >>> delight = torch.tensor([0.1, 3.0, 2.0, 0.0])
+        >>> selector(delight, delight).kept
+        tensor([1, 2])
     """
 
     def __init__(self, config: SelectionConfig, stream: int = 0):
