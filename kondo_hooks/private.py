@@ -222,20 +222,24 @@ CALLED_FIRST = "_compiled_call_impl"
 """The attribute of a module that its call looks at before anything else."""
 
 
-def make_dynamo_call(module: nn.Module, mark: Any) -> Callable[[], None]:
+MARK: Any = "kondo_hooks"
+"""The key of what ``make_dynamo_call`` puts among a module's hooks; theirs are numbers."""
+
+
+def make_dynamo_call(module: nn.Module) -> Callable[[], None]:
     """Have compiled code go through ``module(...)`` and what stands in ``CALLED_FIRST``; returns what ends that.
 
     Dynamo goes straight to ``forward`` where a module has no hooks: an entry that belongs to no hook and does nothing
     sends it through the call. Before torch 2.11 it goes on inside of that call, past the attribute, up to a hook that
     it must not trace.
     """
-    hooks_with_kwargs(module)[mark] = True
+    hooks_with_kwargs(module)[MARK] = True
     if _version() < (2, 11):
-        _of(module, "_forward_pre_hooks")[mark] = _nothing
+        _of(module, "_forward_pre_hooks")[MARK] = _nothing
 
     def end() -> None:
-        hooks_with_kwargs(module).pop(mark, None)
-        _of(module, "_forward_pre_hooks").pop(mark, None)
+        hooks_with_kwargs(module).pop(MARK, None)
+        _of(module, "_forward_pre_hooks").pop(MARK, None)
 
     return end
 

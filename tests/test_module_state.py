@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import kondo_hooks as kondo
+from kondo_hooks import private
 from tests.cases import FEATURES, K, Mlp, make_batch
 from tests.reference import copies, grads, kept_mask, largest_relative_difference
 from tests.test_context import check, reinforce
@@ -815,3 +816,26 @@ def test_what_a_wrapper_notes_in_itself_is_its_own_affair(kind, derived):
         ours = torch.cat([p.grad.flatten() for p in model.parameters()])
     loss(reference, kept_mask(gate.last.kept, 8, torch.float64)).backward()
     torch.testing.assert_close(ours, torch.cat([p.grad.flatten() for p in reference.parameters()]))
+
+
+@pytest.mark.parametrize("version", [(2, 8), (2, 13)])
+def test_a_forward_with_a_state_is_screened_once_whatever_the_version(batch, version, monkeypatch):
+    """Before torch 2.11 the gate has a hook of its own on the module."""
+    monkeypatch.setattr(private, "_version", lambda: version)
+
+    class Counting(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def forward(self, x):
+            self.calls.append(x.mean().detach())
+            return super().forward(x) * len(self.calls)
+
+    ours, theirs = copies(Counting().double())
+    with kondo.gated(ours, rate=0.25) as gate:
+        for _ in range(2):
+            reinforce(ours(batch.x), batch).backward()
+            reinforce(theirs(batch.x), batch, gate.last.factors()).backward()
+    assert len(ours.calls) == 2 and not ours._forward_pre_hooks
+    assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10

@@ -91,7 +91,7 @@ def test_compiled_code_meets_what_is_called_first():
     met = []
     call = private.call_of(layer)
     setattr(layer, private.CALLED_FIRST, private.uncompiled(lambda x: met.append(x) or call(x)))
-    end = private.make_dynamo_call(layer, "mark")
+    end = private.make_dynamo_call(layer)
     torch.compile(lambda x: layer(x) + 1, backend="eager")(torch.ones(1, 2))
     assert len(met) == 1
     end()

@@ -12,7 +12,6 @@ from torch import nn
 from kondo_hooks import private
 
 _SLOT = private.CALLED_FIRST
-_MARK: Any = "kondo_hooks"
 
 
 Method = str | tuple[Any, str]
@@ -62,7 +61,7 @@ def attach(module: nn.Module, method: Method | None, intercept: Callable[..., An
     ours = _Interceptor(intercept, original, name, owner)
     held[name] = ours
     # So that a compiled training step meets the gate.
-    ends = private.make_dynamo_call(module, _MARK) if called is None else lambda: None
+    ends = private.make_dynamo_call(module) if called is None else lambda: None
 
     def detach() -> bool:
         ends()

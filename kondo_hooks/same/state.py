@@ -56,7 +56,8 @@ class ModuleState:
         self._last_versions: Sequence[int] = ()
 
     def _count_hooks(self) -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules)
+        hooks = (hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks))
+        return sum(len(each) - (private.MARK in each) for each in hooks)  # the gate's own is no news
 
     def has_new_hooks(self) -> bool:
         """Whether hooks were put on, or taken off, since this was last asked."""
