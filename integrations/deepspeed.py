@@ -57,14 +57,9 @@ class DeepSpeed(OnRanks):
         self._loss: Tensor | None = None
         self._direct = False
 
-    def check_window(self, window: int | str) -> None:
-        """Refuse a window that ends where DeepSpeed has partitioned the gradients already."""
-        if window == "step":
-            raise ValueError(
-                "window='step' ends when a gradient is read, and DeepSpeed reads none: window='auto' takes the end of "
-                "its gradient accumulation, or give the number of backwards."
-            )
-        super().check_window(window)
+    def window(self, size: Any) -> Any:
+        """Until the step is until the backward before it, in which DeepSpeed reduces its accumulation's gradients."""
+        return super().window("auto" if size == "step" else size)
 
     def syncs(self) -> bool:
         """Whether this micro-batch is the engine's accumulation boundary."""

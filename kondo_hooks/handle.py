@@ -87,7 +87,7 @@ class Gated:
         self._warn = WarnOnce()
         self._find_engine = find_engine
         engine = find_engine(model)
-        engine.check_window(spread.window)
+        window = engine.window(spread.window)
         self._selector = Selector(config)
         self._step = Step(
             ModuleState(model),
@@ -97,7 +97,7 @@ class Gated:
             Audit(model, audit),
             Idle(self._target(), self._warn),
             self._warn,
-            _window(spread.window),
+            _window(window),
             spread.micro_batch_size,
         )
         self._forward = Forward(model, self._step, reading, self._warn, self._refuse)
@@ -306,13 +306,15 @@ class Gated:
             return
         self._step.drop()
         engine = self._find_engine(model)
-        engine.check_window(self._step.window.size)
+        window = engine.window(self._step.window.size)
         is_open = self._detach is not None
         if is_open:
             self._take_off()
         self.model = self._forward.model = model
         self._forward.calls = 0
         self._step.shared.engine = engine
+        if window != self._step.window.size:
+            self._step.respread(_window(window))
         if not self._selector.step:
             self._selector.reseed(self._stream())
         if is_open:

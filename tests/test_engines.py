@@ -102,10 +102,7 @@ def test_functions_around_the_model_give_the_weighted_gradient(host: str, accumu
 @pytest.mark.parametrize("host", [*KINDS, *ACCELERATE])
 def test_what_waits_for_the_step_is_there_when_it_comes(host: str, kind: str):
     for found in behaviour("step_window", host, kind):
-        if "zero" in host:
-            assert "DeepSpeed reads none: window='auto'" in found["refused"]
-        else:
-            assert max(found["differences"]) < 1e-5 and found["steps"] == [1, 2, 3]
+        assert max(found["differences"]) < 1e-5 and found["steps"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["uneven rows", "uneven packs"])

@@ -130,13 +130,18 @@ class Engine:
     def rest(self) -> None:
         """Leave parameters as they are after a backward, where one has ended and its replay is still to come."""
 
-    def check_window(self, window: int | str) -> None:
-        """Refuse a window that nobody would ever end."""
-        if window == "auto" and not self.wrappers and accelerate_syncs() is None:
+    def window(self, size: Any) -> Any:
+        """The window that the user wants, as this engine has it.
+
+        Raises:
+            ValueError: if nobody would ever end it.
+        """
+        if size == "auto" and not self.wrappers and accelerate_syncs() is None:
             raise ValueError(
                 "window='auto' takes the end of gradient accumulation from the host, and there is none: the model is "
                 "not wrapped by DDP, FSDP or DeepSpeed and accelerate is not in use. Give the number of backwards."
             )
+        return size
 
     @contextlib.contextmanager
     def one_pass(self, reduces: bool) -> Iterator[None]:

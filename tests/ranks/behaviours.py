@@ -567,12 +567,8 @@ def step_window(name: str, kind: str) -> dict[str, Any]:
     rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
     found: dict[str, Any] = {"differences": [], "steps": [], "kept": []}
     lengths_of: dict[int, list[int]] = {}
-    try:
-        options = {"segments": lambda x: lengths_of[id(x)]} if "packs" in kind else {}
-        gate = kondo.gated(host.model, window="step", rate=0.4, scope="global", **options)
-    except ValueError as error:
-        return {"refused": str(error)}
-    with gate:
+    options = {"segments": lambda x: lengths_of[id(x)]} if "packs" in kind else {}
+    with kondo.gated(host.model, window="step", rate=0.4, scope="global", **options) as gate:
         for step in range(3):
             at(f"{name}, rank {rank}, {kind}, step {step}")
             numbers = [3 + (2 * r if "uneven" in kind else 0) for r in range(ranks)]

@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("openrlhf", reason="make frameworks ONLY=openrlhf")
 
-import kondo_hooks as kondo
 from tests.frameworks.openrlhf import cpu
 from tests.frameworks.openrlhf.trainers import compared
 from tests.ranks.launch import launch
@@ -115,11 +114,6 @@ def test_a_routers_balancing_loss_is_refused(packing):
         compared("GatedTrainer", {"rate": 0.25}, model=cpu.mixtral, aux=0.01, packing=packing)
     with pytest.raises(AttributeError, match="aux_loss"):
         compared("ScreenFirstTrainer", {"rate": 0.25}, model=cpu.mixtral, aux=0.01, packing=packing)
-
-
-def test_a_window_that_deepspeed_never_ends_is_refused():
-    with pytest.raises(ValueError, match="DeepSpeed reads none"):
-        kondo.gated(cpu.made().actor, window="step")
 
 
 ON_RANKS = [
