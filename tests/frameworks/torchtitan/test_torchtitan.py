@@ -101,7 +101,7 @@ def test_a_loss_in_chunks_without_a_decision_before_the_forward_is_told():
         run({"chunks": 3}, rule={"rate": 0.3})
     torch.distributed.destroy_process_group()
     [found] = run({"chunks": 3}, rule={"rate": 0.3, "priority": "uniform"})
-    assert any("gave lm_head.weight a gradient, past the gate" in each for each in found["told"])
+    assert any("gave lm_head.weight a gradient. It went past the gate" in each for each in found["told"])
 
 
 # The model alone, in float64, and the trainer of pretraining.
