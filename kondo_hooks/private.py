@@ -152,6 +152,13 @@ def caches_parametrizations() -> bool:
     return bool(_of(_named("nn.utils.parametrize"), "_cache_enabled"))
 
 
+def forget_casts() -> None:
+    """After a run without a graph under autocast: before torch 2.11 a later one took weights that it had cast, which
+    have no graph either."""
+    if _version() < (2, 11):
+        torch.clear_autocast_cache()
+
+
 def product_precision(kind: str) -> str:
     """What float32 products are made of on a kind of device.
 

@@ -123,6 +123,15 @@ def test_transforms_and_cached_parametrizations():
         assert private.caches_parametrizations()
 
 
+def test_weights_that_were_cast_without_a_graph_are_cast_again():
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            layer(x)
+        private.forget_casts()
+        assert layer(x).requires_grad
+
+
 def test_what_products_are_made_of():
     before = torch.get_float32_matmul_precision()
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kondo_hooks import private
 from kondo_hooks.same.attributes import Change
 from kondo_hooks.same.randomness import NO_DRAWS, Draws, RecordDraws
 from kondo_hooks.same.state import (
@@ -84,6 +85,8 @@ class Scene:
             RecordDraws(self.draws, self.rng) if record else contextlib.nullcontext(),
         ):
             yield
+        if self.autocast.enabled:
+            private.forget_casts()
         self.carried = state.attributes.read_of(carried, uses.each) if uses else ()
         state.note_changes(self.buffers)
         self._parameter_versions = state.versions()
