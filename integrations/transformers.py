@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.accelerate import accelerate_syncs
 
 Rate = float | Literal["lossless", "auto"] | Callable[[Any], float]
 
@@ -155,7 +156,7 @@ def adopt(gate: kondo.Gated) -> Callable[[], None]:
     Those that are there, and those that are made while the context is open.
     """
     newcomers = _Newcomers(gate)
-    for trainer in _trainers():
+    for trainer in () if accelerate_syncs() is None else _trainers(gate.model):  # each has made an accelerator
         newcomers.adopt(trainer)
     every: list[Any] = DEFAULT_CALLBACKS
     every.append(newcomers)
@@ -264,10 +265,15 @@ def _defaults(trainer: Any) -> dict[str, Any]:
     return {"window": "auto", "pairs": trl.makes_pairs(trainer)}
 
 
-def _trainers() -> list[Any]:
-    """Every Trainer that is alive: transformers keeps no list of them, and a model does not know its own."""
-    kinds = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
-    return [found for found in kinds if "callback_handler" in vars(found)]
+def _trainers(model: nn.Module) -> list[Any]:
+    """The Trainers that hold a model: transformers keeps no list of them, and a model does not know its own."""
+    found: list[Any] = []
+    for holder in gc.get_referrers(model):
+        if type(holder) is dict and "callback_handler" in holder:  # an object's attributes, where they are a dictionary
+            found += [owner for owner in gc.get_referrers(holder) if getattr(owner, "__dict__", None) is holder]
+        else:
+            found.append(holder)
+    return [owner for owner in found if isinstance(owner, Trainer) and "callback_handler" in vars(owner)]
 
 
 def _first(trainer: Any, callback: KondoCallback) -> None:
