@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.attributes import put
 
 
 @contextlib.contextmanager
@@ -51,14 +52,7 @@ def gated_ppo(alg: Any, *, screen_first: bool = False, **options: Any) -> Iterat
                 gate.preselect(logp=batch.old_actions_log_prob.squeeze(-1), advantages=batch.advantages.squeeze(-1))
                 yield batch
 
-        _put(stack, alg, "update", logged)
+        put(stack, alg, "update", logged)
         if screen_first:
-            _put(stack, alg.storage, "mini_batch_generator", screened)
+            put(stack, alg.storage, "mini_batch_generator", screened)
         yield gate
-
-
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> None:
-    """Set an attribute until the stack is closed."""
-    before = vars(owner).get(name)
-    setattr(owner, name, new)
-    stack.callback(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.attributes import put
 
 
 @contextlib.contextmanager
@@ -51,14 +52,7 @@ def gated_ppo(agent: Any, *, screen_first: bool = False, **options: Any) -> Iter
                 gate.preselect(logp=batch[logp].squeeze(-1), advantages=batch[advantages].squeeze(-1))
                 yield batch
 
-        _put(stack, agent, "update", tracked)
+        put(stack, agent, "update", tracked)
         if screen_first:
-            _put(stack, agent.memory, "sample", lambda *, names, **kwargs: screened(names, **kwargs))
+            put(stack, agent.memory, "sample", lambda *, names, **kwargs: screened(names, **kwargs))
         yield gate
-
-
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> None:
-    """Set an attribute until the stack is closed."""
-    before = vars(owner).get(name)
-    setattr(owner, name, new)
-    stack.callback(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))

@@ -49,8 +49,8 @@ def tracked():
 
 
 @pytest.fixture(scope="module")
-def wheel(tracked, tmp_path_factory):
-    """Built from a copy of the tracked files, with the installed setuptools and without the network."""
+def build(tracked, tmp_path_factory):
+    """Builds "wheel" or "sdist" from a copy of the tracked files, with the installed setuptools and no network."""
     pytest.importorskip("build")
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path_factory.mktemp("source")
@@ -58,10 +58,19 @@ def wheel(tracked, tmp_path_factory):
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
-    (built,) = out.glob("*.whl")
+
+    def built(kind):
+        out = tmp_path_factory.mktemp(kind)
+        run(sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
+        (found,) = out.iterdir()
+        return found
+
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(build):
+    return build("wheel")
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +189,12 @@ print("numpy" in sys.modules, gate.stats.kept, gate.stats.rows)
 
 
 @pytest.fixture(scope="module")
-def unpacked(tracked, tmp_path_factory):
+def unpacked(build, tmp_path_factory):
     """The source distribution, as a user unpacks it."""
-    pytest.importorskip("build")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
-    for name in tracked:
-        if (ROOT / name).exists():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, source / name)
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
-    (built,) = out.glob("*.tar.gz")
-    shutil.unpack_archive(built, out, filter="data")
-    return next(path for path in out.iterdir() if path.is_dir())
+    out = tmp_path_factory.mktemp("unpacked")
+    shutil.unpack_archive(build("sdist"), out, filter="data")
+    (found,) = out.iterdir()
+    return found
 
 
 def test_the_source_distribution_holds_what_its_tests_need(unpacked, tracked):

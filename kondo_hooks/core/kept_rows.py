@@ -164,6 +164,13 @@ class Part:
         """Its rows, by position, some of them more than once."""
         return replace(self.select(index), repeated=True)
 
+    def between(self, first: int, last: int) -> "Part":
+        """Some of its rows, or of the texts that are still to be cut out of it, by position."""
+        if self.packed is not None:
+            return replace(self, packed=self.packed.between(first, last))
+        everything = last - first == len(self)
+        return self if everything else self.select(torch.arange(first, last, device=self.rows.device))
+
     def select(self, index: Tensor) -> "Part":
         """Some of its rows, by position."""
         grads = [_take(self.call, i, grad, index, len(index) / len(self)) for i, grad in enumerate(self.grads)]
@@ -391,9 +398,7 @@ def cut(group: list[Part], pieces: int) -> list[list[Part]]:
         first, last = total * piece // pieces, total * (piece + 1) // pieces
         taken = []
         for n, low, high in overlaps(map(len, group), first, last):
-            part = group[n]
-            everything = high - low == len(part)
-            taken.append(part if everything else part.select(torch.arange(low, high, device=part.rows.device)))
+            taken.append(group[n].between(low, high))
         result.append(taken)
     return result
 

@@ -225,16 +225,8 @@ def texts_in(part: Part) -> int:
     return len(part) if part.packed is None else len(part.packed)
 
 
-def between(part: Part, first: int, last: int) -> Part:
-    """Some of a part's rows or texts, by position."""
-    if part.packed is not None:
-        return replace(part, packed=part.packed.between(first, last))
-    everything = last - first == len(part)
-    return part if everything else part.select(torch.arange(first, last, device=part.rows.device))
-
-
 def _overlapping(group: list[Part], first: int, last: int) -> list[Part]:
-    return [between(group[n], low, high) for n, low, high in overlaps(map(texts_in, group), first, last)]
+    return [group[n].between(low, high) for n, low, high in overlaps(map(texts_in, group), first, last)]
 
 
 def _longest(a: Part, b: Part) -> list[tuple[int, int]] | None:

@@ -353,7 +353,7 @@ class Forward:
     def _texts_in(self, original: Any, args: Any, kwargs: Any) -> int:
         """How many texts a call's rows hold that is not screened; 0 where rows are the samples."""
         shared = self._step.shared
-        if self._batch_dim or (shared.segments is None and not any(map(tells_texts, kwargs))):
+        if self._batch_dim or not (any(map(tells_texts, kwargs)) if shared.segments is None else shared.segments):
             return 0
         texts = find_texts(Call(original, (args, kwargs), shared.state, self._step.receive), shared.segments)
         return 0 if texts is None else len(texts)

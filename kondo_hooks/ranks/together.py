@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kondo_hooks.core.kept_rows import Part
-from kondo_hooks.core.packs import apart, between, texts_in
+from kondo_hooks.core.packs import apart, texts_in
 from kondo_hooks.errors import RankError, add_note
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.rules.readback import to_device
@@ -224,8 +224,8 @@ def _take_last(parts: list[Part], n: int) -> tuple[list[Part], list[Part]]:
     while n:
         last = staying.pop()
         if (size := texts_in(last)) > n:
-            staying.append(between(last, 0, size - n))
-            last = between(last, size - n, size)
+            staying.append(last.between(0, size - n))
+            last = last.between(size - n, size)
         leaving += [last] if last.packed is None else apart(last)
         n -= texts_in(last)
     return staying, leaving

@@ -26,15 +26,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "frameworks" / "torchtitan.md"
 
 
 @pytest.fixture(autouse=True)
-def as_torchrun_has_it(monkeypatch):
-    for name, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_PORT": 0,
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, str(value))
+def one_rank(as_torchrun_has_it):
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

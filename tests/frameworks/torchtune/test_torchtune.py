@@ -9,17 +9,7 @@ import kondo_hooks as kondo
 from tests.frameworks.torchtune import grpo, others, sft
 from tests.ranks.launch import launch
 
-
-@pytest.fixture(autouse=True)
-def as_torchrun_has_it(monkeypatch):
-    for name, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_PORT": 0,
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, str(value))
+pytestmark = pytest.mark.usefixtures("as_torchrun_has_it")
 
 
 def trained(options, ranks=1, **argument):
