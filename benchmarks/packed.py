@@ -1,6 +1,6 @@
 """Packed rows: what a gated step of texts that follow each other in a row costs, beside padded rows and the floor.
 
-    python benchmarks/packed.py    # a Llama-like model on the CPU, about four minutes of 2 cores
+    python benchmarks/packed.py    # Llama-like models of two sizes on the CPU, about six minutes of 2 cores
 
 32 texts of 16 to 128 tokens, in 4 packs of 8 or in 32 padded rows, one update for all of them; 1 in 32 and 1 in 8 are
 kept, by delight. "floor" is what no gate can go below: a forward of all packs without a graph, and one short pack of
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from step import Llama
@@ -25,6 +26,10 @@ from tqdm import tqdm
 import kondo_hooks as kondo
 
 TEXTS, PACKS, VOCABULARY = 32, 4, 2000
+SIZES = {
+    "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "larger": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10},
+}
 
 
 class Batch:
@@ -106,25 +111,14 @@ def variants(model: nn.Module, batch: Batch) -> dict[str, tuple[contextlib.Abstr
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    args = parser.parse_args()
+def measure(size: str, batch: Batch, rounds: int) -> list[dict[str, Any]]:
+    """Medians over rounds of a model's variants, which are also printed."""
     torch.manual_seed(0)
-    batch = Batch()
-    model = Llama(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=128,
-    ).model
+    heads = SIZES[size]["num_attention_heads"]
+    model = Llama(vocab_size=VOCABULARY, num_key_value_heads=heads, max_position_embeddings=128, **SIZES[size]).model
     made = variants(model, batch)
     spent: dict[str, list[float]] = {name: [] for name in made}
-    for turn in tqdm(range(args.rounds + 1), desc="packed", unit="round"):
+    for turn in tqdm(range(rounds + 1), desc=f"packed, {size}", unit="round"):
         for name, (context, step) in made.items():
             with context:
                 for _ in range(1 if turn else 2):  # the first two steps get to know the model
@@ -133,10 +127,8 @@ def main() -> None:
                     model.zero_grad()
             if turn:
                 spent[name].append(time.perf_counter() - begun)
-    padded = TEXTS * int(batch.lengths.max())
-    tokens = int(batch.lengths.sum())
-    print(f"{TEXTS} texts, {tokens:,} tokens; padded {padded:,}: {1 - tokens / padded:.0%} of these are padding")
-    print(f"{'':<24} {'ms':>8} {'x full, packed':>15} {'x floor':>8}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\n{f'{parameters / 1e6:.0f}M parameters':<24} {'ms':>8} {'x full, packed':>15} {'x floor':>8}")
     rows = []
     for name, seconds in spent.items():
         share = name.split()[1].strip(",") if name.startswith(("floor", "gated")) else None
@@ -146,7 +138,19 @@ def main() -> None:
         )
         ms = 1e3 * statistics.median(seconds)
         print(f"{name:<24} {ms:>8.0f} {ratio:>15.2f} {f'{above:.2f}' if share else '':>8}")
-        rows.append({"variant": name, "ms": ms, "of_full": ratio, "of_floor": above or None})
+        rows.append({"parameters": parameters, "variant": name, "ms": ms, "of_full": ratio, "of_floor": above or None})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    args = parser.parse_args()
+    batch = Batch()
+    padded, tokens = TEXTS * int(batch.lengths.max()), int(batch.lengths.sum())
+    print(f"{TEXTS} texts, {tokens:,} tokens; padded {padded:,}: {1 - tokens / padded:.0%} of these are padding")
+    rows = [row for size in SIZES for row in measure(size, batch, args.rounds)]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "packed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -258,6 +258,78 @@ def test_a_loss_that_is_no_policy_gradient_keeps_its_whole_gradient_while_it_wai
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["a row", "positions"])
+def test_what_the_loss_code_tells_needs_no_look_at_the_logits(monkeypatch, several):
+    def refuse(*_):
+        raise AssertionError("the logits were looked at")
+
+    monkeypatch.setattr(RankOne, "of", refuse)
+    torch.manual_seed(0)
+    model = Wide(50).double()
+    reference = copy.deepcopy(model)
+    shape = (12, 5) if several else (12,)
+    batches = [
+        (torch.randint(0, 11, shape), torch.randint(0, 50, shape), torch.randn(12).double().view(12, *[1] * several))
+        for _ in range(3)
+    ]
+
+    def loss_of(model, ids, actions, u):
+        logits = model(ids)
+        if several:
+            logits, actions = logits[:, :-1], actions[:, 1:]
+        return -(u * logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)).sum()
+
+    with kondo.gated(model, rate=0.25, window=3) as gate:
+        for batch in batches:
+            loss_of(model, *batch).backward()
+    mask = kept_mask(gate.last.kept, 36, torch.float64).view(3, 12, *[1] * several)
+    for (ids, actions, u), weights in zip(batches, mask, strict=True):
+        loss_of(reference, ids, actions, u * weights).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-12
+
+
+def _some_actions(g):
+    return torch.cat([torch.zeros_like(g[..., :3]), g[..., 3:]], -1)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda g: 0.5 * g, lambda g: g.clamp(-1e-3, 1e-3), lambda g: g + 1e-5, _some_actions],
+    ids=["scaled", "clamped", "shifted", "without some actions"],
+)
+@pytest.mark.parametrize("on", ["logits", "log_softmax"])
+def test_a_hook_on_the_way_to_the_logits_is_in_what_waits(hook, on):
+    model, batches = mlp(), micro_batches(3)
+    reference = copy.deepcopy(model)
+
+    def loss_of(model, batch, weights=1.0):
+        logits = model(batch.x)
+        logp = logits.log_softmax(-1)
+        (logits if on == "logits" else logp).register_hook(hook)
+        chosen = logp.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+        return -(weights * batch.advantages * chosen).mean()
+
+    def of_rows(weights):
+        """A gradient that a hook has made of nothing is a dropped row's, and goes with it."""
+        return lambda g: hook(g) * weights.view(-1, 1)
+
+    with kondo.gated(model, rate=0.2, window=3) as gate:
+        for batch in batches:
+            loss_of(model, batch).backward()
+    mask = kept_mask(gate.last.kept, 36, torch.float64).view(3, 12)
+    for batch, weights in zip(batches, mask, strict=True):
+        logits = reference(batch.x)
+        logp = logits.log_softmax(-1)
+        if on == "logits":
+            logits.register_hook(of_rows(weights))
+        else:
+            logits.register_hook(lambda g, weights=weights: g * weights.view(-1, 1))
+            logp.register_hook(hook)
+        chosen = logp.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+        (-(batch.advantages * chosen).mean()).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-9
+
+
 def test_rank_one_is_refused_where_it_is_not_exact():
     logits = torch.randn(3, 4, 9, dtype=torch.float64, requires_grad=True)
     action = torch.randint(0, 9, (3, 4))

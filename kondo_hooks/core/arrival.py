@@ -24,7 +24,7 @@ from kondo_hooks.delight.boundary import (
     selected_outputs,
 )
 from kondo_hooks.delight.graph import Bend, Path, read_scales, scale_along
-from kondo_hooks.delight.loss_code import join
+from kondo_hooks.delight.loss_code import Picked, join
 from kondo_hooks.errors import DelightError, WarnOnce, no_batch_axis, no_policy_in_terms, no_rows_in_loss
 from kondo_hooks.rows.axes import Layout, Rows
 from kondo_hooks.rules.readback import Readback, to_device
@@ -211,13 +211,23 @@ class Arrival:
         """Hold a pack's gradients in the form that they have, and let go of them and of the logits."""
         if self.keep_graph:
             return
+        picked = self._picked()
         for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
             if where != Rows(0) or grad is None or grad.dim() != 3 or i in self.forms:
                 continue
-            if (form := RankOne.of_tokens(self.call.outputs[i], grad)) is not None:
+            form = RankOne.of_picked(picked[i], grad) if i in picked else None
+            if form := form or RankOne.of_tokens(self.call.outputs[i], grad):
                 self.forms[i] = form
                 self.grads[i] = torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
                 self.call.forget(i)
+
+    def _picked(self) -> dict[int, Picked]:
+        """The log-probs that the loss picked, by output, where it takes nothing else from their logits."""
+        return {
+            o.output(self.call): o.picked
+            for o in self.call.observations
+            if o.alone and o.picked is not None and o.task == self.task
+        }
 
     def some(self) -> Part | None:
         """Two rows that the loss sent a gradient to, or fewer; None if there are none."""
@@ -231,7 +241,7 @@ class Arrival:
     def hold(self, rows: Tensor, layout: Layout) -> None:
         """Keep these rows, at least one, and let go of the others and of the call's tensors."""
         rows = rows if len(rows) else rows.new_zeros(1)
-        self.held = Part.holding(self.call, rows.to(self._device), self.grads, layout)
+        self.held = Part.holding(self.call, rows.to(self._device), self.grads, layout, self._picked())
         self.grads = [None] * len(self.grads)
         if not self.keep_graph:
             self.call.slim()

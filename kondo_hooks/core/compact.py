@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kondo_hooks.delight.loss_code import Picked
+
 _LARGE = 2**18  # values of logits from which they go through in pieces
 _PIECES = 4
 _AT_ONCE = 2**26  # values of a piece at most
+_ROUNDINGS = 16  # of the gradient at a log-prob, by which that at its logits may differ
 
 
 @dataclass
@@ -60,6 +63,42 @@ class RankOne:
         coefficient = _coefficients(g, action, logp)
         found = cls(coefficient.squeeze(-1), action.squeeze(-1), logp.squeeze(-1), logits.shape, grad.dtype)
         return found, _Error.of(found.expand(y).sub_(g), g, coefficient, every, logp, grad.dtype)
+
+    @classmethod
+    def of_picked(cls, picked: Picked, grad: Tensor, rows: Tensor | None = None) -> "RankOne | None":
+        """The form that ``grad`` (B, ..., K) has because the loss takes nothing but one log-prob a position.
+
+        The loss code tells it, so nothing is computed from the logits. The gradient is held against it by its value at
+        each action and by its sums, which a hook on the way would change.
+
+        Args:
+            picked: the log-probs, with what the loss sent to them.
+            grad: the gradient at all of the logits.
+            rows: (n,) which of its rows; None for all.
+
+        Returns:
+            The form; None where it has another.
+        """
+        if picked.sent is None or picked.index.shape[-1] != 1 or not 2 <= grad.dim() <= 3:
+            return None
+        tensors = [grad, picked.index, picked.values, picked.sent]
+        mine, *picks = tensors if rows is None else [t.index_select(0, rows.to(t.device)) for t in tensors]
+        exact, eps = torch.float64 if grad.dtype == torch.float64 else torch.float32, torch.finfo(grad.dtype).eps
+        shape, first = (len(mine), mine[0, ..., 0].numel()), picked.offset
+        action, logp, sent = (t.new_zeros(shape) for t in picks)
+        for full, t in zip((action, logp, sent), picks, strict=True):
+            full[:, first : first + t[0].numel()] = t.reshape(len(t), -1)
+        logp, sent, values = logp.to(exact), sent.to(exact), mine.reshape(*shape, -1)
+        if sent.device != values.device:
+            return None
+        at, rest = values.gather(-1, action.unsqueeze(-1)).squeeze(-1).to(exact), torch.expm1(logp).neg_()
+        size = torch.linalg.vector_norm(values, 1, -1, dtype=exact)
+        apart = [at - sent * rest, values.sum(-1, dtype=exact), size - 2 * sent.abs() * rest]
+        roundings = _ROUNDINGS + 2 * grad.shape[-1] ** 0.5  # a sum's own, too
+        allowed = roundings * eps * sent.abs() + torch.finfo(grad.dtype).smallest_normal
+        if not bool(torch.stack([(difference.abs() <= allowed).all() for difference in apart]).all()):
+            return None
+        return cls(sent.neg_(), action, logp, mine.shape, grad.dtype)
 
     def expand(self, logits: Tensor) -> Tensor:
         """The gradient at ``logits`` (n, P, K), in their type."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from kondo_hooks.core.call import Call
 from kondo_hooks.core.compact import RankOne
 from kondo_hooks.core.readings import Learned
+from kondo_hooks.delight.loss_code import Picked
 from kondo_hooks.errors import DelightError
 from kondo_hooks.rows.axes import Layout, Rows, at_positions, carried_over
 from kondo_hooks.rows.conventions import says_longest
@@ -261,9 +263,16 @@ class Part:
         )
 
     @classmethod
-    def holding(cls, call: Call, rows: Tensor, grads: Sequence[Tensor | None], layout: Layout) -> "Part":
+    def holding(
+        cls,
+        call: Call,
+        rows: Tensor,
+        grads: Sequence[Tensor | None],
+        layout: Layout,
+        picked: Mapping[int, Picked],
+    ) -> "Part":
         """Rows of a call with their own copy of what a replay needs, out of the gradients at its whole outputs."""
-        return cls(call, rows, [])._hold(layout, grads, rows, lambda i: call.outputs[i])
+        return cls(call, rows, [])._hold(layout, grads, rows, lambda i: call.outputs[i], picked)
 
     def hold(self, layout: Layout) -> "Part":
         """The same with its own copy of what a replay needs."""
@@ -277,6 +286,7 @@ class Part:
         grads: Sequence[Gradient | None],
         index: Tensor,
         outputs: Callable[[int], Tensor | None],
+        picked: Mapping[int, Picked] = MappingProxyType({}),
     ) -> "Part":
         """In the least space that is exact: gradients and outputs are those at ``index`` of what is given."""
         inputs = [
@@ -289,7 +299,9 @@ class Part:
             output = None if grad is None or where is None else outputs(i)
             form = None
             if output is not None and where == Rows(0) and isinstance(grad, Tensor):
-                form = RankOne.of(output, grad, index.to(grad.device))
+                if i in picked:
+                    form = RankOne.of_picked(picked[i], grad, index)
+                form = form or RankOne.of(output, grad, index.to(grad.device))
             forms.append(form or _take(self.call, i, grad, index))
             held.append(None if output is None or where is None or form else where.take(output, index))
         measures = [None if output is None else self.measure(i) for i, output in enumerate(held)]

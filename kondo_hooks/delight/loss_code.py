@@ -66,8 +66,10 @@ class Observation:
         def hook(grad: Tensor) -> None:
             self.grad, self.task = grad.detach(), private.graph_task()
             self.signals.clear()
-            if self.picked is not None and self.alone and not private.keeps_graph():
-                self.sources[0].call.let_go(self.sources[0].output, replace(self.picked, sent=self.grad))
+            if self.picked is not None and self.alone:
+                self.picked = replace(self.picked, sent=self.grad)
+                if not private.keeps_graph():
+                    self.sources[0].call.let_go(self.sources[0].output, self.picked)
 
         node: Node = tensor.grad_fn
         if OBSERVATION in node.metadata:
