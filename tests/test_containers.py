@@ -1005,6 +1005,48 @@ def test_lists_with_an_entry_a_row_are_cut_after_a_screen(rows):
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
 
 
+class OfLayers(nn.Module):
+    """A model that returns something of each of its layers, as many as rows are kept."""
+
+    def __init__(self, of_layer):
+        super().__init__()
+        self.layers, self.of_layer = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), of_layer
+
+    def forward(self, x):
+        found = []
+        for layer in self.layers:
+            x = layer(x).tanh()
+            found.append(self.of_layer(x))
+        return x, tuple(found)
+
+
+@pytest.mark.parametrize(
+    "of_layer",
+    [
+        lambda x: x.detach().square().mean(),
+        lambda x: torch.ones(5) * x.detach().mean(),
+        lambda x: x.repeat_interleave(2, 0),
+        lambda x: x,
+    ],
+    ids=["a number", "a vector", "rows of tokens", "rows"],
+)
+def test_a_tuple_of_layers_is_none_of_rows_though_as_many_are_kept(of_layer):
+    model, reference = copies(OfLayers(of_layer).double())
+    x, actions, advantages = torch.randn(12, 4).double(), torch.randint(4, (12,)), torch.randn(12).double()
+
+    def loss(model, w):
+        return (w * advantages * model(x)[0].log_softmax(-1).gather(1, actions[:, None]).squeeze(1)).mean()
+
+    for rate in (3 / 12, 4 / 12):
+        model.zero_grad(), reference.zero_grad()
+        with kondo.gated(model, rate=rate) as gate:
+            weights = gate.preselect(delight=torch.rand(12)).factors()
+            loss(model, 1.0).backward()
+        assert gate.stats.forwarded == round(12 * rate)
+        loss(reference, weights).backward()
+        assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
 def test_a_list_with_an_entry_a_row_is_refused_after_a_screen():
     model = OfLists(returns_list=True)
     with kondo.gated(model, rate=0.4) as gate:

@@ -422,8 +422,14 @@ class Call:
         self.batch, self.batch_dim, self._expected = batch, batch_dim, batch
         self._cut_input_lists()
 
-    def refuse_row_lists(self, result: Tree, rows: int) -> None:
-        """Refuse what a run of some rows returned if a list in it has an entry for each: the others have none."""
+    def refuse_row_lists(self, result: Tree, rows: int, is_constant: Callable[[str, int], bool]) -> None:
+        """Refuse what a run of some rows returned if a list in it has an entry for each: the others have none.
+
+        Args:
+            result: what it returned.
+            rows: how many rows it had.
+            is_constant: whether the list at a path has as many tensors whatever the number of rows.
+        """
         packed: list[str] = []
 
         def look(path: str, value: Any) -> None:
@@ -437,11 +443,14 @@ class Call:
                 f"gated: after preselect() the model returned {packed[0] or 'its output'} packed or jagged, where the "
                 "dropped rows have no place: pad it, or leave preselect() away"
             )
-        if not isinstance(result, Tensor) and (paths := self._find_rowwise(result, inputs=False, rows=rows)):
-            raise RuntimeError(
-                f"gated: after preselect() the model returned {min(paths) or 'its output'} as a list with an entry a "
-                "row, in which the dropped rows have none: pad or stack it, or leave preselect() away"
-            )
+        if isinstance(result, Tensor):
+            return
+        for path in sorted(self._find_rowwise(result, inputs=False, rows=rows)):
+            if not is_constant(path, sum(leaf.startswith(path) for leaf in flatten(result)[0])):
+                raise RuntimeError(
+                    f"gated: after preselect() the model returned {path or 'its output'} as a list with an entry a "
+                    "row, in which the dropped rows have none: pad or stack it, or leave preselect() away"
+                )
 
     def _cut_lists(self, result: Tree) -> None:
         """Take lists with an entry a row as rows, among the inputs and the outputs."""

@@ -33,11 +33,13 @@ class Learned:
         warn: for what stays in doubt.
         layouts: which reading reproduced a screen, and no other did.
         positions: where calls that were decided on before the forward keep their positions.
+        constant_lists: lists in outputs that are as long whatever the number of rows, by their and the inputs' paths.
     """
 
     warn: WarnOnce = field(default_factory=WarnOnce)
     layouts: dict[Key, Layout] = field(default_factory=dict)
     positions: dict[Key, Any] = field(default_factory=dict)
+    constant_lists: set[Key] = field(default_factory=set)
     _waits: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
     def known(self, call: Call, batch: int | None = None) -> Layout | None:

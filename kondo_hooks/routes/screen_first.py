@@ -153,7 +153,17 @@ class Screened:
         else:
             assert factors is not None
             result, paths, leaves = self._run_cut(call, taken, factors, positions)
-        call.refuse_row_lists(result, len(rows))
+
+        def is_constant(path: str, leaves: int) -> bool:
+            """Told by a run of one row more, once: layers are as many, and a list with an entry a row is longer."""
+            key = (path, *call.input_paths)
+            if key not in learned.constant_lists and not self.one_pass and self.batch > 1:
+                others = self._run_otherwise(call, rows, layout, batch_dim)
+                if sum(other.startswith(path) for other in others) == leaves:
+                    learned.constant_lists.add(key)
+            return key in learned.constant_lists
+
+        call.refuse_row_lists(result, len(rows), is_constant)
         change = call.state.attributes.compare(before, lambda _: False)
         if positions is not None and change.new:
             raise PrefixError(
