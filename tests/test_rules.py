@@ -1104,6 +1104,17 @@ def test_a_rule_that_needs_no_policy_takes_any_loss():
         assert len(gate.preselect(norm=torch.ones(24)).kept) == 12
 
 
+@pytest.mark.parametrize("unit", ["token", "prefix"])
+def test_positions_need_a_policy_whatever_the_rule(unit):
+    model, x = nn.Linear(4, 1), torch.randn(6, 5, 4)
+    with (
+        kondo.gated(model, noise=0.5, unit=unit),
+        pytest.raises(kondo.DelightError, match=f"unit='{unit}' chooses among the positions of log-probs"),
+    ):
+        model(x).square().mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_seconds_are_of_the_rows_that_ran():
     torch.manual_seed(1)
     ids, u = torch.randint(0, 7, (8, 50)), torch.randn(8, 50, dtype=torch.float64)

@@ -78,8 +78,14 @@ class Reader:
         for a, cause in unread:
             a.follow(b for b in arrivals if b.signal is not None)
             if a.follows is None:
-                if config.needs_delight or config.tokens:
+                if config.needs_delight:
                     raise cause
+                if config.tokens:
+                    raise DelightError(
+                        f"gated: unit={config.unit!r} chooses among the positions of log-probs, and no policy was "
+                        "found in the loss or in the model's outputs. Mark the log-prob of each token with "
+                        "gate.logp(...), or leave unit='sample', where this rule needs none."
+                    ) from cause
                 shape = (a.call.batch, 1) if a.texts is None else (a.texts.segments.rows, a.texts.segments.length)
                 rows = torch.zeros(shape, device=a.call.outputs[0].device)
                 a.signal, a.offset = Signal(rows, rows, rows == 0, is_known=False), 0
