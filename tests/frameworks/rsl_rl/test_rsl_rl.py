@@ -69,7 +69,7 @@ class Run:
         first, done = options.pop("first", False), options.pop("done", 0.2)
         obs = TensorDict({"policy": torch.randn(ENVIRONMENTS, 4)}, [ENVIRONMENTS])
         groups = {"actor": ["policy"], "critic": ["policy"]}
-        extra = {"rnn_type": "gru", "rnn_hidden_dim": 8} if kind is RNNModel else {}
+        extra = {"rnn_type": options.pop("rnn_type", "gru"), "rnn_hidden_dim": 8} if kind is RNNModel else {}
         network = {"hidden_dims": [16], "obs_normalization": True, **extra}
         actor = masked(kind)(obs, groups, "actor", 2, distribution_cfg={"class_name": distribution}, **network)
         critic = kind(obs, groups, "critic", 1, **network)
@@ -123,6 +123,11 @@ CASES = [
     ({"noise": 0.5}, {"distribution": HeteroscedasticGaussianDistribution}),
     ({"noise": 0.5}, {"normalize_advantage_per_mini_batch": True}),
     ({"rate": 0.25}, {"kind": RNNModel, "done": 0.0}),
+    ({"rate": 0.25}, {"kind": RNNModel}),
+    ({"noise": 1.0}, {"kind": RNNModel, "done": 0.5}),
+    ({"noise": 1.0}, {"kind": RNNModel, "rnn_type": "lstm"}),
+    ({"rate": 0.25}, {"kind": RNNModel, "first": True, **FIXED}),
+    ({"noise": 0.5}, {"kind": RNNModel, "rnn_type": "lstm", "done": 0.5, "first": True, **FIXED}),
     ({"rate": 0.25}, {"first": True, **FIXED}),
     ({"noise": 1.0}, {"first": True, **FIXED}),
 ]
@@ -131,13 +136,11 @@ CASES = [
 @pytest.mark.parametrize(("rule", "options"), CASES, ids=str)
 def test_parameters_are_those_of_masked_terms(rule, options):
     others = {name: value for name, value in options.items() if name != "first"}
-    if others.get("kind") is RNNModel:
-        rule = {**rule, "batch_dim": 1}
     gated = Run(rule, **options)
     terms = Run(factors=gated.factors, **others)
     assert gated.distance(terms) < 1e-10
     assert gated.distance(Run(**others)) > 1e-3
-    assert not gated.told and 0 < gated.graphs < 4 * ENVIRONMENTS * LENGTH // 2
+    assert not gated.told and 0 < gated.graphs < 4 * ENVIRONMENTS * LENGTH * 2 // 3
     assert torch.equal(gated.normalizer, terms.normalizer)
     assert {"kondo/rate", "kondo/kept", "kondo/skipped"} <= gated.logged.keys()
     if "first" not in options:  # what is logged is of all rows
@@ -159,15 +162,9 @@ def test_a_beta_policy_is_exact_and_saves_nothing():
     assert any("saves nothing" in message for message in gated.told)
 
 
-def test_trajectories_that_the_actor_joins_are_refused():
-    with pytest.raises(RuntimeError, match="which has no batch axis"):
-        Run({"rate": 0.25, "batch_dim": 1}, kind=RNNModel)
-
-
-@pytest.mark.parametrize(("options", "says"), [({}, "schedule='fixed'"), ({"kind": RNNModel, **FIXED}, "single rows")])
-def test_screen_first_is_refused_where_it_cannot_be(options, says):
-    with pytest.raises(ValueError, match=says):
-        Run({"rate": 0.25}, first=True, **options)
+def test_screen_first_is_refused_where_the_learning_rate_follows_the_kl():
+    with pytest.raises(ValueError, match="schedule='fixed'"):
+        Run({"rate": 0.25}, first=True)
 
 
 class Environment:
