@@ -216,6 +216,13 @@ def fsdp2_groups(module: Any) -> list[Any]:
     return [] if group is None else [group]
 
 
+def fsdp2_types(group: Any) -> set[torch.dtype | None]:
+    """What a parameter group's parameters are cast to; each of them has its own from torch 2.15 on."""
+    if hasattr(group, "mp_policy"):
+        return {group.mp_policy.param_dtype}
+    return {_of(parameter, "mp_policy").param_dtype for parameter in _of(group, "fsdp_params")}
+
+
 # Modules.
 
 

@@ -109,7 +109,7 @@ def test_what_waits_for_the_step_is_there_when_it_comes(host: str, kind: str):
         assert max(found["differences"]) < 1e-5 and found["steps"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", ["uneven rows", "uneven packs"])
+@pytest.mark.parametrize("kind", ["uneven rows", "uneven packs", "uneven alone", "uneven alone, balanced"])
 def test_ranks_have_other_numbers_of_micro_batches(kind: str):
     each = behaviour("step_window", "ddp", kind)
     for found in each:

@@ -839,3 +839,40 @@ def test_a_forward_with_a_state_is_screened_once_whatever_the_version(batch, ver
             reinforce(theirs(batch.x), batch, gate.last.factors()).backward()
     assert len(ours.calls) == 2 and not ours._forward_pre_hooks
     assert largest_relative_difference(grads(ours), grads(theirs)) < 1e-10
+
+
+@pytest.mark.parametrize("window", [3, 1])
+def test_a_buffer_that_is_written_over_with_what_it_holds_changes_nothing(window):
+    """DDP's broadcast of buffers does that before every forward; by itself a last call then writes other values."""
+    runs, more = [], [0.0]
+
+    class Rewrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+            self.register_buffer("shift", torch.linspace(-1, 1, 3))
+
+        def forward(self, x):
+            runs.append(torch.is_grad_enabled())
+            self.shift.copy_(self.shift + more[0])
+            return self.linear(x) + self.shift
+
+    model, reference = copies(Rewrites().double())
+    g = torch.Generator().manual_seed(0)
+
+    def loss(logits, actions, u):
+        return -(u * logits.log_softmax(-1).gather(1, actions[:, None]).squeeze(1)).mean()
+
+    factors, batches = [], []
+    with kondo.gated(model, rate=0.5, window=window, audit=0) as gate:
+        for i in range(3):
+            x, u = torch.randn(6, 5, generator=g).double(), torch.randn(6, generator=g).double()
+            batches.append((x, torch.randint(3, (6,), generator=g), u))
+            more[0] = float(window == 1 and i == 2)
+            loss(model(x), *batches[-1][1:]).backward()
+            factors += gate.last.factors().split(6) if (i + 1) % window == 0 else []
+    assert sum(runs) == 3 // window
+    for i, ((x, actions, u), w) in enumerate(zip(batches, factors, strict=True)):
+        loss(reference.linear(x) + reference.shift + (window == 1 and i == 2), actions, u * w).backward()
+    assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+    torch.testing.assert_close(model.shift, reference.shift + more[0])

@@ -155,7 +155,7 @@ def test_what_a_module_calls():
 
 
 def test_process_groups_and_sharded_modules(tmp_path):
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
@@ -177,6 +177,9 @@ def test_process_groups_and_sharded_modules(tmp_path):
         assert group.reduce_grads
         module.set_requires_gradient_sync(False)
         assert not group.reduce_grads and group.mesh_info.mesh.ndim == 1
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        (group,) = private.fsdp2_groups(fully_shard(nn.Linear(2, 2), mesh=group.mesh_info.mesh, mp_policy=half))
+        assert private.fsdp2_types(group) == {torch.bfloat16}
         wrapper = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
         assert private.fsdp1_syncs(wrapper)
         with wrapper.no_sync():

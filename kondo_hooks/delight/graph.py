@@ -135,13 +135,19 @@ def is_log_softmax(tensor: Tensor) -> bool:
     while (node := node.next_functions[0][0]) is not None:
         if hasattr(node, "kondo_call"):
             return True
-        positions = node.name() == "SliceBackward0" and node._saved_step == 1 and tensor.dim() > 2
-        if not (positions and _signed(node._saved_dim) == 1) and node.name() not in (
-            "ToCopyBackward0",
-            "AliasBackward0",
-        ):
+        if node.name() == "SliceBackward0":
+            positions = node._saved_step == 1 and _signed(node._saved_dim) == 1 and tensor.dim() > 2
+            if not (positions or _takes_all(node)):
+                return False
+        elif node.name() not in ("ToCopyBackward0", "AliasBackward0"):
             return False
     return False
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether a slice takes all of its axis: before torch 2.11 ``t[:, 1:]`` is two slices."""
+    length = node._saved_self_sym_sizes[_signed(node._saved_dim)]
+    return bool(node._saved_step == 1 and node._saved_start == 0 and length <= node._saved_end)
 
 
 def sources_of_result(node: Node) -> list[Source] | None:

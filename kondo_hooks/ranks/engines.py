@@ -157,8 +157,9 @@ class FSDP2(OnRanks):
 
     def types(self, model: nn.Module) -> frozenset[torch.dtype]:
         """With those of its mixed precision."""
-        lower = {group.mp_policy.param_dtype for wrapper in self.wrappers for group in _fsdp2_groups(wrapper)}
-        return super().types(model) | {dtype for dtype in lower if dtype is not None}
+        groups = [group for wrapper in self.wrappers for group in _fsdp2_groups(wrapper)]
+        lower = {dtype for group in groups for dtype in private.fsdp2_types(group) if dtype is not None}
+        return super().types(model) | lower
 
     def syncs(self) -> bool:
         """What ``set_requires_gradient_sync`` last set."""

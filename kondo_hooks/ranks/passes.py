@@ -56,7 +56,10 @@ def plan(
     if counts is not None:
         replayed = counts
         if engine.balance:
-            replayed = together.even_counts(counts, [not stands_alone(first.call) for first in firsts])
+            stay = [int(i >= len(firsts) or stands_alone(firsts[i].call)) for i in range(counts.shape[1])]
+            if bool((counts < 0).any()):  # ranks have other numbers of calls, so a slot may be of another kind there
+                stay = ranks.largest(stay)
+            replayed = together.even_counts(counts, [not stays for stays in stay])
             templates = [_held(first.stand_in(), learned) for first in firsts]
             held = [[_held(part, learned) for part in slot] for slot in by_slot]
             device = templates[0].rows.device if ranks.carries(templates[0].rows.device) else ranks.device

@@ -27,7 +27,7 @@ class World:
     Attributes:
         decision: this rank's part of it; ``price`` and ``rate`` are the world's.
         kept: what is kept of each of this rank's calls.
-        counts: (ranks, slots) kept rows of each rank in each slot.
+        counts: (ranks, slots) kept rows of each rank in each slot; -1 where a rank has no call in it.
     """
 
     decision: Decision
@@ -93,9 +93,7 @@ def decide(
         cost=decision.cost,
     )
     mine = factors[start : start + len(own)].to(samples.delight.dtype)
-    return World(
-        local, [Kept.of(each) for each in selector.split(mine, signals)], _counts(tables, factors, max(slots) + 1)
-    )
+    return World(local, [Kept.of(each) for each in selector.split(mine, signals)], _counts(tables, factors))
 
 
 def _check_finite(tables: Sequence[Tensor], ranks: Ranks, norms: bool) -> None:
@@ -143,20 +141,22 @@ def _table(
     return torch.stack([to_device(c.to(torch.float64), device) for c in columns], 1)
 
 
-def _counts(tables: Sequence[Tensor], factors: Tensor, slots: int) -> Tensor:
-    counts = torch.zeros(len(tables), slots, dtype=torch.long, device="cpu")
+def _counts(tables: Sequence[Tensor], factors: Tensor) -> Tensor:
+    """(ranks, slots): calls that cannot be packed have a slot each, and not all ranks have as many of them."""
+    slots = [int(table[:, -2].max()) + 1 for table in tables]
+    counts = torch.full((len(tables), max(slots)), -1, dtype=torch.long, device="cpu")
     start = 0
     for rank, table in enumerate(tables):
         kept = factors[start : start + len(table)] != 0
         start += len(table)
         rows = table[kept][:, -2:].unique(dim=0)
-        counts[rank] = torch.bincount(rows[:, 0].long(), minlength=slots)
+        counts[rank, : slots[rank]] = torch.bincount(rows[:, 0].long(), minlength=slots[rank])
     return counts
 
 
 def imbalance(counts: Tensor) -> float:
     """The busiest rank's kept rows over the mean: 1 is even."""
-    rows = counts.sum(1).double()
+    rows = counts.clamp_min(0).sum(1).double()
     return float(rows.max() / rows.mean()) if rows.any() else 1.0
 
 

@@ -48,6 +48,7 @@ class ModuleState:
         values = (value for m in self._modules for value in m.__dict__.values())
         self._generators = [value for value in values if isinstance(value, torch.Generator)]
         self._mutable: dict[tuple[bool, ...], set[tuple[int, str]]] = {}
+        self._rewritten: set[tuple[int, str]] = set()  # with the values that they have, as DDP's broadcast does
         self._forgiven: dict[int, int] = {}
         self.attributes = Attributes(self._root)
         self._hooks = self._count_hooks()
@@ -196,7 +197,7 @@ class ModuleState:
             (id(m), name): _clone(buffer)
             for m, buffers in held
             for name, buffer in buffers.items()
-            if buffer is not None and (mutable is None or (id(m), name) in mutable)
+            if buffer is not None and (mutable is None or (id(m), name) in mutable | self._rewritten)
         }
         return BufferRecord(held, [version_of(b) for _, buffers in held for b in buffers.values()], copies)
 
@@ -213,14 +214,21 @@ class ModuleState:
         before = {id(m): buffers for m, buffers in record.held}
         for m, buffers in record.held:
             for name, old in buffers.items():
-                version, saved = next(versions), record.copies.get((id(m), name))
+                key = (id(m), name)
+                version, saved = next(versions), record.copies.get(key)
                 if _get_buffer(m, name)[0] is not old:
                     in_place = old is not None and version_of(old) != version
                     entries.append((m, name, saved if in_place and saved is not None else old, True))
+                elif (
+                    old is not None
+                    and (mutable is None or key in self._rewritten)
+                    and _is_rewritten(old, version, saved)
+                ):
+                    self._rewritten.add(key)
                 elif old is not None and (version_of(old) != version or (mutable is None and _differ(old, saved))):
                     # If nobody knew that it would change, what it was is lost; the replay must not change it again.
                     entries.append((m, name, saved if saved is not None else _clone(old), True))
-                elif saved is not None and mutable is not None:
+                elif saved is not None and mutable is not None and key in mutable:
                     entries.append((m, name, saved, True))
         for m in self._modules:
             if m._buffers:
@@ -329,9 +337,16 @@ _HOSTS = "torch deepspeed accelerate transformers trl peft lightning pytorch_lig
 
 def _differ(buffer: Tensor, saved: Tensor | None) -> bool:
     """By value, where there are values to compare."""
-    if saved is None or buffer.layout != torch.strided or buffer.is_meta:
-        return False
-    return not torch.equal(buffer, saved)
+    return saved is not None and _comparable(buffer) and not torch.equal(buffer, saved)
+
+
+def _is_rewritten(buffer: Tensor, version: int, saved: Tensor | None) -> bool:
+    """Whether it was written into, and holds the values that it held."""
+    return version_of(buffer) != version and saved is not None and _comparable(buffer) and torch.equal(buffer, saved)
+
+
+def _comparable(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and not buffer.is_meta
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:

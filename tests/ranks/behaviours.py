@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import kondo_hooks as kondo
 from benchmarks.communication import recorded
 from tests.ranks.exactness import Batch, difference, loss_of, update_difference
-from tests.ranks.hosts import FEATURES, HOSTS, LR, Host, K, Net, build, make_net
+from tests.ranks.hosts import FEATURES, HOSTS, LR, Host, K, Net, build, make_counting, make_net
 from tests.ranks.launch import at
 
 
@@ -560,15 +560,19 @@ def gathered_until_the_step(last: bool) -> dict[str, Any]:
 
 
 def step_window(name: str, kind: str) -> dict[str, Any]:
-    """Micro-batches that wait until the optimizer steps, of other sizes on each rank; or packs, or in other numbers."""
-    make = make_wordwise if "packs" in kind else make_net
+    """Micro-batches that wait until the optimizer steps, of other sizes on each rank; or packs, or in other numbers.
+
+    Those that are "alone" change a buffer, so that each is replayed by itself.
+    """
+    make = make_wordwise if "packs" in kind else make_counting if "alone" in kind else make_net
     host, net = build(HOSTS[name], make(), 3), make()
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     rank, ranks, clip = dist.get_rank(), dist.get_world_size(), HOSTS[name].options.get("clip")
     found: dict[str, Any] = {"differences": [], "steps": [], "kept": []}
     lengths_of: dict[int, list[int]] = {}
     options = {"segments": lambda x: lengths_of[id(x)]} if "packs" in kind else {}
-    with kondo.gated(host.model, window="step", rate=0.4, scope="global", **options) as gate:
+    balance = "balanced" in kind
+    with kondo.gated(host.model, window="step", rate=0.4, scope="global", balance=balance, **options) as gate:
         for step in range(3):
             at(f"{name}, rank {rank}, {kind}, step {step}")
             numbers = [3 + (2 * r if "uneven" in kind else 0) for r in range(ranks)]

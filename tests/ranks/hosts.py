@@ -59,6 +59,23 @@ def make_net(seed: int = 0) -> Net:
     return Net()
 
 
+class Counting(Net):
+    """The same; it counts its calls, so those of a window are no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def make_counting(seed: int = 0) -> Counting:
+    torch.manual_seed(seed)
+    return Counting()
+
+
 @dataclass
 class Host:
     """What a loop sees.
