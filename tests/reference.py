@@ -40,6 +40,9 @@ def kept_mask(kept: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return mask
 
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 class Runs:
     """How large each run with a graph was, as the embedding of a vocabulary sees it.
 

@@ -6,8 +6,12 @@ import pytest
 
 from tests.ranks.hosts import HOSTS
 from tests.ranks.launch import launch
+from tests.reference import TORCH
 
 # One engine of each kind, for what does not depend on its options.
+averaging = pytest.mark.skipif(
+    TORCH < (2, 11), reason="torch 2.8's fully_shard adds what gloo's ranks have, gated or not"
+)
 KINDS = ["ddp", "fsdp1", "fsdp2", "zero0", "zero2", "zero3-clip"]
 ACCELERATE = ["accelerate-ddp-clip", "accelerate-fsdp1", "accelerate-fsdp2", "accelerate-zero2"]
 
@@ -117,6 +121,7 @@ def test_ranks_have_other_numbers_of_micro_batches(kind: str):
     assert sum(found["kept"][-1] for found in each) > 0
 
 
+@averaging
 @pytest.mark.parametrize("last", [True, False])
 def test_what_waits_for_the_step_is_clipped_where_modules_stay_gathered(last: bool):
     for found in behaviour("gathered_until_the_step", last):
@@ -220,7 +225,7 @@ def check_resume(host: str, rank: int, found):
     assert found["difference"] < 1e-6
 
 
-@pytest.mark.parametrize("host", ["ddp-unused", "fsdp2-checkpointed"])
+@pytest.mark.parametrize("host", ["ddp-unused", pytest.param("fsdp2-checkpointed", marks=averaging)])
 def test_silence(host: str):
     for rank, found in enumerate(behaviour("silent_rank", host)):
         check_silent_rank(host, rank, found)

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import kondo_hooks as kondo
 from kondo_hooks.rows.segments import Segments
 from tests.kernels import cross_entropy
-from tests.reference import Runs, copies, grads, largest_relative_difference
+from tests.reference import TORCH, Runs, copies, grads, largest_relative_difference
 
 V = 29
 
@@ -979,6 +979,7 @@ def test_padding_that_a_text_predicts_is_named(first):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.skipif(TORCH < (2, 9), reason="torch 2.8 runs no mode's functions around flex attention")
 def test_flex_attention_is_screened_as_it_runs():
     """Its backward does not run on a CPU, so its output is a constant here."""
     torch.manual_seed(0)

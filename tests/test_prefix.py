@@ -170,7 +170,8 @@ def called(model, ids, mask):
     if isinstance(model, Masked):
         n = ids.shape[1]
         return model(ids, torch.triu(torch.full((n, n), -math.inf, dtype=torch.float64), 1), torch.arange(n)), None
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits, None
+    cache = {} if "Bert" in type(model).__name__ else {"use_cache": False}
+    return model(input_ids=ids, attention_mask=mask, **cache).logits, None
 
 
 def loss_of(model, given, loss="gather", factors=None):
