@@ -10,6 +10,7 @@ from torch import nn
 import kondo_hooks as kondo
 from kondo_hooks import api
 from kondo_hooks.core.compact import RankOne
+from kondo_hooks.delight.loss_code import Picked
 from kondo_hooks.ranks.agreement import Ranks
 from kondo_hooks.ranks.engines import OnRanks
 from tests.cases import FEATURES, K, Mlp, make_batch
@@ -256,6 +257,24 @@ def test_a_loss_that_is_no_policy_gradient_keeps_its_whole_gradient_while_it_wai
     for batch, weights in zip(batches, mask, strict=True):
         loss_of(reference(batch.x), batch, weights).backward()
     assert largest_relative_difference(grads(model), grads(reference)) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("actions", [7, 50_000])
+def test_what_a_hook_changes_is_told_from_rounding(dtype, actions):
+    g = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(6, actions, generator=g)).to(dtype).requires_grad_()
+    index = torch.cat([torch.randint(actions, (5, 1), generator=g), logits[5:].argmax(-1, keepdim=True)])
+    logp = logits.float().log_softmax(-1).gather(-1, index)
+    sent = 0.1 * torch.randn(6, 1, generator=g) * (128 if dtype == torch.float16 else 1)
+    logp.backward(sent)
+    picked = Picked(index, logp.detach(), 0, sent)
+    form = RankOne.of_picked(picked, logits.grad)
+    assert form is not None
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(form.grad(logits), logits.grad, rtol=tolerance, atol=tolerance)
+    for change in (lambda g: 0.9 * g, lambda g: g.clamp(max=0), lambda g: g + 0.1 * float(sent.abs().mean()) / actions):
+        assert RankOne.of_picked(picked, change(logits.grad)) is None
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["a row", "positions"])

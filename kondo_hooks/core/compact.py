@@ -13,7 +13,7 @@ from kondo_hooks.delight.loss_code import Picked
 _LARGE = 2**18  # values of logits from which they go through in pieces
 _PIECES = 4
 _AT_ONCE = 2**26  # values of a piece at most
-_ROUNDINGS = 16  # of the gradient at a log-prob, by which that at its logits may differ
+_ROUNDINGS = 16  # of a sum over the actions, beside those that grow with their number
 
 
 @dataclass
@@ -83,7 +83,7 @@ class RankOne:
             return None
         tensors = [grad, picked.index, picked.values, picked.sent]
         mine, *picks = tensors if rows is None else [t.index_select(0, rows.to(t.device)) for t in tensors]
-        exact, eps = torch.float64 if grad.dtype == torch.float64 else torch.float32, torch.finfo(grad.dtype).eps
+        exact, type_ = torch.float64 if grad.dtype == torch.float64 else torch.float32, torch.finfo(grad.dtype)
         shape, first = (len(mine), mine[0, ..., 0].numel()), picked.offset
         action, logp, sent = (t.new_zeros(shape) for t in picks)
         for full, t in zip((action, logp, sent), picks, strict=True):
@@ -94,8 +94,10 @@ class RankOne:
         at, rest = values.gather(-1, action.unsqueeze(-1)).squeeze(-1).to(exact), torch.expm1(logp).neg_()
         size = torch.linalg.vector_norm(values, 1, -1, dtype=exact)
         apart = [at - sent * rest, values.sum(-1, dtype=exact), size - 2 * sent.abs() * rest]
-        roundings = _ROUNDINGS + 2 * grad.shape[-1] ** 0.5  # a sum's own, too
-        allowed = roundings * eps * sent.abs() + torch.finfo(grad.dtype).smallest_normal
+        # Each value was rounded to its type once, or to nothing, and a norm is a sum in 16 lanes, which rounds as it goes.
+        actions = grad.shape[-1]
+        roundings = 4 * type_.eps + (_ROUNDINGS + actions / 16) * torch.finfo(exact).eps
+        allowed = roundings * sent.abs() + actions * type_.smallest_normal * type_.eps
         if not bool(torch.stack([(difference.abs() <= allowed).all() for difference in apart]).all()):
             return None
         return cls(sent.neg_(), action, logp, mine.shape, grad.dtype)
