@@ -94,7 +94,7 @@ class RankOne:
         at, rest = values.gather(-1, action.unsqueeze(-1)).squeeze(-1).to(exact), torch.expm1(logp).neg_()
         size = torch.linalg.vector_norm(values, 1, -1, dtype=exact)
         apart = [at - sent * rest, values.sum(-1, dtype=exact), size - 2 * sent.abs() * rest]
-        # Each value was rounded to its type once, or to nothing, and a norm is a sum in 16 lanes, which rounds as it goes.
+        # Each value was rounded to its type once, or to nothing. A norm is a sum in 16 lanes, which rounds as it goes.
         actions = grad.shape[-1]
         roundings = 4 * type_.eps + (_ROUNDINGS + actions / 16) * torch.finfo(exact).eps
         allowed = roundings * sent.abs() + actions * type_.smallest_normal * type_.eps
