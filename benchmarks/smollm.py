@@ -282,7 +282,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-SHOWN = ("all rows", "random 25%", "delight 25%", "|advantage| 25%", "noise 0.5", "noise 0.5, screen-first")
+SHOWN = ("all rows", "random 25%", "delight 25%", "noise 0.5", "noise 0.5, screen-first")
 TITLES = "step by step, chosen rows teach as all rows do", "second by second, they teach several times as much"
 
 

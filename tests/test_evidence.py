@@ -23,6 +23,7 @@ SCRIPTS = {
     "llm": ["llm"],
     "ppo": ["ppo", "ppo_pixels"],
     "pretrained": ["pretrained"],
+    "smollm": ["smollm"],
 }
 
 
@@ -502,3 +503,22 @@ def test_a_kind_of_method_has_one_hue_and_an_unknown_one_is_refused(scripts):
     assert color("DG-K 3%") == color("delight 3%") == color("gated 3%, first") != color("DG-K 10%") != color("DG")
     with pytest.raises(ValueError, match="has no colour"):
         color("something new")
+
+
+def test_the_summary_of_the_language_model_is_that_of_the_committed_file(scripts):
+    runs = scripts("record").read(RESULTS / "smollm.csv")
+    last = runs[runs.step == runs.step.max()].groupby("method").mean(numeric_only=True)
+    text = EVIDENCE[EVIDENCE.index("**A real language model.**") :]
+    names = {"`noise=0.5`": "noise 0.5", r"\|advantage\| 25%": "|advantage| 25%", "random rows 25%": "random 25%"}
+    rows = [[cell.strip(" *") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()[:12]]
+    table = [row for row in rows if len(row) == 6 and row[1].isdigit()]
+    assert len(table) == 5
+    for name, right, passed, kept, seconds, before in table:
+        method = names.get(name, name)
+        found = last.loc[method]
+        of_all = lambda m: f"{last.loc[m, 'all'] / last.loc['all rows', 'all']:.2f}"  # noqa: E731
+        assert [right, passed] == [f"{100 * found.right:.0f}", f"{100 * found['pass@8']:.0f}"], name
+        assert [kept, seconds] == [f"{found.rows / runs.step.max():.0f}", of_all(method)], name
+        if before:
+            first = f"{method}, screen-first"
+            assert before == f"{of_all(first)} ({100 * last.loc[first, 'right']:.0f} right)", name

@@ -140,7 +140,9 @@ def test_every_snippet_is_run():
 
 
 def test_what_it_saves_is_in_the_committed_files(scripts, record):  # noqa: F811
-    read = {name: record.read(RESULTS / f"{name}.csv") for name in ("step", "ranks", "llm", "ppo", "ppo_pixels")}
+    read = {
+        name: record.read(RESULTS / f"{name}.csv") for name in ("step", "ranks", "llm", "ppo", "ppo_pixels", "smollm")
+    }
     step = read["step"].set_index(["model", "step"]).of_full
     llm = read["llm"].assign(all=lambda turns: turns.learner + turns.generation)
     batch = llm[llm.setting == "batch"]
@@ -159,9 +161,12 @@ def test_what_it_saves_is_in_the_committed_files(scripts, record):  # noqa: F811
         ratio = scripts("llm").ratios(batch, phase, "full step").median()
         return ratio["windowed, 3%"], ratio["screen-first, 3%"]
 
+    language = read["smollm"].groupby(["method", "seed"])["all"].last().groupby("method").mean()
     expected = {
+        "GRPO on SmolLM2-135M, with sampling": tuple(
+            language[name] / language["all rows"] for name in ("noise 0.5", "noise 0.5, screen-first")
+        ),
         "a step of a Llama-like model": of_step("Llama-like"),
-        "a step of a CNN": of_step("CNN"),
         "a step of an MLP": of_step("MLP"),
         "a GRPO step, 10M parameters": of_llm("learner"),
         "the same, with generation": of_llm("all"),
