@@ -193,11 +193,12 @@ class ModuleState:
         if not held:
             return BufferRecord()
         mutable = self._mutable.get(self._mode())
+        wanted = None if mutable is None else mutable | self._rewritten
         copies = {
             (id(m), name): _clone(buffer)
             for m, buffers in held
             for name, buffer in buffers.items()
-            if buffer is not None and (mutable is None or (id(m), name) in mutable | self._rewritten)
+            if buffer is not None and (wanted is None or (id(m), name) in wanted)
         }
         return BufferRecord(held, [version_of(b) for _, buffers in held for b in buffers.values()], copies)
 
