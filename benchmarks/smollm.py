@@ -30,6 +30,7 @@ import pandas as pd
 import record
 import style
 import torch
+from llm import Answers, grpo_loss
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,6 +40,7 @@ TASKS = ("chain_sum", "products")
 ANSWERS, EACH = 8, 4  # answers to a prompt, prompts of a task in a step
 EXAMPLES, LENGTH = 4, 6
 EVERY, LOOKED_AT = 10, 32
+LEARNING_RATE = 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -177,10 +179,7 @@ def loss_of(model: PreTrainedModel, asked: Prompts, sampled: Sampled, u: Tensor)
     out = model(
         input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=LENGTH + 1
     )
-    logp = out.logits[:, :-1].float().log_softmax(-1).gather(-1, sampled.ids.unsqueeze(-1)).squeeze(-1)
-    ratio = (logp - sampled.logp).exp()
-    terms = torch.minimum(ratio * u, ratio.clamp(0.8, 1.2) * u) * sampled.mask
-    return -terms.sum() / sampled.mask.sum()
+    return grpo_loss(out.logits[:, :-1], Answers(ids, sampled.logp, sampled.mask, u, sampled.mask.sum()))
 
 
 def look(model: PreTrainedModel) -> dict[str, float]:
@@ -197,13 +196,13 @@ def clock() -> float:
     return time.process_time()
 
 
-def train(task: Task, lr: float = 1e-5) -> record.Rows:
+def train(task: Task) -> record.Rows:
     """A row a step: the reward of its answers before the update, and what was spent up to it."""
     method = METHODS[task.method]
     model = copy.deepcopy(pretrained()[0]).to(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(task.seed)
     torch.manual_seed(task.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     spent, found = {"learner": 0.0, "all": 0.0}, []
     gated = nullcontext() if method.gate is None else kondo.gated(model, **method.gate, seed=task.seed)
     with gated as gate:

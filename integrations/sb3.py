@@ -1,5 +1,6 @@
 """stable-baselines3 and sb3-contrib: a callback that gates ``train()``, from the rollout buffer where its rule can."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor, nn
 
 import kondo_hooks as kondo
+from kondo_hooks.integrations.attributes import put
 from kondo_hooks.rules.config import Rate
 
 
@@ -69,18 +71,15 @@ class KondoCallback(BaseCallback):  # type: ignore[misc]
 
     def _train(self, *args: Any, **kwargs: Any) -> None:
         model: Any = self.model
-        policy, buffer, before = model.policy, model.rollout_buffer, copy.copy(self.gate.stats)
+        before = copy.copy(self.gate.stats)
         del model.train
-        policy.__dict__["evaluate_actions"] = self._evaluate
-        if self._from_buffer and self.gate.enabled and getattr(model, "target_kl", None) is None:
-            buffer.get = self._decided
-        try:
+        with contextlib.ExitStack() as stack:
+            put(stack, model.policy, "evaluate_actions", self._evaluate)
+            if self._from_buffer and self.gate.enabled and getattr(model, "target_kl", None) is None:
+                put(stack, model.rollout_buffer, "get", self._decided)
+            stack.callback(lambda: setattr(self, "_dropped", None))
             with self.gate:
                 model.train(*args, **kwargs)
-        finally:
-            self._dropped = None
-            del policy.__dict__["evaluate_actions"]
-            buffer.__dict__.pop("get", None)
         for name, value in self.gate.stats.metrics(before).items():
             self.logger.record(name, value)
 

@@ -215,8 +215,7 @@ class Arrival:
         for i, (where, grad) in enumerate(zip(self.call.rows, self.grads, strict=True)):
             if where != Rows(0) or grad is None or grad.dim() != 3 or i in self.forms:
                 continue
-            form = RankOne.of_picked(picked[i], grad) if i in picked else None
-            if form := form or RankOne.of_tokens(self.call.outputs[i], grad):
+            if form := RankOne.of_picked(picked.get(i), grad) or RankOne.of_tokens(self.call.outputs[i], grad):
                 self.forms[i] = form
                 self.grads[i] = torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
                 self.call.forget(i)

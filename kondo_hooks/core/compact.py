@@ -65,21 +65,21 @@ class RankOne:
         return found, _Error.of(found.expand(y).sub_(g), g, coefficient, every, logp, grad.dtype)
 
     @classmethod
-    def of_picked(cls, picked: Picked, grad: Tensor, rows: Tensor | None = None) -> "RankOne | None":
+    def of_picked(cls, picked: Picked | None, grad: Tensor, rows: Tensor | None = None) -> "RankOne | None":
         """The form that ``grad`` (B, ..., K) has because the loss takes nothing but one log-prob a position.
 
         The loss code tells it, so nothing is computed from the logits. The gradient is held against it by its value at
         each action and by its sums, which a hook on the way would change.
 
         Args:
-            picked: the log-probs, with what the loss sent to them.
+            picked: the log-probs, with what the loss sent to them; None if none were seen.
             grad: the gradient at all of the logits.
             rows: (n,) which of its rows; None for all.
 
         Returns:
             The form; None where it has another.
         """
-        if picked.sent is None or picked.index.shape[-1] != 1 or not 2 <= grad.dim() <= 3:
+        if picked is None or picked.sent is None or picked.index.shape[-1] != 1 or not 2 <= grad.dim() <= 3:
             return None
         tensors = [grad, picked.index, picked.values, picked.sent]
         mine, *picks = tensors if rows is None else [t.index_select(0, rows.to(t.device)) for t in tensors]

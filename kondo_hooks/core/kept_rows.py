@@ -299,9 +299,7 @@ class Part:
             output = None if grad is None or where is None else outputs(i)
             form = None
             if output is not None and where == Rows(0) and isinstance(grad, Tensor):
-                if i in picked:
-                    form = RankOne.of_picked(picked[i], grad, index)
-                form = form or RankOne.of(output, grad, index.to(grad.device))
+                form = RankOne.of_picked(picked.get(i), grad, index) or RankOne.of(output, grad, index.to(grad.device))
             forms.append(form or _take(self.call, i, grad, index))
             held.append(None if output is None or where is None or form else where.take(output, index))
         measures = [None if output is None else self.measure(i) for i, output in enumerate(held)]
